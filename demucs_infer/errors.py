@@ -1,0 +1,46 @@
+"""Every exception that the package raises on purpose.
+
+    DemucsInferError
+    ├── ModelLoadingError (RuntimeError)      a model name, a checkpoint file, a repository
+    ├── AudioError
+    │   ├── LoadAudioError                    a track that cannot be read
+    │   └── SaveAudioError                    a stem that cannot be written
+    ├── OptionError (ValueError)              a value that makes no sense where it was given
+    └── MissingDependencyError (ImportError)  an optional package that this task needs
+"""
+
+
+class DemucsInferError(Exception):
+    """Base class of the package's exceptions; its text is one line that says what to do."""
+
+
+class ModelLoadingError(DemucsInferError, RuntimeError):
+    """A model cannot be found, read, or built from what its checkpoint says."""
+
+
+LoadModelError = ModelLoadingError  # the name under which `Separator` documents it
+
+
+class AudioError(DemucsInferError):
+    """Base class of what goes wrong with an audio file."""
+
+
+class LoadAudioError(AudioError):
+    """A track cannot be read, or holds nothing that can be separated."""
+
+
+class SaveAudioError(AudioError):
+    """A stem cannot be written."""
+
+
+class OptionError(DemucsInferError, ValueError):
+    """An option has a value that is out of range, unknown, or not supported."""
+
+
+class MissingDependencyError(DemucsInferError, ImportError):
+    """An optional dependency is not installed; the message has the pip command."""
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(
+            f'{purpose} needs {package}: pip install {package} (or pip install "demucs-infer[{extra}]")'
+        )

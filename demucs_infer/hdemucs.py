@@ -1,0 +1,358 @@
+"""Hybrid Demucs (Défossez, 2021, arXiv:2111.03600), and the U-Net that its successor shares.
+
+Two encoders read the same window, one its spectrum `[B, C, F, T]`, one its samples `[B, C, T]`;
+two decoders with skip connections turn what comes out at the bottom into sources, which are added:
+
+    mix ─┬─ STFT ─ encoder ─┬─ bottom ─┬─ decoder ─ inverse STFT ─┬─ sources
+         └──────── tencoder ┘          └─ tdecoder ───────────────┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .blocks import (
+    DConvOptions,
+    HDecLayer,
+    HEncLayer,
+    LayerOptions,
+    MultiDecoder,
+    MultiEncoder,
+    ScaledEmbedding,
+)
+from .errors import MissingDependencyError, OptionError
+from .spec import (
+    channels_as_complex,
+    complex_as_channels,
+    ispectro,
+    reflect_pad,
+    spectro,
+    with_phase_of,
+)
+from .utils import capture_init, signature_of, standardize
+
+EPSILON = 1e-5  # added to the deviation when an input is normalized
+WIENER_FRAMES = 300  # frames that one call of the iterative Wiener filter sees
+
+
+@dataclass(frozen=True)
+class HDemucsOptions:
+    """Options of `HDemucs`, with the names and defaults that checkpoints rely on.
+
+    `samplerate` is in hertz and `segment` in seconds. `end_iters`, `emb_smooth`, `dconv_init` and
+    `rescale` act in training only.
+
+    Raises `OptionError` for an option that changes the result and is not supported.
+    """
+
+    sources: Sequence[str]
+    audio_channels: int = 2
+    channels: int = 48
+    channels_time: int | None = None
+    growth: float = 2
+    nfft: int = 4096
+    wiener_iters: int = 0
+    end_iters: int = 0
+    wiener_residual: bool = False
+    cac: bool = True
+    depth: int = 6
+    rewrite: bool = True
+    hybrid: bool = True
+    hybrid_old: bool = False
+    multi_freqs: Sequence[float] | None = None
+    multi_freqs_depth: int = 2
+    freq_emb: float = 0.2
+    emb_scale: float = 10
+    emb_smooth: bool = True
+    kernel_size: int = 8
+    time_stride: int = 2
+    stride: int = 4
+    context: int = 1
+    context_enc: int = 0
+    norm_starts: int = 4
+    norm_groups: int = 4
+    dconv_mode: int = 1
+    dconv_depth: int = 2
+    dconv_comp: float = 4
+    dconv_attn: int = 4
+    dconv_lstm: int = 4
+    dconv_init: float = 1e-4
+    rescale: float = 0.1
+    samplerate: int = 44100
+    segment: float = 40
+
+    def __post_init__(self) -> None:
+        if not self.hybrid:
+            raise OptionError("hybrid=False (a network without time branch) is not supported")
+        if self.wiener_residual:
+            raise OptionError("wiener_residual=True is not supported")
+
+
+class _Level(NamedTuple):
+    """One level of the U-Net: channels of its input and output in each branch, and its layers."""
+
+    spectral: bool  # there is a frequency axis left
+    merges: bool  # folds that axis into one row, where the time branch joins
+    chin: int
+    chout: int
+    chin_t: int
+    chout_t: int
+    layer: LayerOptions
+    layer_t: LayerOptions
+
+
+class _Skip(NamedTuple):
+    """What an encoder level leaves for its decoder: outputs, and lengths of its inputs."""
+
+    x: Tensor
+    xt: Tensor | None
+    length: int
+    length_t: int
+
+
+def _plan_levels(options: Any) -> list[_Level]:
+    """Geometry of every level, from the outside to the bottom."""
+    levels = []
+    chin_t, chout_t = options.audio_channels, options.channels_time or options.channels
+    chin, chout = (2 if options.cac else 1) * options.audio_channels, options.channels
+    bins = options.nfft // 2
+    for index in range(options.depth):
+        spectral, merges = bins > 1, 1 < bins <= options.kernel_size
+        kernel, stride = options.kernel_size, options.stride
+        if merges:
+            kernel = bins
+            chout = chout_t = max(chout, chout_t)
+        elif not spectral:
+            kernel, stride = 2 * options.time_stride, options.time_stride
+        layer = LayerOptions(
+            kernel,
+            stride,
+            freq=spectral,
+            pad=not merges,
+            norm=index >= options.norm_starts,
+            norm_groups=options.norm_groups,
+            rewrite=options.rewrite,
+            dconv=DConvOptions(
+                options.dconv_depth,
+                options.dconv_comp,
+                options.dconv_init,
+                attn=index >= options.dconv_attn,
+                lstm=index >= options.dconv_lstm,
+            ),
+        )
+        layer_t = layer._replace(
+            kernel_size=options.kernel_size,
+            stride=options.stride,
+            freq=False,
+            pad=True,
+            empty=merges,
+        )
+        levels.append(_Level(spectral, merges, chin, chout, chin_t, chout_t, layer, layer_t))
+        chin, chin_t = chout, chout_t
+        chout, chout_t = int(options.growth * chout), int(options.growth * chout_t)
+        bins = 1 if bins <= options.kernel_size else bins // options.stride
+    return levels
+
+
+class HybridUNet(nn.Module):
+    """The U-Net over spectrum and samples; a subclass says what happens at its bottom.
+
+    `forward` is a transform (STFT and normalization), the network proper (`network`: real tensors
+    in and out, of a fixed shape for a fixed window) and the inverse transform.
+    """
+
+    def __init__(self, options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.sources = list(options.sources)
+        self.audio_channels = options.audio_channels
+        self.samplerate = options.samplerate
+        self.segment = options.segment
+        self.nfft = options.nfft
+        self.hop_length = options.nfft // 4
+        self.cac = options.cac
+        self.encoder, self.tencoder = nn.ModuleList(), nn.ModuleList()
+        self.decoder, self.tdecoder = nn.ModuleList(), nn.ModuleList()
+        levels = _plan_levels(options)
+        if options.multi_freqs and options.norm_starts < options.multi_freqs_depth:
+            raise OptionError("multi_freqs needs levels without normalization (norm_starts)")
+        for index, level in enumerate(levels):
+            self._add_encoders(index, level)
+        for index, level in reversed(list(enumerate(levels))):
+            self._add_decoders(index, level)
+        self.freq_emb: ScaledEmbedding | None = None
+        if options.freq_emb:
+            bins = options.nfft // 2 // options.stride
+            self.freq_emb = ScaledEmbedding(bins, levels[0].chout, options.emb_scale)
+
+    def _split_ratios(self, index: int) -> Sequence[float]:
+        """Where the spectrum of level `index` is split into bands with weights of their own."""
+        return self.options.multi_freqs if index < self.options.multi_freqs_depth else ()
+
+    def _add_encoders(self, index: int, level: _Level) -> None:
+        changes: dict[str, Any] = {"context": self.options.context_enc}
+        if not self.options.dconv_mode & 1:
+            changes["dconv"] = None
+        encoder = HEncLayer(level.chin, level.chout, level.layer._replace(**changes))
+        ratios = self._split_ratios(index)
+        self.encoder.append(MultiEncoder(encoder, ratios) if ratios else encoder)
+        if level.spectral:
+            layer_t = level.layer_t._replace(**changes)
+            self.tencoder.append(HEncLayer(level.chin_t, level.chout_t, layer_t))
+
+    def _add_decoders(self, index: int, level: _Level) -> None:
+        changes: dict[str, Any] = {"context": self.options.context}
+        if not self.options.dconv_mode & 2:
+            changes["dconv"] = None
+        last = index == 0
+        outputs = len(self.sources) if last else 1
+        ratios = self._split_ratios(index)
+        layer = level.layer._replace(**changes, context_freq=not ratios)
+        decoder = HDecLayer(level.chout, outputs * level.chin, layer, last)
+        self.decoder.append(MultiDecoder(decoder, ratios) if ratios else decoder)
+        if level.spectral:
+            layer_t = level.layer_t._replace(**changes)
+            self.tdecoder.append(HDecLayer(level.chout_t, outputs * level.chin_t, layer_t, last))
+
+    def forward(self, mix: Tensor) -> Tensor:
+        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`."""
+        spectrum = self._spec(mix)
+        x, mean, std = standardize(self._magnitude(spectrum), EPSILON)
+        xt, mean_t, std_t = standardize(mix, EPSILON)
+        x, xt = self.network(x, xt)
+        x = x * std + mean
+        xt = xt * std_t + mean_t
+        masked = self._mask(spectrum, self._by_source(x))
+        return self._ispec(masked, mix.shape[-1]) + self._by_source(xt)
+
+    def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        """From normalized spectrum `[B, C', F, N]` and samples `[B, C, T]` to those of all sources.
+
+        The outputs are `[B, S C', F, N]` and `[B, S C, T]`.
+        """
+        x, xt, skips = self._encode(x, xt)
+        x, xt = self._bottom(x, xt)
+        return self._decode(x, xt, skips)
+
+    def _encode(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor, list[_Skip]]:
+        skips = []
+        for index, encoder in enumerate(self.encoder):
+            length, length_t = x.shape[-1], xt.shape[-1]
+            skip_t = inject = None
+            if index < len(self.tencoder):
+                xt = self.tencoder[index](xt)
+                if self.tencoder[index].empty:
+                    inject = xt
+                else:
+                    skip_t = xt
+            x = encoder(x, inject)
+            if index == 0 and self.freq_emb is not None:
+                x = x + self.options.freq_emb * self.freq_emb().t()[:, :, None]
+            skips.append(_Skip(x, skip_t, length, length_t))
+        return x, xt, skips
+
+    def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoders start from, given what the encoders end with."""
+        raise NotImplementedError
+
+    def _decode(self, x: Tensor, xt: Tensor, skips: list[_Skip]) -> tuple[Tensor, Tensor]:
+        one_branch = len(self.decoder) - len(self.tdecoder)  # levels below the merging one
+        for index, decoder in enumerate(self.decoder):
+            skip = skips.pop()
+            x, before = decoder(x, skip.x, skip.length)
+            if index < one_branch:
+                continue
+            tdecoder = self.tdecoder[index - one_branch]
+            if tdecoder.empty:
+                xt = before[:, :, 0]
+            xt, _ = tdecoder(xt, skip.xt, skip.length_t)
+        return x, xt
+
+    def _by_source(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], len(self.sources), -1, *x.shape[2:])
+
+    def _spec(self, x: Tensor) -> Tensor:
+        """Spectrum `[B, C, nfft / 2, ceil(T / hop)]` of `x` `[B, C, T]`, without its top bin.
+
+        The padding makes frame `i` start at sample `i * hop`, less 3/2 hop:
+
+            |-- 3/2 hop --|------------ T ------------|-- to a hop --|-- 3/2 hop --|
+        """
+        hop, length = self.hop_length, x.shape[-1]
+        frames = math.ceil(length / hop)
+        pad = hop // 2 * 3
+        right = pad + frames * hop - length
+        x = F.pad(x, (pad, right)) if self._zero_padded else reflect_pad(x, pad, right)
+        return spectro(x, self.nfft, hop)[..., :-1, 2 : 2 + frames]
+
+    def _ispec(self, z: Tensor, length: int) -> Tensor:
+        """Samples `[..., length]` of the spectrum `z` `[..., nfft / 2, N]`; undoes `_spec`."""
+        hop = self.hop_length
+        pad = hop // 2 * 3
+        whole = hop * math.ceil(length / hop) + 2 * pad
+        x = ispectro(F.pad(z, (2, 2, 0, 1)), hop, length=whole)
+        return x.narrow(-1, 0 if self._zero_padded else pad, length)
+
+    @property
+    def _zero_padded(self) -> bool:
+        """The first hybrid models were trained with zeros around the window, and not realigned."""
+        return getattr(self.options, "hybrid_old", False)
+
+    def _magnitude(self, z: Tensor) -> Tensor:
+        """What the network sees of a spectrum: its complex parts as channels, or its magnitude."""
+        return complex_as_channels(z) if self.cac else z.abs()
+
+    def _mask(self, z: Tensor, m: Tensor) -> Tensor:
+        """Spectra of the sources from the network's `m` and the mixture's `z` `[B, C, F, N]`."""
+        if self.cac:
+            return channels_as_complex(m)
+        if self.options.wiener_iters < 0:
+            return z[:, None] / (1e-8 + z.abs()[:, None]) * m
+        if self.options.wiener_iters == 0:
+            return with_phase_of(z, m)
+        return self._wiener(m, z, self.options.wiener_iters)
+
+    def _wiener(self, magnitude: Tensor, mix: Tensor, iterations: int) -> Tensor:
+        """Multichannel Wiener filter of Open-Unmix (Stöter et al., 2019)."""
+        try:
+            from openunmix.filtering import wiener
+        except ImportError as exc:
+            raise MissingDependencyError("openunmix", "wiener_iters > 0", "wiener") from exc
+        targets = magnitude.permute(0, 4, 3, 2, 1)  # [B, N, F, C, S]
+        mixture = torch.view_as_real(mix.permute(0, 3, 2, 1))  # [B, N, F, C, 2]
+        filtered = torch.stack(
+            [
+                torch.cat(
+                    [
+                        wiener(t, m, iterations, residual=False)
+                        for t, m in zip(target.split(WIENER_FRAMES), mixed.split(WIENER_FRAMES))
+                    ]
+                )
+                for target, mixed in zip(targets, mixture)
+            ]
+        )  # [B, N, F, C, 2, S]
+        return torch.view_as_complex(filtered.permute(0, 5, 3, 2, 1, 4).contiguous())
+
+
+class HDemucs(HybridUNet):
+    """Hybrid Demucs: at the bottom the decoders start from zeros, and see only what is skipped.
+
+    Takes the options of `HDemucsOptions`. Callable on `[B, C, T]` at `samplerate`, of any length;
+    returns `[B, S, C, T]`.
+    """
+
+    __signature__ = signature_of(HDemucsOptions)
+
+    @capture_init
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(HDemucsOptions(*args, **kwargs))
+
+    def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(x)
