@@ -77,7 +77,9 @@ class TensorChunk:
         start, stop = start + self.offset, stop + self.offset
         total = self.tensor.shape[-1]
         inside = self.tensor[..., min(max(start, 0), total) : min(max(stop, 0), total)]
-        return nn.functional.pad(inside, (min(max(-start, 0), stop - start), max(stop - max(total, start), 0)))
+        return nn.functional.pad(
+            inside, (min(max(-start, 0), stop - start), max(stop - max(total, start), 0))
+        )
 
     def padded(self, target_length: int) -> Tensor:
         """The chunk centred in `target_length` samples, with what surrounds it at both ends."""
@@ -133,7 +135,9 @@ class BagOfModels(nn.Module):
                 f" not {weights}"
             )
         if any(sum(column) == 0 for column in zip(*rows)):
-            raise ModelLoadingError(f"the weights of a bag leave a source without a model: {weights}")
+            raise ModelLoadingError(
+                f"the weights of a bag leave a source without a model: {weights}"
+            )
         return rows
 
     @property
@@ -276,9 +280,9 @@ def plan_steps(passes: Sequence[Pass], in_lockstep: bool) -> list[Step]:
 def fade(length: int, transition_power: float) -> Tensor:
     """Weights of a window: up from its start to its middle, and down again, at most 1.
 
-        1 ┤     ╱╲
-          │   ╱    ╲
-        0 ┤ ╱        ╲
+    1 ┤     ╱╲
+      │   ╱    ╲
+    0 ┤ ╱        ╲
     """
     half = length // 2
     up = torch.arange(1, half + 1, dtype=torch.float64)
@@ -406,7 +410,9 @@ class _Job:
     device: torch.device
     shifts: int
 
-    def run(self, executor: Executor, ahead: int, report: _Reporter) -> Iterator[tuple[Step, Tensor]]:
+    def run(
+        self, executor: Executor, ahead: int, report: _Reporter
+    ) -> Iterator[tuple[Step, Tensor]]:
         """Each step with the model's output for it, in order; `ahead` more are under way."""
         pending: deque[tuple[Step, Future[Tensor]]] = deque()
         try:
@@ -499,13 +505,16 @@ def separate_blocks(
     ahead = num_workers if device.type == "cpu" else 0
     own = ThreadPoolExecutor(ahead) if ahead and pool is None else _DirectExecutor()
     seconds = source.length / bag.samplerate * len(passes)
-    with own, tqdm(
-        job.run(pool or own, ahead, report),
-        total=len(steps),
-        unit_scale=seconds / len(steps),
-        unit="s",
-        disable=not progress,
-    ) as outputs:
+    with (
+        own,
+        tqdm(
+            job.run(pool or own, ahead, report),
+            total=len(steps),
+            unit_scale=seconds / len(steps),
+            unit="s",
+            disable=not progress,
+        ) as outputs,
+    ):
         yield from job.blocks(outputs)
 
 

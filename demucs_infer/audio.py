@@ -167,7 +167,9 @@ class AudioFile:
                         yield torch.from_numpy(samples.T.copy())
             except AV_ERRORS as exc:
                 if not decoded:
-                    raise LoadAudioError(f"{self.path}: cannot be decoded ({_reason(exc)})") from exc
+                    raise LoadAudioError(
+                        f"{self.path}: cannot be decoded ({_reason(exc)})"
+                    ) from exc
                 logger.warning(
                     "%s: is damaged or cut off after %.1f s (%s): the part before that is used",
                     self.path,
@@ -269,7 +271,9 @@ def check_encoder(suffix: str) -> None:
     Raises `OptionError` for an unknown format, `MissingDependencyError` without its encoder.
     """
     if suffix.lower() not in WRITERS:
-        raise OptionError(f"cannot write {suffix or 'a file without suffix'}: use {', '.join(WRITERS)}")
+        raise OptionError(
+            f"cannot write {suffix or 'a file without suffix'}: use {', '.join(WRITERS)}"
+        )
     if suffix.lower() == ".mp3":
         _lameenc()
 
@@ -394,7 +398,9 @@ def _encode_lossless(wav: Tensor, path: Path, samplerate: int, format: str, code
             layout = LAYOUTS.get(channels)
             if layout is None:
                 raise SaveAudioError(f"{path}: cannot write {channels} channels")
-            stream: Any = container.add_stream(codec.partition("_s")[0] if format == "flac" else codec, rate=samplerate)
+            stream: Any = container.add_stream(
+                codec.partition("_s")[0] if format == "flac" else codec, rate=samplerate
+            )
             stream.layout = layout
             _, stream.format = _quantized(wav[:, :0], codec)
             for start in range(0, wav.shape[-1], WRITE_BLOCK):

@@ -1,12 +1,12 @@
 """Every exception that the package raises on purpose.
 
-    DemucsInferError
-    ├── ModelLoadingError (RuntimeError)      a model name, a checkpoint file, a repository
-    ├── AudioError
-    │   ├── LoadAudioError                    a track that cannot be read
-    │   └── SaveAudioError                    a stem that cannot be written
-    ├── OptionError (ValueError)              a value that makes no sense where it was given
-    └── MissingDependencyError (ImportError)  an optional package that this task needs
+DemucsInferError
+├── ModelLoadingError (RuntimeError)      a model name, a checkpoint file, a repository
+├── AudioError
+│   ├── LoadAudioError                    a track that cannot be read
+│   └── SaveAudioError                    a stem that cannot be written
+├── OptionError (ValueError)              a value that makes no sense where it was given
+└── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
 
