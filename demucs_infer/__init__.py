@@ -1,7 +1,7 @@
 """Demucs models for music source separation, for inference only.
 
-The command line is `demucs-infer`, the Python interface `demucs_infer.api.Separator`. Importing this
-package does not import PyTorch.
+The command line is `demucs-infer`, the Python interface `demucs_infer.api.Separator`. Importing
+this package does not import PyTorch.
 """
 
 __version__ = "0.1.0"

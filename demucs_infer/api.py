@@ -128,11 +128,11 @@ class Separator:
         self._audio_channels: int = model.audio_channels
 
     def _check_segment(self) -> None:
-        segment, longest = self._settings.segment, getattr(self._model, "max_allowed_segment", None)
-        longest = longest or getattr(self._model, "max_segment", float("inf"))
+        segment = self._settings.segment
+        longest = float(getattr(self._model, "max_allowed_segment", float("inf")))
         if segment is not None and segment > longest:
             raise OptionError(
-                f"segment={segment:g} is longer than the {float(longest):g} s that {self._name}"
+                f"segment={segment:g} is longer than the {longest:g} s that {self._name}"
                 " can take at once: give that or less"
             )
 

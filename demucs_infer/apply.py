@@ -19,7 +19,7 @@ import copy
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -131,8 +131,8 @@ class BagOfModels(nn.Module):
         rows = [[float(weight) for weight in row] for row in weights]
         if len(rows) != models or any(len(row) != sources for row in rows):
             raise ModelLoadingError(
-                f"the weights of a bag must be {models} rows (models) of {sources} numbers (sources),"
-                f" not {weights}"
+                f"the weights of a bag must be {models} rows (models) of {sources} numbers"
+                f" (sources), not {weights}"
             )
         if any(sum(column) == 0 for column in zip(*rows)):
             raise ModelLoadingError(
@@ -216,12 +216,12 @@ class Step(NamedTuple):
     """A window to run, and how far the sum is complete once it has been added."""
 
     task: Pass
-    index: int
+    number: int  # of the window in its pass
     complete: int
 
     @property
     def window(self) -> Window:
-        return self.task.windows[self.index]
+        return self.task.windows[self.number]
 
 
 def plan_windows(start: int, stop: int, segment: int, stride: int) -> list[Window]:
@@ -237,6 +237,7 @@ def plan_passes(bag: BagOfModels, length: int, options: ApplyOptions) -> list[Pa
     """
     passes = []
     max_shift = int(MAX_SHIFT * bag.samplerate)
+    model: Any
     for index, model in enumerate(bag.models):
         for shift in range(max(1, options.shifts)):
             start = random.randint(0, max_shift) - max_shift if options.shifts else 0
@@ -280,9 +281,9 @@ def plan_steps(passes: Sequence[Pass], in_lockstep: bool) -> list[Step]:
 def fade(length: int, transition_power: float) -> Tensor:
     """Weights of a window: up from its start to its middle, and down again, at most 1.
 
-    1 ┤     ╱╲
-      │   ╱    ╲
-    0 ┤ ╱        ╲
+    1 ┤    /\\
+      │  /    \\
+    0 ┤/        \\
     """
     half = length // 2
     up = torch.arange(1, half + 1, dtype=torch.float64)
@@ -446,7 +447,7 @@ class _Job:
         weights = torch.tensor(self.bag.weights, dtype=torch.float64)
         return (weights / weights.sum(0) / self.shifts).float()
 
-    def blocks(self, outputs: Iterator[tuple[Step, Tensor]]) -> Iterator[Tensor]:
+    def blocks(self, outputs: Iterable[tuple[Step, Tensor]]) -> Iterator[Tensor]:
         """Overlap-add the outputs of `run` and yield finished blocks."""
         length, gains = self.source.length, self.gains()
         total = OverlapAdd(_capacity(self.steps, length))
@@ -464,7 +465,7 @@ class _Job:
         if self.options.split:
             longest = _segment_and_stride(self.bag.models[step.task.model], self.options)[0]
         weight = fade(longest, self.options.transition_power)
-        return window_share(step.task.windows, step.index, weight)
+        return window_share(step.task.windows, step.number, weight)
 
 
 def separate_blocks(

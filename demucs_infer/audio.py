@@ -7,7 +7,6 @@ it is whole.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import av
-import julius
 import numpy as np
 import torch
 from av.audio.resampler import AudioResampler
+from julius.resample import resample_frac
 from torch import Tensor
 
 from .errors import LoadAudioError, MissingDependencyError, OptionError, SaveAudioError
@@ -31,6 +30,16 @@ CLAMP_LIMIT = 0.99
 RESCALE_MARGIN = 1.01
 I16_MAX = 2**15 - 1
 I24_MAX = 2**23 - 1
+LAYOUTS = {
+    1: "mono",
+    2: "stereo",
+    3: "2.1",
+    4: "4.0",
+    5: "5.0",
+    6: "5.1",
+    7: "6.1",
+    8: "7.1",
+}
 WRITE_BLOCK = 2**16  # samples that one encoded frame has at most
 MP3_PRESETS = range(2, 8)  # of lame: 2 is the best quality, 7 the fastest
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
@@ -224,7 +233,7 @@ def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
 def convert_audio(wav: Tensor, from_samplerate: int, to_samplerate: int, channels: int) -> Tensor:
     """Convert `wav` `[*, C, T]` to `channels` channels at `to_samplerate` hertz."""
     wav = convert_audio_channels(wav, channels)
-    return julius.resample_frac(wav, int(from_samplerate), int(to_samplerate))
+    return resample_frac(wav, int(from_samplerate), int(to_samplerate))
 
 
 def i16_pcm(wav: Tensor) -> Tensor:
@@ -310,7 +319,7 @@ def encode_mp3(
         encoder.silence()
     pcm = i16_pcm(wav).cpu().numpy().T
     try:
-        with _appearing(Path(path)) as (file, _):
+        with _appearing(Path(path)) as file:
             for start in range(0, len(pcm), WRITE_BLOCK):
                 file.write(encoder.encode(pcm[start : start + WRITE_BLOCK].tobytes()))
             file.write(encoder.flush())
@@ -391,65 +400,44 @@ def _quantized(wav: Tensor, codec: str) -> tuple[np.ndarray[Any, Any], str]:
 
 
 def _encode_lossless(wav: Tensor, path: Path, samplerate: int, format: str, codec: str) -> None:
+    """Encode `wav` with PyAV; `codec` is FFmpeg's, with the sample format where it has several."""
     channels = wav.shape[0]
+    if channels not in LAYOUTS:
+        raise SaveAudioError(f"{path}: cannot write {channels} channels")
     options = {"rf64": "auto"} if format == "wav" else {}
-    with _appearing(path) as (file, _), _translated(path):
-        with av.open(file, "w", format=format, options=options) as container:
-            layout = LAYOUTS.get(channels)
-            if layout is None:
-                raise SaveAudioError(f"{path}: cannot write {channels} channels")
-            stream: Any = container.add_stream(
-                codec.partition("_s")[0] if format == "flac" else codec, rate=samplerate
-            )
-            stream.layout = layout
-            _, stream.format = _quantized(wav[:, :0], codec)
-            for start in range(0, wav.shape[-1], WRITE_BLOCK):
-                samples, sample_format = _quantized(wav[:, start : start + WRITE_BLOCK], codec)
-                frame = av.AudioFrame.from_ndarray(samples, sample_format, layout)
-                frame.sample_rate = samplerate
-                frame.pts = start
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-
-
-LAYOUTS = {
-    1: "mono",
-    2: "stereo",
-    3: "2.1",
-    4: "4.0",
-    5: "5.0",
-    6: "5.1",
-    7: "6.1",
-    8: "7.1",
-}
+    with _appearing(path) as file, av.open(file, "w", format=format, options=options) as container:
+        name = "flac" if format == "flac" else codec
+        stream: Any = container.add_stream(name, rate=samplerate)
+        stream.layout = LAYOUTS[channels]
+        stream.format = _quantized(wav[:, :0], codec)[1]
+        for start in range(0, wav.shape[-1], WRITE_BLOCK):
+            samples, sample_format = _quantized(wav[:, start : start + WRITE_BLOCK], codec)
+            frame = av.AudioFrame.from_ndarray(samples, sample_format, LAYOUTS[channels])
+            frame.sample_rate = samplerate
+            frame.pts = start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except AV_ERRORS as exc:
-        raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc
+def _appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path`, which takes its name when the block ends well, and else vanishes.
 
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside `path`, which takes its name when the block ends well, and else vanishes."""
+    Raises `SaveAudioError` for what the system or FFmpeg has against writing it.
+    """
     temporary = None
     try:
-        try:
-            handle, name = tempfile.mkstemp(".part", f".{path.stem[:100]}-", path.parent)
-            temporary = Path(name)
-            with os.fdopen(handle, "w+b") as file:
-                yield file, temporary
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except OSError as exc:
-            raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc
-    except BaseException:
+        handle, name = tempfile.mkstemp(".part", f".{path.stem[:100]}-", path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
+        temporary.chmod(0o666 & ~_umask())  # as a file that was opened under its own name
+        temporary.replace(path)
+    except AV_ERRORS as exc:
+        raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise
 
 
 def _umask() -> int:

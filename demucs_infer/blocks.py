@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class BLSTM(nn.Module):
         the functional form is given the parameters instead.
         """
         x = x.permute(2, 0, 1)
-        weights = [p for layer in self.lstm.all_weights for p in layer]
+        weights: list[Tensor] = [p for layer in self.lstm.all_weights for p in layer]
         state = x.new_zeros(2 * self.lstm.num_layers, x.shape[1], self.lstm.hidden_size)
         y = torch.lstm(
             x, (state, state), weights, True, self.lstm.num_layers, 0.0, False, True, False
@@ -155,7 +155,7 @@ class DConv(nn.Module):
     @staticmethod
     def _step(channels: int, hidden: int, dilation: int, options: DConvOptions) -> nn.Sequential:
         padding = dilation * (options.kernel // 2)
-        layers = [
+        layers: list[nn.Module] = [
             nn.Conv1d(channels, hidden, options.kernel, dilation=dilation, padding=padding),
             nn.GroupNorm(1, hidden) if options.norm else nn.Identity(),
             nn.GELU() if options.gelu else nn.ReLU(),
@@ -316,6 +316,7 @@ class MultiEncoder(nn.Module):
     """
 
     empty = False
+    layers: Any
 
     def __init__(self, layer: HEncLayer, split_ratios: Sequence[float]) -> None:
         super().__init__()
@@ -348,6 +349,7 @@ class MultiDecoder(nn.Module):
     """
 
     empty = False
+    layers: Any
 
     def __init__(self, layer: HDecLayer, split_ratios: Sequence[float]) -> None:
         super().__init__()

@@ -42,5 +42,6 @@ class MissingDependencyError(DemucsInferError, ImportError):
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
         super().__init__(
-            f'{purpose} needs {package}: pip install {package} (or pip install "demucs-infer[{extra}]")'
+            f"{purpose} needs {package}: pip install {package}"
+            f' (or pip install "demucs-infer[{extra}]")'
         )

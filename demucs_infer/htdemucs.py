@@ -140,6 +140,11 @@ class HTDemucs(HybridUNet):
     `segment` seconds (shorter windows are padded with zeros on the right); returns `[B, S, C, T]`.
     """
 
+    channel_upsampler: nn.Module
+    channel_upsampler_t: nn.Module
+    channel_downsampler: nn.Module
+    channel_downsampler_t: nn.Module
+
     __signature__ = signature_of(HTDemucsOptions)
 
     @capture_init

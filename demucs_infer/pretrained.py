@@ -76,7 +76,7 @@ def get_model(name: str, repo: Path | None = None) -> nn.Module:
         name: a bag (`htdemucs`), a signature (`955717e8`), or `demucs_unittest`.
         repo: a folder of checkpoints and bags, instead of the released ones.
 
-    Raises `ModelLoadingError` (a `RuntimeError`) if there is none of that name or it cannot be read.
+    Raises `ModelLoadingError` (a `RuntimeError`) if there is none, or it cannot be read.
     """
     if name == UNITTEST_MODEL:
         return demucs_unittest().eval()

@@ -18,8 +18,7 @@ REMOTE_ROOT = Path(__file__).parent / "remote"
 @lru_cache(maxsize=1)
 def registry() -> dict[str, Any]:
     """The content of `remote/registry.yaml`: `root`, `checkpoints` and `bags`."""
-    with open(REMOTE_ROOT / "registry.yaml", encoding="utf-8") as file:
-        return dict(yaml.safe_load(file))
+    return dict(yaml.safe_load((REMOTE_ROOT / "registry.yaml").read_text(encoding="utf-8")))
 
 
 def checkpoint_urls() -> dict[str, str]:

@@ -29,13 +29,13 @@ READ_BLOCK = 2**20  # bytes
 def check_checksum(path: Path, checksum: str) -> None:
     """Raise `ModelLoadingError` unless the SHA-256 of the file starts with `checksum`."""
     digest = sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
             digest.update(block)
     actual = digest.hexdigest()[: len(checksum)]
     if actual != checksum:
         raise ModelLoadingError(
-            f"{path}: is damaged: its checksum is {actual} and should be {checksum}. Fetch it again."
+            f"{path}: is damaged: its checksum is {actual} and should be {checksum}: fetch it again"
         )
 
 
@@ -75,8 +75,8 @@ class RemoteRepo(ModelOnlyRepo):
         path = cache_folder() / Path(urlparse(url).path).name
         if not path.exists():
             raise ModelLoadingError(
-                f"the checkpoint {path.name} is not on this machine: fetch {url} into {path.parent},"
-                " or pass the folder that has it as --repo"
+                f"the checkpoint {path.name} is not on this machine: fetch {url} into"
+                f" {path.parent}, or pass the folder that has it as --repo"
             )
         return _load_checked(path)
 

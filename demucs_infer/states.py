@@ -176,7 +176,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     if "klass" not in metadata:
         raise _Refused("no klass in the metadata")
     state: Any = tensors
@@ -329,7 +329,7 @@ def _assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def get_state(model: nn.Module, quantizer: Any = None, half: bool = False) -> dict[str, Any]:
-    """The weights of `model` on the CPU, as float16 if `half`, or as `quantizer` (diffq) packs them."""
+    """The weights of `model` on the CPU, as float16 if `half`, or packed by diffq's `quantizer`."""
     if quantizer is not None:
         return {**quantizer.get_quantized_state(), QUANTIZED: True}
     dtype = torch.float16 if half else None

@@ -1,4 +1,4 @@
-"""The cross-domain transformer of Hybrid Transformer Demucs (Rouard et al., 2023, arXiv:2211.08553).
+"""The transformer of Hybrid Transformer Demucs (Rouard et al., 2023, arXiv:2211.08553).
 
 The spectral and the time branch pass through their own stack of layers, which attend by turns to
 their own branch and to the other one. Sequences are `[B, T, C]` throughout.
@@ -65,7 +65,7 @@ class TransformerOptions:
     def __post_init__(self) -> None:
         if self.emb != "sin":
             raise OptionError(
-                f"emb={self.emb!r} is not supported: only 'sin' (cape and scaled embeddings are not)"
+                f"emb={self.emb!r} (the embedding of positions) is not supported: only 'sin' is"
             )
         for name in ("sparse_self_attn", "sparse_cross_attn", "sin_random_shift"):
             if getattr(self, name):
@@ -141,6 +141,10 @@ class Attention(nn.Module):
 
 class TransformerLayer(nn.Module):
     """What the self-attention and the cross-attention layer have in common."""
+
+    norm1: nn.Module
+    norm2: nn.Module
+    norm3: nn.Module  # of the cross layer only
 
     def __init__(self, options: TransformerOptions, norms: int) -> None:
         super().__init__()

@@ -1,0 +1,106 @@
+"""Models in both implementations, checkpoints, and the two command lines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import demucs.htdemucs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from demucs_infer.htdemucs import HTDemucs
+
+SOURCES = ["drums", "bass", "other", "vocals"]
+TOLERANCE = 1e-5  # of the reference's peak
+
+TINY = {
+    "sources": SOURCES,
+    "channels": 8,
+    "nfft": 1024,
+    "depth": 3,
+    "segment": 0.5,
+    "samplerate": 8000,
+    "t_layers": 2,
+    "t_heads": 2,
+    "bottom_channels": 16,
+}
+RELEASED = {
+    "sources": SOURCES,
+    "channels": 48,
+    "bottom_channels": 512,
+    "dconv_mode": 3,
+    "t_dropout": 0.02,
+    "segment": Fraction(39, 5),
+}
+
+
+def shake(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give biases and gains values that show in the output (they start near zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                gain = name.endswith("scale") or ("norm" in name and name.endswith("weight"))
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise + gain)
+    return model.eval()
+
+
+def pair(theirs: type, ours: type, seed: int = 0, **options: object) -> tuple[nn.Module, nn.Module]:
+    """The same model in the reference and here."""
+    torch.manual_seed(seed)
+    reference = shake(theirs(**options), seed)
+    model = ours(**options).eval()
+    model.load_state_dict(reference.state_dict())
+    return reference, model
+
+
+def htdemucs_pair(seed: int = 0, **options: object) -> tuple[nn.Module, nn.Module]:
+    return pair(demucs.htdemucs.HTDemucs, HTDemucs, seed, **options)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert ours.shape == theirs.shape
+    assert torch.isfinite(ours).all()
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def save_package(path: Path, model: nn.Module, half: bool = False, **changes: object) -> Path:
+    """Save `model` as the reference's training does."""
+    args, kwargs = model._init_args_kwargs
+    state = {k: v.half() if half else v for k, v in model.state_dict().items()}
+    package = {
+        "klass": type(model),
+        "args": args,
+        "kwargs": kwargs,
+        "state": state,
+        "training_args": {"epochs": 1},
+    }
+    torch.save({**package, **changes}, path)
+    return path
+
+
+def noise(channels: int, length: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).randn(channels, length)).float() * 0.1
+
+
+def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """Run Python with `arguments` in a process of its own."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        **kwargs,
+    )
+
+
+def separate(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """Run our command line."""
+    return run("-m", "demucs_infer", *arguments, **kwargs)
