@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import demucs.spec
+import pytest
+import torch
+
+from demucs_infer.spec import (
+    channels_as_complex,
+    complex_as_channels,
+    ispectro,
+    reflect_pad,
+    spectro,
+    with_phase_of,
+)
+
+from .helpers import assert_close, noise
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("hop", [None, 100])
+def test_spectrograms_equal_the_reference(pad: int, hop: int | None) -> None:
+    x = noise(2, 3000)[None]
+    ours, theirs = spectro(x, 400, hop, pad), demucs.spec.spectro(x, 400, hop, pad)
+    assert_close(torch.view_as_real(ours), torch.view_as_real(theirs), 1e-6)
+    back = ispectro(ours, hop, 2900, pad)
+    assert_close(back, x[..., :2900])
+    if hop or not pad:  # without a hop, the reference does not invert what it padded
+        assert_close(back, demucs.spec.ispectro(theirs, hop, 2900, pad), 1e-6)
+
+
+def test_complex_channels_there_and_back() -> None:
+    z = torch.randn(2, 3, 5, 7, dtype=torch.complex64)
+    x = complex_as_channels(z)
+    assert x.shape == (2, 6, 5, 7)
+    assert torch.equal(x[:, 1], z[:, 0].imag)
+    assert torch.equal(channels_as_complex(x[:, None])[:, 0], z)
+
+
+def test_phase_of_the_mixture() -> None:
+    z = torch.tensor([1j, -2.0, 0.0]).view(1, 1, 3, 1)
+    out = with_phase_of(z, torch.full((1, 1, 1, 3, 1), 3.0)).flatten()
+    assert torch.allclose(out, torch.tensor([3j, -3.0, 3.0]), atol=1e-6)
+
+
+def test_reflection_of_short_signals() -> None:
+    x = torch.arange(1.0, 4)
+    assert reflect_pad(x[None], 2, 1).tolist() == [[3, 2, 1, 2, 3, 2]]
+    assert reflect_pad(x[None, :2], 2, 2).tolist() == [[0, 2, 1, 2, 0, 2]]

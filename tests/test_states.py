@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import demucs.hdemucs
+import demucs.htdemucs
+import demucs.repo
+import demucs.states
+import diffq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from demucs_infer.errors import MissingDependencyError, ModelLoadingError
+from demucs_infer.hdemucs import HDemucs
+from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.states import (
+    get_state,
+    load_model,
+    read_package,
+    save_with_checksum,
+    set_state,
+)
+
+from .helpers import TINY, assert_close, noise, save_package, shake
+
+HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return shake(demucs.htdemucs.HTDemucs(**{**TINY, "segment": Fraction(1, 2)}))
+
+
+def test_a_checkpoint_of_the_reference(theirs: torch.nn.Module, tmp_path: Path) -> None:
+    model = load_model(save_package(tmp_path / "a.th", theirs))
+    assert type(model) is HTDemucs
+    assert not model.training
+    assert model.segment == Fraction(1, 2)
+    mix = noise(2, 4000)[None]
+    with torch.no_grad():
+        assert_close(model(mix), theirs(mix))
+
+
+def test_half_precision_becomes_float32(theirs: torch.nn.Module, tmp_path: Path) -> None:
+    model = load_model(save_package(tmp_path / "a.th", theirs, half=True))
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, theirs.state_dict()[name].half().float())
+
+
+def test_hybrid_checkpoints(tmp_path: Path) -> None:
+    reference = shake(demucs.hdemucs.HDemucs(**HYBRID, dconv_lstm=1))
+    model = load_model(save_package(tmp_path / "a.th", reference))
+    assert type(model) is HDemucs
+    mix = noise(2, 30_000)[None]
+    with torch.no_grad():
+        assert_close(model(mix), reference(mix))
+
+
+def test_the_installed_reference_is_not_touched(theirs: torch.nn.Module, tmp_path: Path) -> None:
+    path = save_package(tmp_path / "a.th", theirs)
+    code = "import sys; from demucs_infer.states import load_model; load_model(sys.argv[1]);"
+    code += "sys.exit(any(name.partition('.')[0] == 'demucs' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
+
+
+def test_own_packages_are_read_back(tmp_path: Path) -> None:
+    model = HTDemucs(**TINY)
+    path = save_package(tmp_path / "a.th", model)
+    assert load_model(path).segment == model.segment
+
+
+@pytest.mark.parametrize("quantizer", [diffq.UniformQuantizer, diffq.DiffQuantizer])
+def test_quantized_checkpoints(quantizer: type, tmp_path: Path) -> None:
+    reference = shake(demucs.hdemucs.HDemucs(**HYBRID))
+    state = demucs.states.get_state(reference, quantizer(reference, min_size=0.01))
+    path = save_package(tmp_path / "a.th", reference, state=state)
+    demucs.states.set_state(reference, state)
+    mix = noise(2, 3000)[None]
+    with torch.no_grad():
+        assert_close(load_model(path)(mix), reference(mix))
+
+
+def test_a_quantized_checkpoint_without_diffq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffq", None)
+    package = {"klass": HDemucs, "args": (), "kwargs": HYBRID, "state": {"__quantized": True}}
+    with pytest.raises(MissingDependencyError, match="pip install diffq"):
+        load_model(package)
+
+
+def test_safetensors(theirs: torch.nn.Module, tmp_path: Path) -> None:
+    kwargs = {**TINY, "segment": {"_type": "fraction", "numerator": 1, "denominator": 2}}
+    metadata = {
+        "klass": "demucs.htdemucs.HTDemucs",
+        "args": "[]",
+        "kwargs": json.dumps(kwargs),
+    }
+    path = tmp_path / "a.safetensors"
+    save_file({k: v.clone() for k, v in theirs.state_dict().items()}, path, metadata)
+    model = load_model(path)
+    assert model.segment == Fraction(1, 2)
+    mix = noise(2, 4000)[None]
+    with torch.no_grad():
+        assert_close(model(mix), theirs(mix))
+    for bad in ({**metadata, "klass": "os.system"}, {**metadata, "klass": "/etc/x.Y"}, {}):
+        save_file({"x": torch.zeros(1)}, path, bad or None)
+        with pytest.raises(ModelLoadingError):
+            load_model(path)
+
+
+def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
+    args, kwargs = theirs._init_args_kwargs
+    package = {"klass": HTDemucs, "args": args, "kwargs": dict(kwargs)}
+    package["state"] = dict(theirs.state_dict())
+    change(package)
+    return package
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["state"].pop("encoder.0.conv.bias"), "encoder.0.conv.bias is missing"),
+        (lambda p: p["state"].update(x=torch.zeros(1)), "x is unexpected"),
+        (
+            lambda p: p["state"].update({"encoder.0.conv.bias": torch.zeros(3)}),
+            r"encoder.0.conv.bias has the shape \[3\] and not \[8\]",
+        ),
+        (lambda p: p["kwargs"].update(new_layer=True), "no option new_layer"),
+        (lambda p: p["kwargs"].update(t_emb="cape"), "emb='cape'"),
+        (lambda p: p["kwargs"].update(depth="four"), "does not describe a model"),
+        (lambda p: p.pop("state"), "state"),
+        (lambda p: p.update(klass=dict), "builtins.dict is no model class"),
+        (lambda p: p.update(klass="os.system"), "os.system"),
+    ],
+)
+def test_packages_that_do_not_fit(theirs: torch.nn.Module, change, message: str) -> None:
+    with pytest.raises(ModelLoadingError, match=message):
+        load_model(changed(theirs, change))
+
+
+def test_unknown_options_without_effect_are_dropped_with_a_warning(
+    theirs: torch.nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = changed(theirs, lambda p: p["kwargs"].update(dropout=0.3, future=None))
+    load_model(package)
+    assert "no option dropout" in caplog.text
+    assert "no option future" in caplog.text
+    with pytest.raises(ModelLoadingError, match="dropout"):
+        load_model(package, strict=True)
+
+
+class Reduce:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def archive(path: Path, data: bytes, **entries: bytes) -> Path:
+    """A PyTorch archive around a pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", data)
+        for name, content in entries.items():
+            file.writestr(f"archive/data/{name}", content)
+    return path
+
+
+def hostile_pickles(proof: Path) -> dict[str, bytes]:
+    command = f"touch {proof}"
+    calls = {
+        "os.system": Reduce(os.system, command),
+        "eval": Reduce(eval, f"open({str(proof)!r}, 'w')"),
+        "exec": Reduce(exec, f"open({str(proof)!r}, 'w')"),
+        "importlib": Reduce(__import__, "antigravity"),
+        "open": Reduce(open, str(proof), "w"),
+        "torch.load": Reduce(torch.load, str(proof)),
+        "popen": Reduce(subprocess.Popen, ["touch", str(proof)]),
+        "class called": Reduce(HTDemucs, ["a"]),
+        "fraction of text": Reduce(Fraction, "1e999999999"),
+    }
+    handmade = {
+        "inst": f"(S'{command}'\nios\nsystem\n.".encode(),
+        "obj": f"(cos\nsystem\nS'{command}'\no.".encode(),
+        "build": b"cdemucs.htdemucs\nHTDemucs\n}S'x'\nI1\nsb.",
+        "newobj": b"cdemucs.htdemucs\nHTDemucs\n)\x81.",
+        "nested name": b"\x80\x04\x8c\x13demucs_infer.states\x8c\tos.system\x93.",
+        "garbage": b"\x80\x04garbage",
+        "nothing": b"",
+        "huge list": b"\x80\x04" + b"](" * 100_000 + b".",
+    }
+    return {name: pickle.dumps({"state": call}) for name, call in calls.items()} | handmade
+
+
+@pytest.mark.parametrize("name", hostile_pickles(Path("proof")))
+def test_hostile_pickles_are_refused_and_run_nothing(name: str, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    path = archive(tmp_path / "a.th", hostile_pickles(proof)[name])
+    with pytest.raises(ModelLoadingError, match=r"a\.th") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert not proof.exists()
+
+
+def tensor_pickle(size: tuple, stride: tuple, offset: int = 0, numel: int = 4) -> bytes:
+    """A pickled tensor with the shape as given, over a storage of four values."""
+
+    class Storage:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: object):
+            if isinstance(obj, Storage):
+                return ("storage", torch.FloatStorage, "0", "cpu", numel)
+            return None
+
+    buffer = io.BytesIO()
+    arguments = (Storage(), offset, size, stride, False, None)
+    call = Reduce(torch._utils._rebuild_tensor_v2, *arguments)
+    Pickler(buffer, 2).dump({"state": {"x": call}})
+    return buffer.getvalue()
+
+
+def test_tensors_are_read(tmp_path: Path) -> None:
+    values = torch.arange(4.0).numpy().tobytes()
+    path = archive(tmp_path / "a.th", tensor_pickle((2, 2), (1, 2)), **{"0": values})
+    assert read_package(path)["state"]["x"].tolist() == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((5,), (1,)),
+        ((2, 2), (4, 1)),
+        ((-2,), (1,)),
+        ((2,), (-1,)),
+        ((2,), (1,), 3),
+        ((2,), (1,), -1),
+        ((10**12,), (0,)),
+        ((2, 2), (1,)),
+        ((4,), (1,), 0, 10**9),
+    ],
+    ids=str,
+)
+def test_tensors_outside_of_their_storage_are_refused(arguments: tuple, tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.th", tensor_pickle(*arguments), **{"0": bytes(16)})
+    with pytest.raises(ModelLoadingError, match="refused"):
+        load_model(path)
+
+
+def test_files_that_are_no_archives(theirs: torch.nn.Module, tmp_path: Path) -> None:
+    path = save_package(tmp_path / "a.th", theirs)
+    whole = path.read_bytes()
+    for content in (b"", b"x", b"text\n" * 100, whole[: len(whole) // 2], whole[1000:]):
+        path.write_bytes(content)
+        with pytest.raises(ModelLoadingError):
+            load_model(path)
+    torch.save({"state": {}}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelLoadingError):
+        load_model(path)
+    with pytest.raises(ModelLoadingError, match="no such checkpoint"):
+        load_model(tmp_path / "b.th")
+    with pytest.raises(ModelLoadingError, match="is a .th or .safetensors file"):
+        load_model(tmp_path / "b.txt")
+    torch.save([1, 2], path)
+    with pytest.raises(ModelLoadingError, match="holds a list"):
+        load_model(path)
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.th"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}))
+        file.writestr("archive/data/0", bytes(10**8))
+    with pytest.raises(ModelLoadingError, match="compressed"):
+        load_model(path)
+
+
+def test_states(tmp_path: Path) -> None:
+    model, other = HTDemucs(**TINY), HTDemucs(**TINY)
+    state = get_state(model, None, half=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert set_state(other, get_state(model)) is not None
+    assert torch.equal(other.encoder[0].conv.weight, model.encoder[0].conv.weight)
+    path = save_with_checksum({"state": state}, tmp_path / "abc.th")
+    assert path.name.startswith("abc-")
+    demucs.repo.check_checksum(path, path.stem.partition("-")[2])
