@@ -1,8 +1,9 @@
 """The layers that the model families share.
 
 Shapes: `[B, C, T]` in the time branch, `[B, C, F, T]` in the spectral branch. Attribute names are
-the keys of the released state dicts. The layers are those of Demucs (Défossez et al., 2019,
-arXiv:1911.13254) and Hybrid Demucs (Défossez, 2021, arXiv:2111.03600).
+the keys of the released state dicts; quantized ones rely on the order of the attributes, too. The
+layers are those of Demucs (Défossez et al., 2019, arXiv:1911.13254) and Hybrid Demucs (Défossez,
+2021, arXiv:2111.03600).
 """
 
 from __future__ import annotations
@@ -235,11 +236,11 @@ class HEncLayer(nn.Module):
         if self.empty:
             return
         self.norm1 = options.group_norm(chout)
-        self.dconv = None if options.dconv is None else DConv(chout, options.dconv)
         self.rewrite: nn.Module | None = None
         if options.rewrite:
             self.rewrite = options.rewrite_convolution(chout)
             self.norm2 = options.group_norm(2 * chout)
+        self.dconv = None if options.dconv is None else DConv(chout, options.dconv)
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         """Encode `x`; `inject` is added after the first convolution (the other branch joins)."""
@@ -273,11 +274,11 @@ class HDecLayer(nn.Module):
         self.norm2 = options.group_norm(chout)
         if self.empty:
             return
-        self.dconv = None if options.dconv is None else DConv(chin, options.dconv)
         self.rewrite: nn.Module | None = None
         if options.rewrite:
             self.rewrite = options.rewrite_convolution(chin)
             self.norm1 = options.group_norm(2 * chin)
+        self.dconv = None if options.dconv is None else DConv(chin, options.dconv)
 
     def forward(self, x: Tensor, skip: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         """Decode `x` plus the encoder's `skip` to `length` steps in the time branch.

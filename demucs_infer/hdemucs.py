@@ -178,8 +178,8 @@ class HybridUNet(nn.Module):
         self.nfft = options.nfft
         self.hop_length = options.nfft // 4
         self.cac = options.cac
-        self.encoder, self.tencoder = nn.ModuleList(), nn.ModuleList()
-        self.decoder, self.tdecoder = nn.ModuleList(), nn.ModuleList()
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        self.tencoder, self.tdecoder = nn.ModuleList(), nn.ModuleList()
         levels = _plan_levels(options)
         if options.multi_freqs and options.norm_starts < options.multi_freqs_depth:
             raise OptionError("multi_freqs needs levels without normalization (norm_starts)")

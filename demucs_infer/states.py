@@ -54,6 +54,12 @@ MODEL_CLASSES: dict[str, type[nn.Module]] = {
     }.items()
 }
 
+# Names that a quantized state has for the class of diffq that unpacks it.
+QUANTIZERS = {
+    "diffq.uniform.UniformQuantizer": "UniformQuantizer",
+    "diffq.diffq.DiffQuantizer": "DiffQuantizer",
+}
+
 # Options of other releases that act in training only.
 TRAINING_OPTIONS = frozenset(
     ("dropout", "weight_decay", "lr", "rescale", "dconv_init", "end_iters", "emb_smooth")
@@ -120,7 +126,7 @@ PICKLE_GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     **STORAGE_DTYPES,
-    **{name: _ClassName(name) for name in MODEL_CLASSES},
+    **{name: _ClassName(name) for name in [*MODEL_CLASSES, *QUANTIZERS]},
 }
 
 
@@ -212,6 +218,8 @@ def _unfold_structure(node: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "_dict":
         return {key: _unfold_structure(item, tensors) for key, item in value}
+    if kind == "_class":
+        return _ClassName(value)
     if kind in ("_list", "_tuple"):
         items = [_unfold_structure(item, tensors) for item in value]
         return items if kind == "_list" else tuple(items)
@@ -263,6 +271,8 @@ def load_model(
         args, state = tuple(package.get("args", ())), package["state"]
         kwargs = _known_options(model_class, dict(package.get("kwargs", {})), strict)
         quantized = bool(state.get(QUANTIZED))
+        if quantized:
+            _import_diffq()
         # Without memory for weights that are about to be replaced, and whatever size is asked for.
         with torch.device("cpu" if quantized else "meta"):
             model = model_class(*args, **kwargs)
@@ -290,12 +300,16 @@ def load_model(
 
 def _model_class(klass: Any) -> type[nn.Module]:
     """Our class for the one that a package names, or has (a package need not be from a file)."""
-    dotted = f"{klass.__module__}.{klass.__qualname__}" if isinstance(klass, type) else None
-    if isinstance(klass, _ClassName):
-        dotted = klass.dotted
+    dotted = _dotted_name(klass)
     if dotted not in MODEL_CLASSES:
-        raise ModelLoadingError(f"{dotted or klass!r} is no model class of Demucs")
+        raise ModelLoadingError(f"{dotted} is no model class of Demucs")
     return MODEL_CLASSES[dotted]
+
+
+def _dotted_name(klass: Any) -> str:
+    if isinstance(klass, _ClassName):
+        return klass.dotted
+    return f"{klass.__module__}.{klass.__qualname__}" if isinstance(klass, type) else repr(klass)
 
 
 def _known_options(model_class: Any, kwargs: dict[str, Any], strict: bool) -> dict[str, Any]:
@@ -348,12 +362,27 @@ def set_state(
     elif quantizer is not None:
         quantizer.restore_quantized_state(state)
     else:
-        try:
-            from diffq import restore_quantized_state
-        except ImportError as exc:
-            raise MissingDependencyError("diffq", "a quantized model", "quantized") from exc
-        restore_quantized_state(model, state)
+        quantizer = _quantizer_of(model, state["meta"])
+        quantizer.restore_quantized_state(state)
+        quantizer.detach()
     return state
+
+
+def _import_diffq() -> Any:
+    try:
+        import diffq
+    except ImportError as exc:
+        raise MissingDependencyError("diffq", "a quantized model", "quantized") from exc
+    return diffq
+
+
+def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
+    """The quantizer of diffq that packed a state."""
+    diffq = _import_diffq()
+    dotted = _dotted_name(meta["klass"])
+    if dotted not in QUANTIZERS:
+        raise ModelLoadingError(f"{dotted} is no quantizer of diffq")
+    return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
 
 
 def save_with_checksum(content: Any, path: str | os.PathLike[str]) -> Path:

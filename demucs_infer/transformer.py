@@ -142,6 +142,7 @@ class Attention(nn.Module):
 class TransformerLayer(nn.Module):
     """What the self-attention and the cross-attention layer have in common."""
 
+    attention: str  # the name of the attention, which comes first in the order of parameters
     norm1: nn.Module
     norm2: nn.Module
     norm3: nn.Module  # of the cross layer only
@@ -151,6 +152,7 @@ class TransformerLayer(nn.Module):
         dim, hidden = options.dim, int(options.dim * options.hidden_scale)
         self.norm_first = options.norm_first
         self.activation = F.gelu if options.gelu else F.relu
+        self.add_module(self.attention, Attention(dim, options.num_heads))
         self.linear1 = nn.Linear(dim, hidden)
         self.linear2 = nn.Linear(hidden, dim)
         for index in range(1, norms + 1):
@@ -176,9 +178,11 @@ class TransformerLayer(nn.Module):
 class SelfLayer(TransformerLayer):
     """A branch attends to itself."""
 
+    attention = "self_attn"
+    self_attn: nn.Module
+
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__(options, norms=2)
-        self.self_attn = Attention(options.dim, options.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_first:
@@ -191,9 +195,11 @@ class SelfLayer(TransformerLayer):
 class CrossLayer(TransformerLayer):
     """A branch attends to the other one."""
 
+    attention = "cross_attn"
+    cross_attn: nn.Module
+
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__(options, norms=3)
-        self.cross_attn = Attention(options.dim, options.num_heads)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         if self.norm_first:

@@ -56,6 +56,8 @@ def pair(theirs: type, ours: type, seed: int = 0, **options: object) -> tuple[nn
     torch.manual_seed(seed)
     reference = shake(theirs(**options), seed)
     model = ours(**options).eval()
+    # Quantized states depend on the order, too.
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
     model.load_state_dict(reference.state_dict())
     return reference, model
 

@@ -34,7 +34,7 @@ HDEMUCS = {"sources": TINY["sources"], "channels": 8, "nfft": 1024, "depth": 5, 
 class Identity(nn.Module):
     """Every source is the mixture."""
 
-    sources = ["a", "b"]
+    sources = ("a", "b")
     samplerate = 1000
     audio_channels = 2
     segment = 1.0

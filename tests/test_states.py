@@ -83,8 +83,8 @@ def test_own_packages_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantizer", [diffq.UniformQuantizer, diffq.DiffQuantizer])
 def test_quantized_checkpoints(quantizer: type, tmp_path: Path) -> None:
-    reference = shake(demucs.hdemucs.HDemucs(**HYBRID))
-    state = demucs.states.get_state(reference, quantizer(reference, min_size=0.01))
+    reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
+    state = demucs.states.get_state(packed, quantizer(packed, min_size=0.01))
     path = save_package(tmp_path / "a.th", reference, state=state)
     demucs.states.set_state(reference, state)
     mix = noise(2, 3000)[None]
@@ -273,7 +273,7 @@ def test_files_that_are_no_archives(theirs: torch.nn.Module, tmp_path: Path) -> 
         load_model(path)
     with pytest.raises(ModelLoadingError, match="no such checkpoint"):
         load_model(tmp_path / "b.th")
-    with pytest.raises(ModelLoadingError, match="is a .th or .safetensors file"):
+    with pytest.raises(ModelLoadingError, match=r"is a \.th or"):
         load_model(tmp_path / "b.txt")
     torch.save([1, 2], path)
     with pytest.raises(ModelLoadingError, match="holds a list"):
