@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import ApplyOptions, apply_model
+from .apply import ApplyOptions, apply_model, check_segment
 from .audio import AudioFile, convert_audio, save_audio
 from .errors import LoadAudioError, LoadModelError, OptionError
 from .pretrained import DEFAULT_MODEL, get_model, list_models
@@ -119,22 +119,13 @@ class Separator:
         self._name = model
         self._repo = None if repo is None else Path(repo)
         self._load_model()
-        self._check_segment()
+        check_segment(self._model, segment)
 
     def _load_model(self) -> None:
         model: Any = get_model(self._name, self._repo)
         self._model: nn.Module = model
         self._samplerate: int = model.samplerate
         self._audio_channels: int = model.audio_channels
-
-    def _check_segment(self) -> None:
-        segment = self._settings.segment
-        longest = float(getattr(self._model, "max_allowed_segment", float("inf")))
-        if segment is not None and segment > longest:
-            raise OptionError(
-                f"segment={segment:g} is longer than the {longest:g} s that {self._name}"
-                " can take at once: give that or less"
-            )
 
     @property
     def samplerate(self) -> int:
@@ -171,13 +162,9 @@ class Separator:
         del given["self"]
         if "device" in given:
             given["device"] = _usable_device(device)
-        before = self._settings
-        self._settings = replace(before, **given)
-        try:
-            self._check_segment()
-        except OptionError:
-            self._settings = before
-            raise
+        settings = replace(self._settings, **given)
+        check_segment(self._model, settings.segment)
+        self._settings = settings
 
     def separate_tensor(
         self, wav: Tensor, sr: int | None = None

@@ -146,9 +146,14 @@ class BagOfModels(nn.Module):
         return min(_segment(model) for model in self.models)
 
     @property
-    def max_allowed_segment(self) -> float:
+    def max_segment(self) -> float:
         """The longest segment in seconds that every model takes (infinite if none has a limit)."""
         return min(_max_segment(model) for model in self.models)
+
+    @property
+    def max_allowed_segment(self) -> float:
+        """The reference's name of `max_segment`."""
+        return self.max_segment
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a bag is run by apply_model")
@@ -160,6 +165,16 @@ def _segment(model: Any) -> float:
 
 def _max_segment(model: Any) -> float:
     return float(getattr(model, "max_segment", float("inf")))
+
+
+def check_segment(model: nn.Module, segment: float | None) -> None:
+    """Raise `OptionError` if `segment` (seconds) is longer than what `model` can take at once."""
+    longest = _max_segment(model)
+    if segment is not None and segment > longest:
+        raise OptionError(
+            f"segment={segment:g} is longer than the {longest:g} s that the model can take at once:"
+            " give that or less"
+        )
 
 
 def _with_segment(model: nn.Module, segment: float | None) -> nn.Module:
@@ -489,11 +504,7 @@ def separate_blocks(
     come during the last one. The rest is described at `apply_model`.
     """
     bag = model if isinstance(model, BagOfModels) else BagOfModels([model])
-    if options.segment is not None and options.segment > bag.max_allowed_segment:
-        raise OptionError(
-            f"segment={options.segment:g} is longer than the {bag.max_allowed_segment:g} s that the"
-            " model can take at once: give that or less"
-        )
+    check_segment(bag, options.segment)
     if source.length == 0:
         return
     device = torch.device(device)

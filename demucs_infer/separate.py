@@ -224,6 +224,9 @@ def main(opts: Sequence[str] | None = None) -> None:
     except DemucsInferError as exc:
         logger.debug("", exc_info=exc)
         fatal(exc)
+    except BrokenPipeError:  # the reader of --list-models has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         fatal("interrupted", status=EXIT_INTERRUPTED)
     if failed:
@@ -275,22 +278,22 @@ def _check_format(args: argparse.Namespace) -> None:
 
 
 def _check_filename(template: str, folder: Path) -> None:
-    try:
-        names = [_stem_path(template, folder, Path("track.wav"), s, "wav") for s in ("a", "b")]
-    except (KeyError, IndexError, ValueError, AttributeError) as exc:
-        raise OptionError(
-            f"--filename {template!r} is no template of {{track}}, {{trackext}}, {{stem}}, {{ext}}"
-        ) from exc
-    if names[0] == names[1]:
+    first, second = (_stem_path(template, folder, Path("a.wav"), stem, "wav") for stem in "ab")
+    if first == second:
         raise OptionError(f"--filename {template!r} lacks {{stem}}: all stems would be one file")
 
 
 def _stem_path(template: str, folder: Path, track: Path, stem: str, ext: str) -> Path:
     """The file of a stem, which is within `folder` whatever the names are."""
     name, _, suffix = track.name.rpartition(".")
-    relative = template.format(track=name or track.name, trackext=suffix, stem=stem, ext=ext)
+    try:
+        relative = template.format(track=name or track.name, trackext=suffix, stem=stem, ext=ext)
+    except (KeyError, IndexError, ValueError, AttributeError) as exc:
+        raise OptionError(
+            f"--filename {template!r} is no template of {{track}}, {{trackext}}, {{stem}}, {{ext}}"
+        ) from exc
     path = Path(os.path.normpath(folder / relative))
-    if not path.is_relative_to(os.path.normpath(folder)) or path == folder:
+    if Path(os.path.normpath(folder)) not in path.parents:
         raise OptionError(f"{path} would be outside of the output folder {folder}")
     return path
 

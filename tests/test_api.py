@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import demucs.api
+import pytest
+import soundfile
+import torch
+
+from demucs_infer.api import LoadAudioError, LoadModelError, Separator
+from demucs_infer.errors import OptionError
+
+from .helpers import SOURCES, assert_close, noise
+
+
+@pytest.fixture(scope="module")
+def separator(repo: Path) -> Separator:
+    return Separator("tiny", repo, device="cpu", shifts=0)
+
+
+@pytest.mark.parametrize("model", ["tiny", "pair"])
+@pytest.mark.parametrize("rate", [8000, 11_025, None])
+def test_tensors_as_by_the_reference(repo: Path, model: str, rate: int | None) -> None:
+    wav, results = noise(2, 10_000) + 0.1, []
+    for package in (demucs.api, None):
+        kind = package.Separator if package else Separator
+        random.seed(5)
+        separator = kind(model=model, repo=repo, device="cpu", shifts=2, overlap=0.4)
+        results.append(separator.separate_tensor(wav.clone(), rate))
+    (their_mix, theirs), (our_mix, ours) = results
+    assert_close(our_mix, their_mix)
+    assert list(ours) == list(theirs) == SOURCES
+    for name in theirs:
+        assert_close(ours[name], theirs[name])
+
+
+def test_files_as_by_the_reference(repo: Path, track: Path) -> None:
+    results = []
+    for kind in (demucs.api.Separator, Separator):
+        separator = kind(model="tiny", repo=repo, device="cpu", shifts=0)
+        results.append(separator.separate_audio_file(track))
+    for name, theirs in results[0][1].items():
+        assert_close(results[1][1][name], theirs)
+
+
+def test_mono_is_repeated(separator: Separator) -> None:
+    wav = noise(1, 5000)
+    mixture, stems = separator.separate_tensor(wav)
+    assert torch.equal(mixture, wav.expand(2, -1))
+    _, stereo = separator.separate_tensor(mixture)
+    assert torch.equal(stems["bass"], stereo["bass"])
+
+
+def test_the_input_is_left_alone(separator: Separator) -> None:
+    wav = noise(2, 5000)
+    before = wav.clone()
+    separator.separate_tensor(wav)
+    assert torch.equal(wav, before)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4000, 9000])
+def test_silence_gives_silence(separator: Separator, length: int) -> None:
+    for stem in separator.separate_tensor(torch.zeros(2, length))[1].values():
+        assert torch.equal(stem, torch.zeros(2, length))
+
+
+@pytest.mark.parametrize(
+    "wav",
+    [
+        torch.full((2, 1), 0.5),
+        torch.full((2, 5000), 0.5),
+        torch.tensor([[1.0], [-1.0]]).expand(-1, 5000),
+        torch.full((2, 5000), 1e-30),
+        torch.full((2, 5000), 1e10),
+    ],
+    ids=["one sample", "constant", "opposite", "tiny", "huge"],
+)
+def test_no_input_gives_nan(separator: Separator, wav: torch.Tensor) -> None:
+    for stem in separator.separate_tensor(wav)[1].values():
+        assert stem.isfinite().all()
+
+
+def test_a_constant_is_part_of_each_stem(separator: Separator) -> None:
+    for stem in separator.separate_tensor(torch.full((2, 5000), 0.5))[1].values():
+        assert (stem - 0.5).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wav", "message"),
+    [
+        (torch.full((2, 10), torch.nan), "not finite"),
+        (torch.full((2, 10), torch.inf), "not finite"),
+        (torch.zeros(2, 0), "not empty"),
+        (torch.zeros(10), r"\[10\]"),
+    ],
+)
+def test_tensors_that_are_refused(separator: Separator, wav: torch.Tensor, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        separator.separate_tensor(wav)
+
+
+def test_a_file_with_nan_is_refused(separator: Separator, tmp_path: Path) -> None:
+    wav = noise(2, 1000)
+    wav[0, 5] = torch.nan
+    soundfile.write(tmp_path / "nan.wav", wav.T.numpy(), 8000, subtype="FLOAT")
+    with pytest.raises(LoadAudioError, match="not finite"):
+        separator.separate_audio_file(tmp_path / "nan.wav")
+    with pytest.raises(LoadAudioError, match="no such file"):
+        separator.separate_audio_file(tmp_path / "none.wav")
+
+
+def test_properties(separator: Separator) -> None:
+    assert (separator.samplerate, separator.audio_channels) == (8000, 2)
+    assert separator.model.sources == SOURCES
+
+
+def test_update_parameter(repo: Path) -> None:
+    calls: list[dict] = []
+    separator = Separator("tiny", repo, device="cpu", shifts=0)
+    separator.update_parameter(callback=calls.append, segment=0.25, overlap=0.5)
+    separator.separate_tensor(noise(2, 4000))
+    assert [call["segment_offset"] for call in calls[::2]] == [0, 1000, 2000, 3000]
+    assert {call["audio_length"] for call in calls} == {4000}
+    separator.update_parameter(callback=None, segment=None)
+    separator.separate_tensor(noise(2, 4000))
+    assert len(calls) == 8
+    with pytest.raises(OptionError, match="longer than the 0.5 s"):
+        separator.update_parameter(segment=0.6)
+    with pytest.raises(OptionError, match="overlap=2"):
+        separator.update_parameter(overlap=2)
+    separator.separate_tensor(noise(2, 4000))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlap": 1},
+        {"shifts": -1},
+        {"segment": 0},
+        {"segment": 0.6},
+        {"jobs": -1},
+        {"device": "gpu"},
+        {"device": "cuda:99"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["tiny", "pair"])
+def test_options_are_checked_when_a_separator_is_made(
+    repo: Path, model: str, options: dict
+) -> None:
+    with pytest.raises(OptionError, match=str(next(iter(options.values())))):
+        Separator(model, repo, **{"device": "cpu", **options})
+
+
+def test_unknown_models(repo: Path) -> None:
+    with pytest.raises(LoadModelError, match="tinny"):
+        Separator("tinny", repo)

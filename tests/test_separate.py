@@ -1,0 +1,287 @@
+"""The command line, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from demucs_infer.separate import get_parser, load_track, main
+
+from .helpers import SOURCES, noise, run, separate
+
+OPTIONS = [
+    "--repo",
+    "--name",
+    "--sig",
+    "--out",
+    "--filename",
+    "--device",
+    "--shifts",
+    "--overlap",
+    "--no-split",
+    "--segment",
+    "--two-stems",
+    "--other-method",
+    "--int24",
+    "--float32",
+    "--clip-mode",
+    "--flac",
+    "--mp3",
+    "--mp3-bitrate",
+    "--mp3-preset",
+    "--jobs",
+    "--list-models",
+    "--verbose",
+    "--version",
+]
+
+
+def stems_of(folder: Path) -> set[str]:
+    """Every file below `folder`, as a relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def assert_one_line(result, *words: str) -> None:
+    """The command failed with one line on standard error, which has `words` in it."""
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("Separating")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("demucs-infer: error: ")
+    for word in words:
+        assert word in errors[0]
+
+
+def test_help_names_every_option() -> None:
+    text = get_parser().format_help()
+    for option in OPTIONS:
+        assert re.search(rf"{option}\b", text), option
+
+
+def test_float_stems_equal_those_of_the_reference(repo: Path, track: Path, tmp_path: Path) -> None:
+    options = ["--repo", repo, "-n", "tiny", "--float32", "--shifts", 0, "-d", "cpu", track]
+    theirs = run("-m", "demucs.separate", *options, "-o", tmp_path / "theirs")
+    assert theirs.returncode == 0, theirs.stderr
+    ours = separate(*options, "-o", tmp_path / "ours")
+    assert ours.returncode == 0, ours.stderr
+    assert stems_of(tmp_path / "ours") == stems_of(tmp_path / "theirs")
+    for name in stems_of(tmp_path / "ours"):
+        expected, rate = soundfile.read(tmp_path / "theirs" / name)
+        actual, our_rate = soundfile.read(tmp_path / "ours" / name)
+        assert our_rate == rate == 8000
+        assert np.abs(actual - expected).max() <= 1e-5
+
+
+def test_default_place_and_quiet_standard_output(repo: Path, track: Path, tmp_path: Path) -> None:
+    result = separate("--repo", repo, "-n", "tiny", "track.wav", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr == "Separating track.wav\n"
+    assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
+
+
+@pytest.mark.parametrize(
+    ("options", "suffix", "subtype"),
+    [
+        ([], "wav", "PCM_16"),
+        (["--int24"], "wav", "PCM_24"),
+        (["--float32"], "wav", "FLOAT"),
+        (["--flac"], "flac", "PCM_16"),
+        (["--flac", "--int24"], "flac", "PCM_24"),
+        (["--mp3", "--mp3-bitrate", "64", "--mp3-preset", "7"], "mp3", "MPEG_LAYER_III"),
+    ],
+    ids=str,
+)
+def test_formats(options: list, suffix: str, subtype: str, repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    main(["--repo", str(repo), "-n", "tiny", "-o", str(out), *options, str(track)])
+    info = soundfile.info(out / "tiny" / "track" / f"bass.{suffix}")
+    assert (info.subtype, info.channels, info.samplerate) == (subtype, 2, 8000)
+    assert info.duration == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("method", "other"), [("add", "no_vocals"), ("minus", "minus_vocals"), ("none", None)]
+)
+def test_two_stems(method: str, other: str | None, repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    options = [
+        "--two-stems",
+        "vocals",
+        "--other-method",
+        method,
+        "--float32",
+        "--clip-mode",
+        "none",
+    ]
+    main(["--repo", str(repo), "-s", "tiny", "-o", str(out), "--shifts", "0", *options, str(track)])
+    main(["--repo", str(repo), "-n", "tiny", "-o", str(track.parent / "all"), "--shifts", "0",
+          "--float32", "--clip-mode", "none", str(track)])  # fmt: skip
+    folder, every = out / "tiny" / "track", track.parent / "all" / "tiny" / "track"
+    assert {path.stem for path in folder.iterdir()} == {"vocals", other} - {None}
+    stems = {name: soundfile.read(every / f"{name}.wav")[0] for name in SOURCES}
+    mixture = load_track(track, 2, 8000).T.numpy()
+    rest = {"add": sum(stems[n] for n in SOURCES[:3]), "minus": mixture - stems["vocals"]}
+    if other:
+        assert np.abs(soundfile.read(folder / f"{other}.wav")[0] - rest[method]).max() < 1e-6
+
+
+def test_other_options_of_demucs(repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    options = [
+        "-d",
+        "cpu",
+        "--shifts",
+        "2",
+        "--overlap",
+        "0.5",
+        "--segment",
+        "0.4",
+        "-j",
+        "2",
+        "--clip-mode",
+        "clamp",
+        "-v",
+    ]
+    name = ["--filename", "{stem} of {track}.{trackext}.{ext}"]
+    main(["--repo", str(repo), "-n", "pair", "-o", str(out), *options, *name, str(track)])
+    assert stems_of(out) == {f"pair/{stem} of track.wav.wav" for stem in SOURCES}
+
+
+def test_a_track_in_one_window(repo: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(2, 3000).T.numpy(), 8000)
+    options = ["--repo", repo, "-n", "tiny", "--no-split", "--shifts", 0]
+    result = separate(*options, "a.wav", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_names(repo: Path, track: Path, tmp_path: Path) -> None:
+    for name in ("a.b c.wav", "{stem}.wav", "ünï — 音.wav", "no suffix", ".hidden", "100%.wav"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(track.read_bytes())
+    tracks = [str(path) for path in sorted((tmp_path / "in").iterdir())]
+    main(["--repo", str(repo), "-n", "tiny", "-o", str(tmp_path / "out"), *tracks])
+    folders = {path.name for path in (tmp_path / "out" / "tiny").iterdir()}
+    assert folders == {"a.b c", "{stem}", "ünï — 音", "no suffix", ".hidden", "100%"}
+
+
+def test_a_track_that_starts_with_a_dash(repo: Path, track: Path, tmp_path: Path) -> None:
+    track.rename(tmp_path / "-x.wav")
+    result = separate("--repo", repo, "-n", "tiny", "--", "-x.wav", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_list_models(repo: Path) -> None:
+    assert "htdemucs_ft" in separate("--list-models").stdout.split()
+    assert {"tiny", "pair"} <= set(separate("--list-models", "--repo", repo).stdout.split())
+
+
+def test_one_bad_track_does_not_stop_the_others(repo: Path, track: Path, tmp_path: Path) -> None:
+    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out"]
+    result = separate(*options, tmp_path / "missing.wav", track)
+    assert result.returncode == 1
+    assert "missing.wav: no such file" in result.stderr
+    assert len(stems_of(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, ["no such file"]),
+        (lambda path: path.mkdir(), ["is a folder"]),
+        (lambda path: path.write_bytes(b""), ["the file is empty"]),
+        (lambda path: path.write_text("words\n" * 999), ["no audio file"]),
+    ],
+    ids=["missing", "folder", "empty", "text"],
+)
+def test_bad_tracks(make, words: list, repo: Path, tmp_path: Path) -> None:
+    make(tmp_path / "bad.mp3")
+    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out"]
+    result = separate(*options, tmp_path / "bad.mp3")
+    assert_one_line(result, "bad.mp3", *words)
+    assert stems_of(tmp_path / "out") == set()
+
+
+def test_a_truncated_track_is_separated_with_a_warning(repo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.flac"
+    soundfile.write(path, noise(2, 80_000).T.numpy(), 8000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = separate("--repo", repo, "-n", "tiny", "-o", tmp_path / "out", path)
+    assert result.returncode == 0
+    assert "WARNING" in result.stderr
+    assert len(stems_of(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["-n", "tinny"], 1, ["tinny", "tiny"]),
+        (["-n", "tiny", "--two-stems", "voice"], 2, ["voice", "vocals"]),
+        (["-n", "tiny", "--segment", "7"], 2, ["7", "0.5 s"]),
+        (["-n", "tiny", "--overlap", "1"], 2, ["--overlap", "'1'"]),
+        (["-n", "tiny", "--shifts", "-1"], 2, ["--shifts", "'-1'"]),
+        (["-n", "tiny", "--shifts", "many"], 2, ["--shifts", "'many'"]),
+        (["-n", "tiny", "--mp3", "--flac"], 2, ["--flac"]),
+        (["-n", "tiny", "--mp3", "--float32"], 2, ["--float32"]),
+        (["-n", "tiny", "--mp3-preset", "9"], 2, ["--mp3-preset"]),
+        (["-n", "tiny", "--filename", "{track}.{ext}"], 2, ["{stem}"]),
+        (["-n", "tiny", "--filename", "{song}/{stem}.{ext}"], 2, ["{song}"]),
+        (["-n", "tiny", "--filename", "../../{stem}.{ext}"], 2, ["outside"]),
+        (["-n", "tiny", "--no-split"], 2, ["longer"]),
+        (["-n", "tiny", "-d", "cuda:77"], 2, ["cuda:77"]),
+        (["-n", "tiny", "--nonsense"], 2, ["--nonsense"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_wrong_usage(options: list, status: int, words: list, repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    result = separate("--repo", repo, "-o", out, *options, track)
+    assert_one_line(result, *words)
+    assert result.returncode == status
+    assert stems_of(out) == set()
+
+
+def test_no_track() -> None:
+    assert_one_line(separate(), "no track")
+
+
+def test_a_model_that_is_no_checkpoint(track: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.th").write_text("no weights")
+    assert_one_line(separate("--repo", tmp_path, "-n", "bad", track), "bad.th")
+    assert_one_line(separate("--repo", tmp_path / "none", "-n", "bad", track), "none")
+
+
+def test_an_output_folder_that_cannot_be_written(repo: Path, track: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "file"]
+    assert_one_line(separate(*options, track), "cannot be written")
+
+
+def test_missing_lameenc_is_said_before_the_work(repo: Path, track: Path, tmp_path: Path) -> None:
+    (tmp_path / "lameenc.py").write_text("raise ImportError('not here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import sys, os; sys.path.insert(0, sys.argv.pop(1));"
+    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    result = run("-c", code, tmp_path, "--repo", repo, "-n", "nothing", "--mp3", track)
+    assert environment
+    assert_one_line(result, "pip install lameenc")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+@pytest.mark.parametrize("format", [[], ["--flac"], ["--mp3"]], ids=str)
+def test_a_full_disk_leaves_no_half_stem(format: list, repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
+    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", out, *format, track)
+    assert_one_line(result, "cannot be written")
+    assert stems_of(out) == set()
