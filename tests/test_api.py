@@ -125,7 +125,7 @@ def test_update_parameter(repo: Path) -> None:
     separator.update_parameter(callback=None, segment=None)
     separator.separate_tensor(noise(2, 4000))
     assert len(calls) == 8
-    with pytest.raises(OptionError, match="longer than the 0.5 s"):
+    with pytest.raises(OptionError, match=r"longer than the 0\.5 s"):
         separator.update_parameter(segment=0.6)
     with pytest.raises(OptionError, match="overlap=2"):
         separator.update_parameter(overlap=2)

@@ -55,9 +55,8 @@ def test_the_unittest_model() -> None:
 
 
 def test_checksums_are_checked(folder: Path) -> None:
-    path = save_with_checksum(
-        {"klass": HTDemucs, "args": (), "kwargs": TINY, "state": {}}, folder / "b.th"
-    )
+    package = {"klass": HTDemucs, "args": (), "kwargs": TINY, "state": {}}
+    path = save_with_checksum(package, folder / "b.th")
     check_checksum(path, path.stem.partition("-")[2])
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ModelLoadingError, match="is damaged"):
@@ -106,18 +105,15 @@ def test_released_models_are_found_in_the_cache_of_demucs(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(
-        ModelLoadingError, match=r"fetch https://.*955717e8-8726e21a\.th into .*--repo"
-    ):
+    with pytest.raises(ModelLoadingError, match=r"fetch https://.*/955717e8-.*\.th into .*--repo"):
         get_model("htdemucs")
     checkpoints = tmp_path / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     shutil.copy(repo / "tiny.th", checkpoints / "tiny.th")
     models = RemoteRepo({"tiny": "https://host.invalid/folder/tiny.th"})
     assert models.has_model("tiny")
-    assert isinstance(
-        AnyModelRepo(models, BagOnlyRepo(repo, models)).get_model("pair"), BagOfModels
-    )
+    either = AnyModelRepo(models, BagOnlyRepo(repo, models))
+    assert isinstance(either.get_model("pair"), BagOfModels)
     with pytest.raises(ModelLoadingError, match="no model"):
         models.get_model("other")
 

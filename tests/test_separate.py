@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -16,31 +14,11 @@ from demucs_infer.separate import get_parser, load_track, main
 
 from .helpers import SOURCES, noise, run, separate
 
-OPTIONS = [
-    "--repo",
-    "--name",
-    "--sig",
-    "--out",
-    "--filename",
-    "--device",
-    "--shifts",
-    "--overlap",
-    "--no-split",
-    "--segment",
-    "--two-stems",
-    "--other-method",
-    "--int24",
-    "--float32",
-    "--clip-mode",
-    "--flac",
-    "--mp3",
-    "--mp3-bitrate",
-    "--mp3-preset",
-    "--jobs",
-    "--list-models",
-    "--verbose",
-    "--version",
-]
+OPTIONS = (
+    "--repo --name --sig --out --filename --device --shifts --overlap --no-split --segment"
+    " --two-stems --other-method --int24 --float32 --clip-mode --flac --mp3 --mp3-bitrate"
+    " --mp3-preset --jobs --list-models --verbose --version"
+)
 
 
 def stems_of(folder: Path) -> set[str]:
@@ -61,7 +39,7 @@ def assert_one_line(result, *words: str) -> None:
 
 def test_help_names_every_option() -> None:
     text = get_parser().format_help()
-    for option in OPTIONS:
+    for option in OPTIONS.split():
         assert re.search(rf"{option}\b", text), option
 
 
@@ -110,47 +88,26 @@ def test_formats(options: list, suffix: str, subtype: str, repo: Path, track: Pa
     ("method", "other"), [("add", "no_vocals"), ("minus", "minus_vocals"), ("none", None)]
 )
 def test_two_stems(method: str, other: str | None, repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    options = [
-        "--two-stems",
-        "vocals",
-        "--other-method",
-        method,
-        "--float32",
-        "--clip-mode",
-        "none",
-    ]
-    main(["--repo", str(repo), "-s", "tiny", "-o", str(out), "--shifts", "0", *options, str(track)])
-    main(["--repo", str(repo), "-n", "tiny", "-o", str(track.parent / "all"), "--shifts", "0",
-          "--float32", "--clip-mode", "none", str(track)])  # fmt: skip
-    folder, every = out / "tiny" / "track", track.parent / "all" / "tiny" / "track"
-    assert {path.stem for path in folder.iterdir()} == {"vocals", other} - {None}
-    stems = {name: soundfile.read(every / f"{name}.wav")[0] for name in SOURCES}
+    options = ["--repo", str(repo), "--shifts", "0", "--float32", "--clip-mode", "none", str(track)]
+    two, every = track.parent / "two", track.parent / "all"
+    main(["-n", "tiny", "-o", str(every), *options])
+    main(
+        ["-s", "tiny", "-o", str(two), "--two-stems", "vocals", "--other-method", method, *options]
+    )
+    assert {path.stem for path in two.rglob("*.wav")} == {"vocals", other} - {None}
+    stems = {path.stem: soundfile.read(path)[0] for path in every.rglob("*.wav")}
     mixture = load_track(track, 2, 8000).T.numpy()
     rest = {"add": sum(stems[n] for n in SOURCES[:3]), "minus": mixture - stems["vocals"]}
     if other:
-        assert np.abs(soundfile.read(folder / f"{other}.wav")[0] - rest[method]).max() < 1e-6
+        written, _ = soundfile.read(two / "tiny" / "track" / f"{other}.wav")
+        assert np.abs(written - rest[method]).max() < 1e-6
 
 
 def test_other_options_of_demucs(repo: Path, track: Path) -> None:
     out = track.parent / "out"
-    options = [
-        "-d",
-        "cpu",
-        "--shifts",
-        "2",
-        "--overlap",
-        "0.5",
-        "--segment",
-        "0.4",
-        "-j",
-        "2",
-        "--clip-mode",
-        "clamp",
-        "-v",
-    ]
+    options = "-d cpu --shifts 2 --overlap 0.5 --segment 0.4 -j 2 --clip-mode clamp -v"
     name = ["--filename", "{stem} of {track}.{trackext}.{ext}"]
-    main(["--repo", str(repo), "-n", "pair", "-o", str(out), *options, *name, str(track)])
+    main(["--repo", str(repo), "-n", "pair", "-o", str(out), *options.split(), *name, str(track)])
     assert stems_of(out) == {f"pair/{stem} of track.wav.wav" for stem in SOURCES}
 
 
@@ -234,7 +191,7 @@ def test_a_truncated_track_is_separated_with_a_warning(repo: Path, tmp_path: Pat
         (["-n", "tiny", "--filename", "{track}.{ext}"], 2, ["{stem}"]),
         (["-n", "tiny", "--filename", "{song}/{stem}.{ext}"], 2, ["{song}"]),
         (["-n", "tiny", "--filename", "../../{stem}.{ext}"], 2, ["outside"]),
-        (["-n", "tiny", "--no-split"], 2, ["longer"]),
+        (["-n", "tiny", "--no-split"], 1, ["longer"]),
         (["-n", "tiny", "-d", "cuda:77"], 2, ["cuda:77"]),
         (["-n", "tiny", "--nonsense"], 2, ["--nonsense"]),
     ],
@@ -264,24 +221,20 @@ def test_an_output_folder_that_cannot_be_written(repo: Path, track: Path, tmp_pa
     assert_one_line(separate(*options, track), "cannot be written")
 
 
-def test_missing_lameenc_is_said_before_the_work(repo: Path, track: Path, tmp_path: Path) -> None:
-    (tmp_path / "lameenc.py").write_text("raise ImportError('not here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    code = "import sys, os; sys.path.insert(0, sys.argv.pop(1));"
+def test_missing_lameenc_is_said_before_the_work(repo: Path, track: Path) -> None:
+    code = "import sys; sys.modules['lameenc'] = None;"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
-    result = run("-c", code, tmp_path, "--repo", repo, "-n", "nothing", "--mp3", track)
-    assert environment
+    result = run("-c", code, "--repo", repo, "-n", "nothing", "--mp3", track)
     assert_one_line(result, "pip install lameenc")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the limits of POSIX")
 @pytest.mark.parametrize("format", [[], ["--flac"], ["--mp3"]], ids=str)
 def test_a_full_disk_leaves_no_half_stem(format: list, repo: Path, track: Path) -> None:
     out = track.parent / "out"
     code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
     result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", out, *format, track)
     assert_one_line(result, "cannot be written")
     assert stems_of(out) == set()
