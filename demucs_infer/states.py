@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .demucs import Demucs
 from .errors import MissingDependencyError, ModelLoadingError, OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
@@ -48,6 +49,7 @@ MODEL_CLASSES: dict[str, type[nn.Module]] = {
     f"{package}.{name}": model
     for package in ("demucs", "demucs_infer")
     for name, model in {
+        "demucs.Demucs": Demucs,
         "htdemucs.HTDemucs": HTDemucs,
         "hdemucs.HDemucs": HDemucs,
         "wdemucs.WDemucs": HDemucs,
@@ -327,6 +329,8 @@ def _known_options(model_class: Any, kwargs: dict[str, Any], strict: bool) -> di
 
 def _assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give `model`, which may be without memory, the tensors of `state` as float32."""
+    if isinstance(model, Demucs):
+        state = model.current_names(state)
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in expected]

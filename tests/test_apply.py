@@ -4,6 +4,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import demucs.apply
+import demucs.demucs
 import demucs.hdemucs
 import pytest
 import torch
@@ -22,6 +23,7 @@ from demucs_infer.apply import (
     tensor_chunk,
     window_share,
 )
+from demucs_infer.demucs import Demucs
 from demucs_infer.errors import ModelLoadingError, OptionError
 from demucs_infer.hdemucs import HDemucs
 
@@ -65,6 +67,12 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
+def time_domain():
+    options = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000, "segment": 0.7}
+    return pair(demucs.demucs.Demucs, Demucs, **options)
+
+
+@pytest.fixture(scope="module")
 def bags(tiny):
     """A bag with weights and a segment that only its HDemucs can take, and the reference's."""
     theirs, ours = pair(demucs.hdemucs.HDemucs, HDemucs, segment=2, **HDEMUCS)
@@ -88,10 +96,12 @@ def bags(tiny):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("which", ["tiny", "bags"])
+@pytest.mark.parametrize("which", ["tiny", "time_domain", "bags"])
 def test_same_stems_as_the_reference_under_the_same_seed(which, length, options, request) -> None:
     theirs, ours = request.getfixturevalue(which)
     mix = torch.stack([noise(2, length, seed) for seed in range(2)])
+    if which == "time_domain" and length == 1:
+        pytest.skip("the deviation of one sample makes the reference's result NaN")
     expected, state = seeded(demucs.apply.apply_model, theirs, mix, **options)
     actual, our_state = seeded(apply_model, ours, mix, **options)
     assert_close(actual, expected)

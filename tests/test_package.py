@@ -29,6 +29,7 @@ NAMES = {
     "separate": "main get_parser load_track",
     "utils": "center_trim unfold",
     "spec": "spectro ispectro",
+    "demucs": "Demucs",
     "hdemucs": "HDemucs",
     "htdemucs": "HTDemucs",
     "wdemucs": "WDemucs",

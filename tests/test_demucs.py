@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import re
+
+import demucs.demucs
+import pytest
+import torch
+
+from demucs_infer.demucs import Demucs
+
+from .helpers import assert_close, noise, pair
+
+TINY = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rewrite": False},
+        {"rewrite": False, "dconv_mode": 3},
+        {"dconv_mode": 0},
+        {"normalize": False, "resample": False},
+        {"lstm_layers": 2, "gelu": False, "glu": False},
+        {"context": 0, "kernel_size": 6, "stride": 3},
+        {"norm_starts": 1, "norm_groups": 2, "dconv_comp": 2, "dconv_depth": 3},
+        {"audio_channels": 1, "dconv_attn": 1, "dconv_lstm": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [2, 3001, 40_000])
+def test_small_models_equal_the_reference(options: dict, length: int) -> None:
+    theirs, ours = pair(demucs.demucs.Demucs, Demucs, **{**TINY, **options})
+    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+
+
+def test_one_sample_gives_a_number() -> None:
+    with torch.no_grad():
+        assert Demucs(**TINY).eval()(torch.ones(1, 2, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_valid_length_is_that_of_the_reference(resample: bool) -> None:
+    theirs, ours = pair(demucs.demucs.Demucs, Demucs, resample=resample, **TINY)
+    for length in (1, 2, 100, 5000, 44_100, 100_001):
+        assert ours.valid_length(length) == theirs.valid_length(length) >= length
+
+
+def test_names_of_older_checkpoints() -> None:
+    options = {**TINY, "dconv_mode": 0}
+    model = Demucs(**options)
+    state = model.state_dict()
+    older = {re.sub(r"^(encoder\.\d)\.3\.", r"\1.2.", name): state[name] for name in state}
+    assert set(older) != set(state)
+    before = dict(older)
+    other = Demucs(**options)
+    other.load_state_dict(older)
+    assert older == before
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_names_that_are_right_are_kept() -> None:
+    options = {**TINY, "rewrite": False, "dconv_mode": 3}
+    model = Demucs(**options)
+    assert set(model.current_names(model.state_dict())) == set(model.state_dict())
