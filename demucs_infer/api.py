@@ -9,7 +9,7 @@ for name, stem in stems.items():
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class _Settings:
     progress: bool
     callback: Callback | None
     callback_arg: Mapping[str, Any] | None
+    stems: tuple[str, ...] | None
 
     def __post_init__(self) -> None:
         ApplyOptions(self.shifts, self.split, self.overlap, segment=self.segment)
@@ -86,6 +87,8 @@ class Separator:
         progress: show a progress bar on standard error.
         callback: called before and after each window with a dictionary, see `apply_model`.
         callback_arg: entries to add to that dictionary.
+        stems: the stems that are wanted (default: all); models of a bag that do not count for
+            them are not run.
 
     Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded, and
     `OptionError` for an option out of range.
@@ -104,6 +107,8 @@ class Separator:
         progress: bool = False,
         callback: Callback | None = None,
         callback_arg: Mapping[str, Any] | None = None,
+        *,
+        stems: Sequence[str] | None = None,
     ) -> None:
         self._settings = _Settings(
             _usable_device(device),
@@ -115,17 +120,25 @@ class Separator:
             progress,
             callback,
             callback_arg,
+            None if stems is None else tuple(stems),
         )
         self._name = model
         self._repo = None if repo is None else Path(repo)
         self._load_model()
         check_segment(self._model, segment)
+        self._check_stems(self._settings)
 
     def _load_model(self) -> None:
         model: Any = get_model(self._name, self._repo)
         self._model: nn.Module = model
         self._samplerate: int = model.samplerate
         self._audio_channels: int = model.audio_channels
+
+    def _check_stems(self, settings: _Settings) -> None:
+        sources: Any = self._model.sources
+        for stem in settings.stems or ():
+            if stem not in sources:
+                raise OptionError(f"there is no stem {stem!r}: the model has {', '.join(sources)}")
 
     @property
     def samplerate(self) -> int:
@@ -153,6 +166,8 @@ class Separator:
         progress: bool = NotProvided,
         callback: Callback | None = NotProvided,
         callback_arg: Mapping[str, Any] | None = NotProvided,
+        *,
+        stems: Sequence[str] | None = NotProvided,
     ) -> None:
         """Change the options that are given, for what is separated from now on.
 
@@ -162,8 +177,11 @@ class Separator:
         del given["self"]
         if "device" in given:
             given["device"] = _usable_device(device)
+        if given.get("stems") is not None:
+            given["stems"] = tuple(given["stems"])
         settings = replace(self._settings, **given)
         check_segment(self._model, settings.segment)
+        self._check_stems(settings)
         self._settings = settings
 
     def separate_tensor(
@@ -198,11 +216,12 @@ class Separator:
             segment=settings.segment,
             callback=settings.callback,
             callback_arg=settings.callback_arg,
+            stems=settings.stems,
         )[0]
         # What a network makes of silence is tiny after scaling, but it is not silence.
         stems = stems.mul_(std).add_(mean) if mixture.any() else stems.zero_()
-        sources: Any = self._model.sources
-        return mixture, dict(zip(sources, stems))
+        names: Any = settings.stems or self._model.sources
+        return mixture, dict(zip(names, stems))
 
     def separate_audio_file(self, file: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Separate an audio file; returns what `separate_tensor` does.

@@ -10,13 +10,15 @@ Shapes: `[B, C, T]` mixtures and `[B, S, C, T]` stems (batch, sources, channels,
 
 The engine knows a model by `sources`, `samplerate`, `audio_channels` and `segment` (seconds), and
 by what some models have besides: `valid_length` (samples at which a window is best run),
-`max_segment` (seconds; no window may be longer) and `consume_random` (see `HTDemucs`).
+`max_segment` (seconds; no window may be longer), `consume_random` (see `HTDemucs`) and
+`takes_stems` (whether it is callable with the indices of the wanted sources, too).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -395,9 +397,13 @@ class _Reporter:
 
 
 @torch.no_grad()
-def _infer(model: Any, x: Tensor, device: torch.device, length: int) -> Tensor:
-    """Run `model` on `x` and keep the middle `length` samples, on the device of `x`."""
-    return center_trim(model(x.to(device)), length).to(x.device)
+def _infer(
+    model: Any, x: Tensor, device: torch.device, stems: Sequence[int], length: int
+) -> Tensor:
+    """Run `model` on `x` and keep `stems` and the middle `length` samples, on the device of `x`."""
+    takes_stems = getattr(model, "takes_stems", False)
+    out = model(x.to(device), stems) if takes_stems else model(x.to(device))[:, stems]
+    return center_trim(out, length).to(x.device)
 
 
 def _read_window(model: Any, source: Source, window: Window, options: ApplyOptions) -> Tensor:
@@ -424,7 +430,8 @@ class _Job:
     options: ApplyOptions
     steps: list[Step]
     device: torch.device
-    shifts: int
+    stems: list[int]
+    gains: Tensor  # [M, S] for the wanted stems
 
     def run(
         self, executor: Executor, ahead: int, report: _Reporter
@@ -446,7 +453,8 @@ class _Job:
     def _submit(self, executor: Executor, step: Step) -> Future[Tensor]:
         model = self.bag.models[step.task.model]
         x = _read_window(model, self.source, step.window, self.options)
-        return executor.submit(_infer, model, x, self.device, step.window.stop - step.window.start)
+        length = step.window.stop - step.window.start
+        return executor.submit(_infer, model, x, self.device, self.stems, length)
 
     @staticmethod
     def _finish(
@@ -457,18 +465,13 @@ class _Job:
         report(step, "end")
         return step, result
 
-    def gains(self) -> Tensor:
-        """What each model counts for each source, `[M, S]`; a shift counts for its part."""
-        weights = torch.tensor(self.bag.weights, dtype=torch.float64)
-        return (weights / weights.sum(0) / self.shifts).float()
-
     def blocks(self, outputs: Iterable[tuple[Step, Tensor]]) -> Iterator[Tensor]:
         """Overlap-add the outputs of `run` and yield finished blocks."""
-        length, gains = self.source.length, self.gains()
+        length = self.source.length
         total = OverlapAdd(_capacity(self.steps, length))
         for step, output in outputs:
             start, stop = step.window
-            share = gains[step.task.model][:, None, None] * self._share(step)
+            share = self.gains[step.task.model][:, None, None] * self._share(step)
             late = max(0, -start)  # a shifted pass starts before the track
             if stop > start + late:
                 total.add(start + late, (output * share.to(output.device))[..., late:])
@@ -483,6 +486,23 @@ class _Job:
         return window_share(step.task.windows, step.number, weight)
 
 
+def _stem_indices(sources: Sequence[str], stems: Sequence[str] | None) -> list[int]:
+    """Where the wanted stems are among the sources; all of them for `None`."""
+    wanted = list(sources) if stems is None else list(stems)
+    unknown = [stem for stem in wanted if stem not in sources]
+    if unknown or not wanted:
+        raise OptionError(
+            f"there is no stem {', '.join(map(repr, unknown))}: the model has {', '.join(sources)}"
+        )
+    return [list(sources).index(stem) for stem in wanted]
+
+
+def _gains(bag: BagOfModels, stems: Sequence[int], shifts: int) -> Tensor:
+    """What a pass of each model counts for each of `stems`, `[M, S]`."""
+    weights = torch.tensor(bag.weights, dtype=torch.float64)[:, list(stems)]
+    return (weights / weights.sum(0) / max(1, shifts)).float()
+
+
 def separate_blocks(
     model: nn.Module,
     source: Source,
@@ -491,6 +511,7 @@ def separate_blocks(
     in_lockstep: bool = True,
     progress: bool = False,
     device: str | torch.device = "cpu",
+    stems: Sequence[str] | None = None,
     num_workers: int = 0,
     pool: Executor | None = None,
     lock: AbstractContextManager[Any] | None = None,
@@ -505,16 +526,19 @@ def separate_blocks(
     """
     bag = model if isinstance(model, BagOfModels) else BagOfModels([model])
     check_segment(bag, options.segment)
+    indices = _stem_indices(bag.sources, stems)
+    gains = _gains(bag, indices, options.shifts)
     if source.length == 0:
         return
     device = torch.device(device)
     bag.to(device).eval()
-    passes = plan_passes(bag, source.length, options)
+    # Every model draws its offsets, but only those run that count for a wanted stem.
+    passes = [p for p in plan_passes(bag, source.length, options) if gains[p.model].any()]
     steps = plan_steps(passes, in_lockstep)
-    job = _Job(bag, source, options, steps, device, max(1, options.shifts))
+    job = _Job(bag, source, options, steps, device, indices, gains)
     extra = {**(callback_arg or {}), "audio_length": source.length, "models": len(bag.models)}
     report = _Reporter(callback, extra, lock or nullcontext())
-    ahead = num_workers if device.type == "cpu" else 0
+    ahead = num_workers or (os.cpu_count() or 1 if pool else 0) if device.type == "cpu" else 0
     own = ThreadPoolExecutor(ahead) if ahead and pool is None else _DirectExecutor()
     seconds = source.length / bag.samplerate * len(passes)
     with (
@@ -545,6 +569,8 @@ def apply_model(
     lock: AbstractContextManager[Any] | None = None,
     callback: Callback | None = None,
     callback_arg: Mapping[str, Any] | None = None,
+    *,
+    stems: Sequence[str] | None = None,
 ) -> Tensor:
     """Separate `mix` `[B, C, T]`, at the model's sample rate, into stems `[B, S, C, T]`.
 
@@ -567,6 +593,8 @@ def apply_model(
             "end"), `audio_length` (samples) and `models` (their number). What it raises stops the
             separation and is raised here.
         callback_arg: entries to add to that dictionary.
+        stems: the sources that are wanted, in this order (default: all). Models of a bag that do
+            not count for them are not run; the others give what they give among all.
 
     Raises `OptionError` (a `ValueError`) for options out of range and for a mixture of another
     shape, or with values that are not finite.
@@ -581,6 +609,7 @@ def apply_model(
         in_lockstep=False,
         progress=progress,
         device=device or chunk.device,
+        stems=stems,
         num_workers=num_workers,
         pool=pool,
         lock=lock,
@@ -588,7 +617,7 @@ def apply_model(
         callback_arg=callback_arg,
     )
     batch, channels, length = chunk.shape
-    sources: Any = model.sources
+    sources: Any = model.sources if stems is None else stems
     out = chunk.tensor.new_empty(batch, len(sources), channels, length)
     done = 0
     for block in blocks:

@@ -168,6 +168,8 @@ class HybridUNet(nn.Module):
     in and out, of a fixed shape for a fixed window) and the inverse transform.
     """
 
+    takes_stems = True
+
     def __init__(self, options: Any) -> None:
         super().__init__()
         self.options = options
@@ -221,16 +223,16 @@ class HybridUNet(nn.Module):
             layer_t = level.layer_t._replace(**changes)
             self.tdecoder.append(HDecLayer(level.chout_t, outputs * level.chin_t, layer_t, last))
 
-    def forward(self, mix: Tensor) -> Tensor:
-        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`."""
+    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
+        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`."""
         spectrum = self._spec(mix)
         x, mean, std = standardize(self._magnitude(spectrum), EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = self.network(x, xt)
-        x = x * std + mean
-        xt = xt * std_t + mean_t
-        masked = self._mask(spectrum, self._by_source(x))
-        return self._ispec(masked, mix.shape[-1]) + self._by_source(xt)
+        wanted = slice(None) if stems is None else list(stems)
+        x = self._by_source(x)[:, wanted] * std[:, None] + mean[:, None]
+        xt = self._by_source(xt)[:, wanted] * std_t[:, None] + mean_t[:, None]
+        return self._ispec(self._mask(spectrum, x), mix.shape[-1]) + xt
 
     def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         """From normalized spectrum `[B, C', F, N]` and samples `[B, C, T]` to those of all sources.

@@ -191,10 +191,10 @@ class HTDemucs(HybridUNet):
         if self.crosstransformer is not None:
             random.randrange(1)
 
-    def forward(self, mix: Tensor) -> Tensor:
+    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
         length = mix.shape[-1]
         padded = F.pad(mix, (0, self.valid_length(length) - length))
-        return super().forward(padded)[..., :length]
+        return super().forward(padded, stems)[..., :length]
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         if self.crosstransformer is None:

@@ -156,3 +156,18 @@ def test_options_are_checked_when_a_separator_is_made(
 def test_unknown_models(repo: Path) -> None:
     with pytest.raises(LoadModelError, match="tinny"):
         Separator("tinny", repo)
+
+
+def test_only_some_stems(repo: Path) -> None:
+    wav = noise(2, 9000)
+    every = Separator("tiny", repo, device="cpu", shifts=0).separate_tensor(wav)[1]
+    separator = Separator("tiny", repo, device="cpu", shifts=0, stems=["vocals"])
+    ((name, stem),) = separator.separate_tensor(wav)[1].items()
+    assert name == "vocals"
+    assert_close(stem, every["vocals"], 1e-6)
+    separator.update_parameter(stems=None)
+    assert list(separator.separate_tensor(wav)[1]) == SOURCES
+    with pytest.raises(OptionError, match="'voice'"):
+        separator.update_parameter(stems=["voice"])
+    with pytest.raises(OptionError, match="'voice'"):
+        Separator("tiny", repo, stems=["voice"])

@@ -324,3 +324,49 @@ def test_a_chunk_is_separated_as_by_the_reference(tiny) -> None:
         tiny[0], demucs.apply.TensorChunk(mix, 1000, 5000), shifts=0
     )
     assert_close(apply_model(tiny[1], TensorChunk(mix, 1000, 5000), shifts=0), expected)
+
+
+FT_WEIGHTS = [[float(row == column) for column in range(4)] for row in range(4)]
+
+
+class Counted(nn.Module):
+    """A model with its own gain, that counts its runs."""
+
+    sources = ("drums", "bass", "other", "vocals")
+    samplerate = 1000
+    audio_channels = 2
+    segment = 1.0
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.calls = 0
+
+    def forward(self, mix: Tensor) -> Tensor:
+        self.calls += 1
+        return self.gain * mix[:, None] * torch.arange(1, 5).view(1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("stem", range(4))
+def test_one_stem_of_a_bag_runs_one_model_and_is_the_same(stem: int) -> None:
+    models = [Counted(gain) for gain in (0.5, 1, 2, 3)]
+    bag = BagOfModels(models, FT_WEIGHTS)
+    mix = noise(2, 5000)[None]
+    everything, state = seeded(apply_model, bag, mix, shifts=2)
+    runs = [model.calls for model in models]
+    name = bag.sources[stem]
+    one, one_state = seeded(apply_model, bag, mix, shifts=2, stems=[name])
+    assert torch.equal(one, everything[:, [stem]])
+    assert one_state == state
+    again = [model.calls - before for model, before in zip(models, runs)]
+    assert again == [runs[i] if i == stem else 0 for i in range(4)]
+
+
+def test_stems_of_a_model_that_can_leave_some_out(tiny, bags) -> None:
+    mix = noise(2, 9000)[None]
+    for model in (tiny[1], bags[1]):
+        everything, _ = seeded(apply_model, model, mix)
+        some, _ = seeded(apply_model, model, mix, stems=["vocals", "bass"])
+        assert_close(some, everything[:, [3, 1]], 1e-6)
+    with pytest.raises(OptionError, match="'voice': the model has drums"):
+        apply_model(tiny[1], mix, stems=["voice"])

@@ -16,7 +16,7 @@ from .helpers import SOURCES, noise, run, separate
 
 OPTIONS = (
     "--repo --name --sig --out --filename --device --shifts --overlap --no-split --segment"
-    " --two-stems --other-method --int24 --float32 --clip-mode --flac --mp3 --mp3-bitrate"
+    " --stems --two-stems --other-method --int24 --float32 --clip-mode --flac --mp3 --mp3-bitrate"
     " --mp3-preset --jobs --list-models --verbose --version"
 )
 
@@ -103,6 +103,12 @@ def test_two_stems(method: str, other: str | None, repo: Path, track: Path) -> N
         assert np.abs(written - rest[method]).max() < 1e-6
 
 
+def test_only_some_stems(repo: Path, track: Path) -> None:
+    out = track.parent / "out"
+    main(["--repo", str(repo), "-n", "pair", "-o", str(out), "--stems", "vocals,bass", str(track)])
+    assert stems_of(out) == {"pair/track/vocals.wav", "pair/track/bass.wav"}
+
+
 def test_other_options_of_demucs(repo: Path, track: Path) -> None:
     out = track.parent / "out"
     options = "-d cpu --shifts 2 --overlap 0.5 --segment 0.4 -j 2 --clip-mode clamp -v"
@@ -181,6 +187,7 @@ def test_a_truncated_track_is_separated_with_a_warning(repo: Path, tmp_path: Pat
     [
         (["-n", "tinny"], 1, ["tinny", "tiny"]),
         (["-n", "tiny", "--two-stems", "voice"], 2, ["voice", "vocals"]),
+        (["-n", "tiny", "--stems", "vocals,voice"], 2, ["'voice'", "vocals"]),
         (["-n", "tiny", "--segment", "7"], 2, ["7", "0.5 s"]),
         (["-n", "tiny", "--overlap", "1"], 2, ["--overlap", "'1'"]),
         (["-n", "tiny", "--shifts", "-1"], 2, ["--shifts", "'-1'"]),
