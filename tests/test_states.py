@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import demucs.hdemucs
+import demucs.hf
 import demucs.htdemucs
 import demucs.repo
 import demucs.states
@@ -23,15 +24,16 @@ from safetensors.torch import save_file
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.packages import read_package
 from demucs_infer.states import (
     get_state,
     load_model,
-    read_package,
+    save_model,
     save_with_checksum,
     set_state,
 )
 
-from .helpers import TINY, assert_close, noise, save_package, shake
+from .helpers import TINY, assert_close, noise, run, save_package, shake
 
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
@@ -117,6 +119,44 @@ def test_safetensors(theirs: torch.nn.Module, tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, path, bad or None)
         with pytest.raises(ModelLoadingError):
             load_model(path)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_saved_model_is_read_here_and_by_the_reference(half: bool, tmp_path: Path) -> None:
+    model = shake(HTDemucs(**{**TINY, "segment": Fraction(1, 2)}))
+    path = save_model(model, tmp_path / "a.safetensors", half)
+    assert list(tmp_path.iterdir()) == [path]
+    ours, theirs = load_model(path), demucs.hf.load_safetensors_model(path).eval()
+    assert ours.segment == theirs.segment == Fraction(1, 2)
+    mix = noise(2, 4000)[None]
+    with torch.no_grad():
+        assert_close(ours(mix), model(mix), 1e-2 if half else 1e-6)
+        assert_close(ours(mix), theirs(mix))
+    with pytest.raises(ModelLoadingError, match="Linear is no model"):
+        save_model(torch.nn.Linear(1, 1), path)
+
+
+@pytest.mark.parametrize("quantizer", [None, diffq.UniformQuantizer, diffq.DiffQuantizer])
+def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
+    reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
+    state = demucs.states.get_state(packed, quantizer and quantizer(packed, min_size=0.01))
+    path = save_package(tmp_path / "a.th", reference, state=state)
+    result = run("-m", "demucs_infer.convert", path, tmp_path / "b.safetensors")
+    assert result.returncode == 0, result.stderr
+    expected = load_model(path).state_dict()
+    for name, tensor in load_model(tmp_path / "b.safetensors").state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    theirs = demucs.hf.load_safetensors_model(tmp_path / "b.safetensors").state_dict()
+    assert all(torch.equal(theirs[name], expected[name]) for name in expected)
+
+
+def test_conversion_fails_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.th").write_text("no checkpoint")
+    for target in ("b.safetensors", "b.th"):
+        result = run("-m", "demucs_infer.convert", tmp_path / "a.th", tmp_path / target)
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert not (tmp_path / target).exists()
 
 
 def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:

@@ -1,0 +1,292 @@
+"""Checkpoint files as dictionaries, read without running or importing anything that they name.
+
+There are two kinds: `.th`, a PyTorch zip archive of a pickled dictionary, and `.safetensors`, with
+the same as JSON in its metadata. The dictionary (a package) has `klass`, `args`, `kwargs` and
+`state`; wherever a file names a class, it holds a `ClassName` instead.
+
+`torch.load(weights_only=True)` is no way to read the first kind: it refuses the class, and PyTorch
+before 2.5 cannot be told otherwise.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ModelLoadingError
+
+# Every class that a checkpoint may name.
+CLASS_NAMES = (
+    "demucs.demucs.Demucs",
+    "demucs.hdemucs.HDemucs",
+    "demucs.htdemucs.HTDemucs",
+    "demucs.wdemucs.WDemucs",
+    "demucs_infer.demucs.Demucs",
+    "demucs_infer.hdemucs.HDemucs",
+    "demucs_infer.htdemucs.HTDemucs",
+    "diffq.diffq.DiffQuantizer",
+    "diffq.uniform.UniformQuantizer",
+)
+
+STORAGE_DTYPES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+class _Refused(Exception):
+    """A file holds something that no checkpoint needs."""
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """A class that a checkpoint names: it can be neither called nor built."""
+
+    dotted: str
+
+
+def _rebuild_tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    """A view of `storage` that stays within it; stands in for `torch._utils._rebuild_tensor_v2`."""
+    numbers = (offset, *size, *stride)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(size) != len(stride):
+        raise _Refused(f"a tensor of shape {size}, stride {stride} and offset {offset}")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if math.prod(size) and (last >= storage.numel() or math.prod(size) > storage.numel()):
+        raise _Refused(f"a tensor of shape {size} in a storage of {storage.numel()} values")
+    return storage.as_strided(size, stride, offset)
+
+
+def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _rebuild_fraction(*args: Any) -> Fraction:
+    """A fraction of plain integers (as text, an exponent could make it arbitrarily large)."""
+    if (
+        len(args) == 1
+        and isinstance(args[0], str)
+        and re.fullmatch(r"-?\d{1,18}(/\d{1,18})?", args[0])
+    ):
+        return Fraction(args[0])
+    if 1 <= len(args) <= 2 and all(isinstance(arg, int) for arg in args):
+        return Fraction(*args)
+    raise _Refused(f"a fraction of {args!r}")
+
+
+PICKLE_GLOBALS: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "fractions.Fraction": _rebuild_fraction,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    **STORAGE_DTYPES,
+    **{name: ClassName(name) for name in CLASS_NAMES},
+}
+
+
+class _PackageUnpickler(pickle.Unpickler):
+    """Reads `data.pkl` of a PyTorch archive; names are looked up in `PICKLE_GLOBALS` only."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        dotted = f"{module}.{name}"
+        if dotted not in PICKLE_GLOBALS:
+            raise _Refused(dotted)
+        return PICKLE_GLOBALS[dotted]
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise _Refused(f"a persistent {kind!r}")
+        if key not in self.storages:
+            content = self.archive.read(f"{self.root}/data/{key}")
+            if len(content) != numel * dtype.itemsize:
+                raise _Refused(f"a storage of {len(content)} bytes for {numel} values of {dtype}")
+            empty = torch.empty(0, dtype=dtype)
+            self.storages[key] = (
+                torch.frombuffer(bytearray(content), dtype=dtype) if numel else empty
+            )
+        return self.storages[key]
+
+
+def _read_pickled(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # What PyTorch writes is not compressed: no entry can be larger than the file.
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise _Refused("compressed or overlapping entries")
+        roots = [
+            e.filename[: -len("/data.pkl")] for e in entries if e.filename.endswith("/data.pkl")
+        ]
+        if len(roots) != 1:
+            raise _Refused("an archive that PyTorch did not write")
+        order = f"{roots[0]}/byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise _Refused("numbers in big-endian order")
+        return _PackageUnpickler(archive, roots[0]).load()
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if "klass" not in metadata:
+        raise _Refused("no klass in the metadata")
+    state: Any = tensors
+    if "structure" in metadata:
+        state = _unfold_structure(json.loads(metadata["structure"]), tensors)
+    return {
+        "klass": ClassName(metadata["klass"]),
+        "args": _from_json(json.loads(metadata.get("args", "[]"))),
+        "kwargs": _from_json(json.loads(metadata.get("kwargs", "{}"))),
+        "state": state,
+    }
+
+
+def _from_json(value: Any) -> Any:
+    """Plain values, with fractions where the metadata spells them out."""
+    if isinstance(value, dict) and value.get("_type") == "fraction":
+        return _rebuild_fraction(value["numerator"], value["denominator"])
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return value
+
+
+def _unfold_structure(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that the metadata's `structure` describes, filled with `tensors`."""
+    if not isinstance(node, dict):
+        return _from_json(node)
+    if len(node) != 1:
+        return _from_json(node)
+    ((kind, value),) = node.items()
+    if kind == "_tensor":
+        return tensors[value]
+    if kind == "_dict":
+        return {key: _unfold_structure(item, tensors) for key, item in value}
+    if kind == "_class":
+        return ClassName(value)
+    if kind in ("_list", "_tuple"):
+        items = [_unfold_structure(item, tensors) for item in value]
+        return items if kind == "_list" else tuple(items)
+    raise _Refused(f"the structure node {kind!r}: {value!r}")
+
+
+READERS = {".th": _read_pickled, ".safetensors": _read_safetensors}
+
+
+def read_package(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint file as a dictionary, with `klass` as a name and not as a class.
+
+    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
+    """
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise ModelLoadingError(f"{path}: a checkpoint is a {' or '.join(READERS)} file")
+    try:
+        package = READERS[path.suffix](path)
+    except FileNotFoundError as exc:
+        raise ModelLoadingError(f"{path}: no such checkpoint") from exc
+    except _Refused as exc:
+        raise ModelLoadingError(
+            f"{path}: refused, it holds {exc}, which is no part of a Demucs checkpoint"
+        ) from exc
+    except Exception as exc:  # whatever a damaged or hostile file brings about
+        raise ModelLoadingError(f"{path}: cannot be read as a checkpoint ({exc!r})") from exc
+    if not isinstance(package, dict):
+        raise ModelLoadingError(f"{path}: holds a {type(package).__name__}, not a Demucs package")
+    return package
+
+
+def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Write a package as a `.safetensors` file that this one and demucs 4.1 read.
+
+    `klass` is a `ClassName`. The file appears when it is whole. Raises `ModelLoadingError` if the
+    package holds what the format cannot, `OSError` if the file cannot be written.
+    """
+    path = Path(path)
+    metadata = {
+        "klass": package["klass"].dotted,
+        "args": json.dumps(_to_json(package.get("args", ()))),
+        "kwargs": json.dumps(_to_json(package.get("kwargs", {}))),
+    }
+    state = package["state"]
+    tensors: dict[str, Tensor] = {}
+    if all(isinstance(value, Tensor) for value in state.values()):
+        tensors.update(state)
+    else:
+        metadata["structure"] = json.dumps(_fold_structure(state, tensors, "state"))
+    copies = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
+    handle, temporary = tempfile.mkstemp(".part", f".{path.stem}-", path.parent)
+    os.close(handle)
+    try:
+        save_file(copies, temporary, metadata)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def _to_json(value: Any) -> Any:
+    """What `_from_json` undoes. Raises `ModelLoadingError` for what JSON cannot hold."""
+    if isinstance(value, Fraction):
+        numbers = {"numerator": value.numerator, "denominator": value.denominator}
+        return {"_type": "fraction", **numbers}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ModelLoadingError(f"{value!r} cannot be written as JSON")
+
+
+def _fold_structure(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """What `_unfold_structure` undoes; the tensors are collected under names of their place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"_tensor": name}
+    if isinstance(value, ClassName):
+        return {"_class": value.dotted}
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {"_dict": [[k, _fold_structure(v, tensors, f"{name}.{k}")] for k, v in items]}
+    if isinstance(value, (list, tuple)):
+        kind = "_list" if isinstance(value, list) else "_tuple"
+        return {kind: [_fold_structure(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+    return _to_json(value)
