@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import random
 from collections import deque
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -123,6 +125,8 @@ class BagOfModels(nn.Module):
         self.sources: list[str] = list(first.sources)
         self.samplerate: int = first.samplerate
         self.audio_channels: int = first.audio_channels
+        if segment is not None and not (isinstance(segment, Real) and 0 < segment < math.inf):
+            raise ModelLoadingError(f"the segment of a bag must be seconds, not {segment!r}")
         self.models = nn.ModuleList(_with_segment(model, segment) for model in models)
         self.weights = self._checked(weights)
 
@@ -130,8 +134,12 @@ class BagOfModels(nn.Module):
         models, sources = len(self.models), len(self.sources)
         if weights is None:
             return [[1.0] * sources for _ in range(models)]
-        rows = [[float(weight) for weight in row] for row in weights]
-        if len(rows) != models or any(len(row) != sources for row in rows):
+        try:
+            rows = [[float(weight) for weight in row] for row in weights]
+        except (TypeError, ValueError):
+            rows = []
+        finite = all(math.isfinite(weight) for row in rows for weight in row)
+        if len(rows) != models or any(len(row) != sources for row in rows) or not finite:
             raise ModelLoadingError(
                 f"the weights of a bag must be {models} rows (models) of {sources} numbers"
                 f" (sources), not {weights}"

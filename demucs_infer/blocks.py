@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import OptionError
 from .utils import unfold
 
 LSTM_FRAME = 200  # steps: longer inputs go through the LSTM in overlapping frames
@@ -96,6 +97,8 @@ class LocalState(nn.Module):
 
     def __init__(self, channels: int, heads: int = 4, ndecay: int = 4) -> None:
         super().__init__()
+        if channels % heads:
+            raise OptionError(f"attention needs a multiple of {heads} channels, not {channels}")
         self.heads = heads
         self.ndecay = ndecay
         self.content = nn.Conv1d(channels, channels, 1)

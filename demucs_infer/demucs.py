@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
-from .utils import capture_init, center_trim, signature_of, standardize
+from .utils import capture_init, center_trim, check_architecture, signature_of, standardize
 
 EPSILON = 1e-5  # added to the deviation when the input is normalized
 
@@ -27,6 +27,8 @@ class DemucsOptions:
 
     `samplerate` is in hertz and `segment` in seconds. `dconv_init` and `rescale` act in training
     only.
+
+    Raises `OptionError` for a value that no model can have.
     """
 
     sources: Sequence[str]
@@ -54,6 +56,9 @@ class DemucsOptions:
     rescale: float = 0.1
     samplerate: int = 44100
     segment: float = 40
+
+    def __post_init__(self) -> None:
+        check_architecture(self, "depth", "dconv_depth", "lstm_layers")
 
 
 class _Level:
@@ -124,6 +129,8 @@ class Demucs(nn.Module):
     returns `[B, S, C, T]`.
     """
 
+    takes_stems = True
+
     __signature__ = signature_of(DemucsOptions)
 
     @capture_init
@@ -152,18 +159,19 @@ class Demucs(nn.Module):
             length = (length - 1) * options.stride + options.kernel_size
         return math.ceil(length / 2) if options.resample else length
 
-    def forward(self, mix: Tensor) -> Tensor:
+    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
+        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`."""
         length = mix.shape[-1]
         delta = self.valid_length(length) - length
         x, mean, std = self._normalized(mix)
         x = F.pad(x, (delta // 2, delta - delta // 2))
         if self.options.resample:
-            x = self.network(resample_frac(x, 1, 2))
+            x = resample_frac(x, 1, 2)
+        x = self.network(x).unflatten(1, (len(self.sources), self.audio_channels))
+        x = x if stems is None else x[:, list(stems)]
+        if self.options.resample:
             x = resample_frac(x, 2, 1)
-        else:
-            x = self.network(x)
-        x = center_trim(x * std + mean, length)
-        return x.view(x.shape[0], len(self.sources), self.audio_channels, length)
+        return center_trim(x, length) * std + mean
 
     def network(self, x: Tensor) -> Tensor:
         """From normalized, resampled audio `[B, C, T]` to that of all sources, `[B, S C, T]`."""
@@ -178,11 +186,11 @@ class Demucs(nn.Module):
         return x
 
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """`mix` by the mean and deviation of its mono sum, which come with it."""
+        """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""
         if not self.options.normalize:
             return mix, 0.0, 1.0
         _, mean, std = standardize(mix.mean(dim=1, keepdim=True), EPSILON)
-        return (mix - mean) / (EPSILON + std), mean, std
+        return (mix - mean) / (EPSILON + std), mean[:, None], std[:, None]
 
     def current_names(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """`state` with the names of older checkpoints brought up to date.

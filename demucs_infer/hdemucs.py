@@ -36,7 +36,7 @@ from .spec import (
     spectro,
     with_phase_of,
 )
-from .utils import capture_init, signature_of, standardize
+from .utils import capture_init, check_architecture, signature_of, standardize
 
 EPSILON = 1e-5  # added to the deviation when an input is normalized
 WIENER_FRAMES = 300  # frames that one call of the iterative Wiener filter sees
@@ -89,6 +89,7 @@ class HDemucsOptions:
     segment: float = 40
 
     def __post_init__(self) -> None:
+        check_architecture(self, "depth", "dconv_depth")
         if not self.hybrid:
             raise OptionError("hybrid=False (a network without time branch) is not supported")
         if self.wiener_residual:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .errors import OptionError
 from .hdemucs import HybridUNet
 from .transformer import CrossTransformerEncoder
-from .utils import capture_init, signature_of
+from .utils import capture_init, check_architecture, signature_of
 
 NEVER = 1_000_000  # a level that no network reaches
 
@@ -106,6 +106,7 @@ class HTDemucsOptions:
     use_train_segment: bool = True
 
     def __post_init__(self) -> None:
+        check_architecture(self, "depth", "dconv_depth", "t_layers")
         if self.wiener_residual:
             raise OptionError("wiener_residual=True is not supported")
 

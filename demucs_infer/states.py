@@ -6,8 +6,9 @@ Classes that a checkpoint names are looked up in `MODEL_CLASSES`; `packages` rea
 from __future__ import annotations
 
 import io
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
 
 QUANTIZED = "__quantized"  # the key that marks a state of diffq's
 CHECKSUM_DIGITS = 8
+PACKED_WIDTH = 32  # weights in a block of diffq's bit packing
 
 MODEL_CLASSES: dict[str, type[nn.Module]] = {
     "demucs.demucs.Demucs": Demucs,
@@ -72,35 +74,30 @@ def load_model(
     else:
         package, label = read_package(path_or_package), str(path_or_package)
     try:
-        model_class = _model_class(package["klass"])
-        args, state = tuple(package.get("args", ())), package["state"]
-        kwargs = _known_options(model_class, dict(package.get("kwargs", {})), strict)
-        quantized = bool(state.get(QUANTIZED))
-        if quantized:
-            _import_diffq()
-        # Without memory for weights that are about to be replaced, and whatever size is asked for.
-        with torch.device("cpu" if quantized else "meta"):
-            model = model_class(*args, **kwargs)
-        if quantized:
-            set_state(model, state)
-        else:
-            _assign_state(model, state)
+        return _build(package, strict).eval()
     except MissingDependencyError:
         raise
     except ModelLoadingError as exc:
         raise ModelLoadingError(f"{label}: {exc}") from exc
     except OptionError as exc:
         raise ModelLoadingError(f"{label}: has an option that is not supported: {exc}") from exc
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as exc:
+    except Exception as exc:  # whatever a damaged or hostile description brings about
         raise ModelLoadingError(f"{label}: does not describe a model ({exc!r})") from exc
-    return model.eval()
+
+
+def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
+    model_class, state = _model_class(package["klass"]), package["state"]
+    kwargs = _known_options(model_class, dict(package.get("kwargs", {})), strict)
+    # Without memory: the weights are about to be replaced, and any size may be asked for.
+    with torch.device("meta"):
+        model = model_class(*package.get("args", ()), **kwargs)
+    if state.get(QUANTIZED):
+        _import_diffq()
+        _check_size(model, state)
+        set_state(model.to_empty(device="cpu"), state)
+    else:
+        _assign_state(model, state)
+    return model
 
 
 def _model_class(klass: Any) -> type[nn.Module]:
@@ -135,6 +132,12 @@ def _assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if isinstance(model, Demucs):
         state = model.current_names(state)
     expected = model.state_dict()
+    _check_names_and_shapes(expected, state)
+    model.load_state_dict({name: state[name].float() for name in expected}, assign=True)
+    model.requires_grad_(True)
+
+
+def _check_names_and_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in expected]
     problems += [
@@ -145,8 +148,6 @@ def _assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ModelLoadingError(f"the weights do not fit: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict({name: state[name].float() for name in expected}, assign=True)
-    model.requires_grad_(True)
 
 
 def get_state(model: nn.Module, quantizer: Any = None, half: bool = False) -> dict[str, Any]:
@@ -162,14 +163,17 @@ def set_state(
 ) -> Mapping[str, Any]:
     """Put `state`, quantized or not, into `model`, and return it.
 
-    Raises `MissingDependencyError` for a quantized state without diffq.
+    Raises `MissingDependencyError` for a quantized state without diffq, `ModelLoadingError` for
+    one that does not fit.
     """
     if not state.get(QUANTIZED):
         model.load_state_dict(state)
     elif quantizer is not None:
         quantizer.restore_quantized_state(state)
     else:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         quantizer = _quantizer_of(model, state["meta"])
+        _check_quantized(quantizer, state, names)
         quantizer.restore_quantized_state(state)
         quantizer.detach()
     return state
@@ -190,6 +194,37 @@ def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
     if dotted not in QUANTIZERS:
         raise ModelLoadingError(f"{dotted} is no quantizer of diffq")
     return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
+
+
+def _check_size(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadingError` if a quantized `state` cannot fill `model`: no weight is free."""
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in _tensors_in(state))
+    if wanted > bits:
+        raise ModelLoadingError(f"the weights do not fit: {bits} bits for {wanted} weights")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
+def _check_quantized(quantizer: Any, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+    """Raise `ModelLoadingError` for what diffq would take without a word: it fills as far as the
+    lists go, repeats a tensor that is too small, and does not look at the width of packed blocks.
+    """
+    for kind in ("others", "float16"):
+        expected = {names[id(p)]: p for p in getattr(quantizer, f"_{kind}")}
+        given = itertools.zip_longest(expected, state[kind])
+        actual = {name or f"one of {kind}": tensor for name, tensor in given if tensor is not None}
+        _check_names_and_shapes(expected, actual)
+    if state["meta"].get("packed") and not state["meta"].get("torch_pack"):
+        for tensor in _tensors_in(state["quantized"]):
+            if tensor.dim() != 3 or tensor.shape[-1] != PACKED_WIDTH:
+                raise ModelLoadingError(f"packed weights have the shape {list(tensor.shape)}")
 
 
 def save_with_checksum(content: Any, path: str | os.PathLike[str]) -> Path:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import OptionError
+
 Init = TypeVar("Init", bound=Callable[..., None])
+
+MAX_LAYERS = 64  # repetitions of one kind of layer
+FILE_NAME = r"""(?!\.)[^\x00-\x1f/\\:*?"<>|]+"""  # may be part of a file's name on every system
 
 
 def center_trim(tensor: Tensor, reference: Tensor | int) -> Tensor:
@@ -65,7 +71,23 @@ def signature_of(options: type) -> inspect.Signature:
     return inspect.signature(options)
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """The device of the first parameter of `module`, or the CPU if it has none."""
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+def check_architecture(options: Any, *counts: str) -> None:
+    """Raise `OptionError` for options that no model can have; checkpoints are not trusted.
+
+    `counts` are the options that say how often a layer is repeated (either sign).
+    """
+    sources = list(options.sources)
+    if len(set(sources)) != len(sources) or not all(map(_is_name, sources)) or not sources:
+        raise OptionError(f"sources={sources!r} are no names for files")
+    for name in ("samplerate", "segment", "audio_channels"):
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            raise OptionError(f"{name}={value!r} must be more than 0")
+    for name in counts:
+        value = getattr(options, name)
+        if not -MAX_LAYERS <= value <= MAX_LAYERS:
+            raise OptionError(f"{name}={value!r} is beyond {MAX_LAYERS} layers")
+
+
+def _is_name(source: Any) -> bool:
+    return isinstance(source, str) and re.fullmatch(FILE_NAME, source) is not None

@@ -14,15 +14,15 @@ from collections.abc import Callable
 
 import torch
 
-from .helpers import RELEASED, htdemucs_pair, noise, run
+from .helpers import noise, released_pair, run
 
 WINDOW = 343_980  # samples: 7.8 s at 44.1 kHz
 
 PEAK = """
 import resource, sys, torch
 from tests.bench import WINDOW
-from tests.helpers import RELEASED, htdemucs_pair, noise
-model = htdemucs_pair(**RELEASED)[int(sys.argv[1])]
+from tests.helpers import noise, released_pair
+model = released_pair("955717e8")[int(sys.argv[1])]
 mix = noise(2, WINDOW)[None]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
@@ -52,7 +52,7 @@ def main() -> None:
     count = parser.parse_args().windows
     # First, while this process is small: Linux hands a parent's peak on to its children.
     peak_ours, peak_theirs = peak_megabytes(1), peak_megabytes(0)
-    theirs, ours = htdemucs_pair(**RELEASED)
+    theirs, ours = released_pair("955717e8")
     mix = noise(2, WINDOW)[None]
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for index in range(count + 1):

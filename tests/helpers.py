@@ -8,11 +8,15 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import demucs.demucs
+import demucs.hdemucs
 import demucs.htdemucs
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from demucs_infer.demucs import Demucs
+from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
 SOURCES = ["drums", "bass", "other", "vocals"]
@@ -29,13 +33,23 @@ TINY = {
     "t_heads": 2,
     "bottom_channels": 16,
 }
+# Released models: our class, and the options that differ from the constructor's defaults.
+HTDEMUCS = {"bottom_channels": 512, "dconv_mode": 3, "t_dropout": 0.02, "segment": Fraction(39, 5)}
+SIX_STEMS = {**HTDEMUCS, "bottom_channels": 0, "sources": [*SOURCES, "guitar", "piano"]}
 RELEASED = {
-    "sources": SOURCES,
-    "channels": 48,
-    "bottom_channels": 512,
-    "dconv_mode": 3,
-    "t_dropout": 0.02,
-    "segment": Fraction(39, 5),
+    **dict.fromkeys("955717e8 f7e0c4bc d12395a8 92cfc3b6 04573f0d".split(), (HTDemucs, HTDEMUCS)),
+    "5c90dfd2": (HTDemucs, SIX_STEMS),
+    **dict.fromkeys("75fc33f5 e51eebcc cfa93e08 fa0cb7f9 902315c2".split(), (HDemucs, {})),
+    "a1d90b5c": (HDemucs, {"hybrid_old": True, "cac": False}),
+    "5d2d6c55": (HDemucs, {"cac": False}),
+    "c511e2ab": (HDemucs, {"hybrid_old": True, "cac": False, "norm_starts": 999}),
+    "7d865c68": (HDemucs, {"norm_starts": 999, "multi_freqs": [0.1, 0.3], "multi_freqs_depth": 2}),
+    **dict.fromkeys("0d19c1c6 7ecf8ec1 9a6b4851 1ef250f1".split(), (Demucs, {"rewrite": False})),
+}
+REFERENCE = {
+    HTDemucs: demucs.htdemucs.HTDemucs,
+    HDemucs: demucs.hdemucs.HDemucs,
+    Demucs: demucs.demucs.Demucs,
 }
 
 
@@ -51,19 +65,22 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def pair(theirs: type, ours: type, seed: int = 0, **options: object) -> tuple[nn.Module, nn.Module]:
+def pair(ours: type, seed: int = 0, **options: object) -> tuple[nn.Module, nn.Module]:
     """The same model in the reference and here."""
     torch.manual_seed(seed)
-    reference = shake(theirs(**options), seed)
-    model = ours(**options).eval()
+    reference = shake(REFERENCE[ours](**options), seed)
+    with torch.device("meta"):
+        model = ours(**options).eval()
     # Quantized states depend on the order, too.
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
-    model.load_state_dict(reference.state_dict())
+    model.to_empty(device="cpu").load_state_dict(reference.state_dict())
     return reference, model
 
 
-def htdemucs_pair(seed: int = 0, **options: object) -> tuple[nn.Module, nn.Module]:
-    return pair(demucs.htdemucs.HTDemucs, HTDemucs, seed, **options)
+def released_pair(signature: str) -> tuple[nn.Module, nn.Module]:
+    """A released architecture with random weights, in the reference and here."""
+    model_class, options = RELEASED[signature]
+    return pair(model_class, int(signature[:4], 16), **{"sources": SOURCES, **options})
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:

@@ -4,14 +4,18 @@ import random
 from pathlib import Path
 
 import demucs.api
+import demucs.htdemucs
 import pytest
 import soundfile
 import torch
+import yaml
 
 from demucs_infer.api import LoadAudioError, LoadModelError, Separator
 from demucs_infer.errors import OptionError
+from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.registry import registry
 
-from .helpers import SOURCES, assert_close, noise
+from .helpers import SOURCES, TINY, assert_close, noise, save_package, shake
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,25 @@ def test_only_some_stems(repo: Path) -> None:
         separator.update_parameter(stems=["voice"])
     with pytest.raises(OptionError, match="'voice'"):
         Separator("tiny", repo, stems=["voice"])
+
+
+def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bag = registry()["bags"]["htdemucs_ft"]
+    for signature in bag["models"]:
+        torch.manual_seed(int(signature[:4], 16))
+        save_package(tmp_path / f"{signature}.th", shake(demucs.htdemucs.HTDemucs(**TINY)))
+    (tmp_path / "ft.yaml").write_text(yaml.safe_dump(bag))
+    runs: list[object] = []
+    monkeypatch.setattr(
+        HTDemucs, "network", lambda *args, run=HTDemucs.network: runs.append(1) or run(*args)
+    )
+    wav, counts, drums = noise(2, 15_000), [], []
+    for stems in (None, ["drums"]):
+        separator = Separator("ft", tmp_path, device="cpu", shifts=2, stems=stems)
+        random.seed(1)
+        drums.append(separator.separate_tensor(wav)[1]["drums"])
+        counts.append(len(runs))
+    assert counts[0] == 4 * (counts[1] - counts[0])
+    assert torch.equal(*drums)

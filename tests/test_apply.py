@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import demucs.apply
@@ -26,11 +27,21 @@ from demucs_infer.apply import (
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import ModelLoadingError, OptionError
 from demucs_infer.hdemucs import HDemucs
+from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import RELEASED, TINY, assert_close, htdemucs_pair, noise, pair
+from .helpers import TINY, assert_close, noise, pair, released_pair, shake
 
 LENGTHS = [1, 100, 3999, 4000, 4001, 12_000, 20_011]
 HDEMUCS = {"sources": TINY["sources"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
+
+
+TIME_DOMAIN = {
+    "sources": ["a", "b"],
+    "channels": 8,
+    "depth": 5,
+    "samplerate": 8000,
+    "segment": 0.7,
+}
 
 
 class Identity(nn.Module):
@@ -63,19 +74,18 @@ def seeded(function, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return htdemucs_pair(**TINY)
+    return pair(HTDemucs, **TINY)
 
 
 @pytest.fixture(scope="module")
 def time_domain():
-    options = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000, "segment": 0.7}
-    return pair(demucs.demucs.Demucs, Demucs, **options)
+    return pair(Demucs, **TIME_DOMAIN)
 
 
 @pytest.fixture(scope="module")
 def bags(tiny):
     """A bag with weights and a segment that only its HDemucs can take, and the reference's."""
-    theirs, ours = pair(demucs.hdemucs.HDemucs, HDemucs, segment=2, **HDEMUCS)
+    theirs, ours = pair(HDemucs, segment=2, **HDEMUCS)
     weights = [[1, 0, 2, 1], [1, 1, 1, 0], [0.5, 0.5, 0, 1]]
     members = [tiny[0], theirs, tiny[0]]
     return (
@@ -117,14 +127,14 @@ def test_one_window_without_split_equals_the_reference(tiny, length: int) -> Non
 
 
 def test_mono_models(tiny) -> None:
-    theirs, ours = htdemucs_pair(**{**TINY, "audio_channels": 1})
+    theirs, ours = pair(HTDemucs, **{**TINY, "audio_channels": 1})
     mix = noise(1, 9001)[None]
     expected, _ = seeded(demucs.apply.apply_model, theirs, mix, shifts=2)
     assert_close(seeded(apply_model, ours, mix, shifts=2)[0], expected)
 
 
 def test_released_size_over_a_song_equals_the_reference() -> None:
-    theirs, ours = htdemucs_pair(**RELEASED)
+    theirs, ours = released_pair("955717e8")
     mix = noise(2, 500_000)[None]
     expected, _ = seeded(demucs.apply.apply_model, theirs, mix, shifts=2, overlap=0.25)
     assert_close(seeded(apply_model, ours, mix, shifts=2, overlap=0.25)[0], expected)
@@ -242,12 +252,37 @@ def test_what_a_model_raises_reaches_the_caller(workers: int) -> None:
         apply_model(Failing(), noise(2, 5000)[None], num_workers=workers)
 
 
-def test_workers_and_pools_give_the_same_bits(tiny) -> None:
+def test_pools_of_the_caller_give_the_same_bits(tiny) -> None:
     mix = noise(2, 30_000)[None]
     alone = apply_model(tiny[1], mix, shifts=0)
-    assert torch.equal(apply_model(tiny[1], mix, shifts=0, num_workers=4), alone)
     with ThreadPoolExecutor(2) as pool:
         assert torch.equal(apply_model(tiny[1], mix, shifts=0, pool=pool), alone)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        HTDemucs(**TINY),
+        HDemucs(**HDEMUCS, dconv_lstm=1, dconv_attn=1, dconv_comp=2),
+        HDemucs(**HDEMUCS, multi_freqs=[0.1, 0.3], norm_starts=9),
+        Demucs(**TIME_DOMAIN),
+    ],
+    ids=["htdemucs", "hdemucs", "bands", "demucs"],
+)
+def test_threads_share_a_model_and_give_the_same_bits(model: nn.Module) -> None:
+    shake(model)
+    mixes = [noise(2, 12_000, seed)[None] for seed in range(4)] * 4
+    alone = [apply_model(model, mix, shifts=0) for mix in mixes]
+    start = threading.Barrier(8)
+
+    def separated(mix: Tensor) -> Tensor:
+        start.wait(60)  # all at once
+        return apply_model(model, mix, shifts=0)
+
+    with ThreadPoolExecutor(8) as pool:
+        for together, expected in zip(pool.map(separated, mixes), alone):
+            assert torch.equal(together, expected)
+    assert torch.equal(apply_model(model, mixes[0], shifts=0, num_workers=4), alone[0])
 
 
 @pytest.mark.parametrize(
@@ -297,9 +332,13 @@ def test_bag_refuses_what_does_not_fit_and_changes_no_member(tiny) -> None:
         BagOfModels([model, other])
     with pytest.raises(ModelLoadingError, match="at least one"):
         BagOfModels([])
-    for weights in ([[1, 1]], [[1, 1, 1, 1]], [[0, 0], [0, 1]]):
+    nan = float("nan")
+    for weights in ([[1, 1]], [[1, 1, 1, 1]], [[0, 0], [0, 1]], [[1, nan]] * 2, 3, [["x", 1]] * 2):
         with pytest.raises(ModelLoadingError, match="weights"):
             BagOfModels([other, other], weights)
+    for segment in (0, -1, float("nan"), "10"):
+        with pytest.raises(ModelLoadingError, match="segment"):
+            BagOfModels([other], segment=segment)
     bag = BagOfModels([other], segment=0.25)
     assert (bag.segment, other.segment) == (0.25, 1.0)
     assert bag.max_allowed_segment == float("inf")

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import demucs.hdemucs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
@@ -10,6 +11,31 @@ from demucs_infer.wdemucs import WDemucs
 
 from .helpers import assert_close, noise, pair
 
+OPTIONS = {
+    "audio_channels": st.sampled_from([1, 2]),
+    "channels": st.just(8),
+    "channels_time": st.sampled_from([None, 4]),
+    "growth": st.sampled_from([1, 2]),
+    "cac": st.booleans(),
+    "hybrid_old": st.booleans(),
+    "depth": st.integers(5, 6),
+    "rewrite": st.booleans(),
+    "freq_emb": st.sampled_from([0, 0.2]),
+    "emb_scale": st.sampled_from([1, 10]),
+    "time_stride": st.sampled_from([2, 4]),
+    "context": st.integers(0, 2),
+    "context_enc": st.integers(0, 1),
+    "norm_starts": st.integers(0, 6),
+    "norm_groups": st.sampled_from([1, 2]),
+    "dconv_mode": st.integers(0, 3),
+    "dconv_depth": st.integers(-2, 3),
+    "dconv_attn": st.integers(0, 6),
+    "dconv_lstm": st.integers(0, 6),
+}
+BANDS = {
+    "multi_freqs": st.sampled_from([[0.25], [0.1, 0.3]]),
+    "multi_freqs_depth": st.integers(1, 2),
+}
 TINY = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
 
@@ -28,8 +54,23 @@ TINY = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "sampler
 )
 @pytest.mark.parametrize("length", [1, 3001, 60_000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = pair(demucs.hdemucs.HDemucs, HDemucs, **{**TINY, **options})
+    theirs, ours = pair(HDemucs, **{**TINY, **options})
     mix = torch.stack([noise(2, length, seed) for seed in range(2)])
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    options=st.fixed_dictionaries({"dconv_comp": st.sampled_from([1, 2])}, optional=OPTIONS),
+    bands=st.one_of(st.just({}), st.fixed_dictionaries(BANDS)),
+    length=st.integers(500, 6000),
+)
+def test_random_options_equal_the_reference(options: dict, bands: dict, length: int) -> None:
+    if bands:
+        options = {**options, "norm_starts": 2 + options.get("norm_starts", 2)}
+    theirs, ours = pair(HDemucs, **{**TINY, **options, **bands})
+    mix = noise(ours.audio_channels, length)[None]
     with torch.no_grad():
         assert_close(ours(mix), theirs(mix))
 

@@ -5,13 +5,52 @@ import inspect
 import demucs.htdemucs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import RELEASED, TINY, assert_close, htdemucs_pair, noise
+from .helpers import TINY, assert_close, noise, pair
 
+OPTIONS = {
+    "audio_channels": st.sampled_from([1, 2]),
+    "channels": st.sampled_from([8, 16]),
+    "growth": st.sampled_from([1, 2]),
+    "nfft": st.sampled_from([512, 1024]),
+    "cac": st.booleans(),
+    "depth": st.integers(1, 3),
+    "rewrite": st.booleans(),
+    "multi_freqs": st.sampled_from([None, [0.4], [0.25, 0.5]]),
+    "multi_freqs_depth": st.integers(1, 2),
+    "freq_emb": st.sampled_from([0, 0.2]),
+    "time_stride": st.sampled_from([2, 4]),
+    "context": st.integers(0, 2),
+    "context_enc": st.integers(0, 1),
+    "norm_starts": st.integers(2, 4),
+    "norm_groups": st.sampled_from([1, 4]),
+    "dconv_mode": st.integers(0, 3),
+    "dconv_depth": st.integers(1, 3),
+    "dconv_comp": st.sampled_from([2, 4]),
+    "segment": st.sampled_from([0.25, 0.7]),
+}
+TRANSFORMER = {
+    "bottom_channels": st.sampled_from([0, 8, 16]),
+    "t_layers": st.integers(0, 3),
+    "t_heads": st.sampled_from([1, 2, 4]),
+    "t_hidden_scale": st.sampled_from([1, 2.0]),
+    "t_norm_in": st.booleans(),
+    "t_norm_in_group": st.sampled_from([False, 2]),
+    "t_group_norm": st.sampled_from([False, 4]),
+    "t_norm_first": st.booleans(),
+    "t_norm_out": st.booleans(),
+    "t_layer_scale": st.booleans(),
+    "t_gelu": st.booleans(),
+    "t_weight_pos_embed": st.sampled_from([0.5, 1.0]),
+    "t_max_period": st.sampled_from([100.0, 10000.0]),
+    "t_cross_first": st.booleans(),
+}
 SMALL = [
     {},
     {"bottom_channels": 0},
@@ -34,23 +73,23 @@ SMALL = [
 @pytest.mark.parametrize("options", SMALL, ids=str)
 @pytest.mark.parametrize("length", [1, 255, 3001, 4000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = htdemucs_pair(**{**TINY, **options})
+    theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
     with torch.no_grad():
         assert_close(ours(mix), theirs(mix))
 
 
-def test_released_size_equals_the_reference() -> None:
-    theirs, ours = htdemucs_pair(**RELEASED)
-    assert sum(p.numel() for p in ours.parameters()) == 41_984_456
-    assert len(ours.state_dict()) == 533
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(options=st.fixed_dictionaries({}, optional={**OPTIONS, **TRANSFORMER}))
+def test_random_options_equal_the_reference(options: dict) -> None:
+    theirs, ours = pair(HTDemucs, **{**TINY, "t_norm_first": True, **options})
+    mix = noise(ours.audio_channels, ours.valid_length(1) - 1)[None]
     with torch.no_grad():
-        for length in (343_980, 100_000):
-            assert_close(ours(noise(2, length)[None]), theirs(noise(2, length)[None]))
+        assert_close(ours(mix), theirs(mix))
 
 
 def test_without_a_training_length_any_length_is_run_as_it_is() -> None:
-    theirs, ours = htdemucs_pair(**TINY, use_train_segment=False)
+    theirs, ours = pair(HTDemucs, **TINY, use_train_segment=False)
     with torch.no_grad():
         assert_close(ours(noise(2, 5003)[None]), theirs(noise(2, 5003)[None]))
     assert ours.valid_length(5003) == 5003

@@ -1,0 +1,67 @@
+"""Released architectures and bags at their full size, with random weights."""
+
+from __future__ import annotations
+
+import demucs.apply
+import pytest
+import torch
+
+from demucs_infer.apply import BagOfModels, apply_model
+from demucs_infer.registry import registry
+
+from .helpers import RELEASED, assert_close, noise, released_pair
+
+PARAMETERS = {  # millions, as published
+    "955717e8": 42.0,
+    "5c90dfd2": 27.4,
+    "75fc33f5": 83.6,
+    "a1d90b5c": 83.6,
+    "5d2d6c55": 83.6,
+    "c511e2ab": 83.6,
+    "7d865c68": 83.9,
+    "0d19c1c6": 89.0,
+}
+# The models of the others have the same architectures, and their weights come from diffq.
+BAGS = [name for name, bag in registry()["bags"].items() if set(bag["models"]) <= set(RELEASED)]
+
+
+@pytest.mark.parametrize("signature", PARAMETERS)
+def test_released_architectures_equal_the_reference(signature: str) -> None:
+    theirs, ours = released_pair(signature)
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    assert round(count / 1e6, 1) == PARAMETERS[signature]
+    mix = noise(2, 120_001)[None]
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        expected = theirs(mix)
+        assert_close(ours(mix), expected)
+        torch.set_num_threads(1)
+        try:
+            assert_close(ours(mix), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_whole_window_of_htdemucs_equals_the_reference() -> None:
+    theirs, ours = released_pair("955717e8")
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 41_984_456
+    assert len(ours.state_dict()) == 533
+    mix = noise(2, 343_980)[None]
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_released_bags_equal_the_reference(name: str) -> None:
+    bag = registry()["bags"][name]
+    pairs = {signature: released_pair(signature) for signature in set(bag["models"])}
+    theirs, ours = zip(*(pairs[signature] for signature in bag["models"]))
+    rest = (bag.get("weights"), bag.get("segment"))
+    mix = noise(2, 50_000)[None]
+    expected = demucs.apply.apply_model(demucs.apply.BagOfModels([*theirs], *rest), mix, shifts=0)
+    assert_close(apply_model(BagOfModels(ours, *rest), mix, shifts=0), expected)
+    assert [model.segment for model in ours] == [pairs[s][1].segment for s in bag["models"]]
+
+
+def test_every_bag_has_been_tried() -> None:
+    assert {*BAGS, "mdx_q", "mdx_extra_q"} == set(registry()["bags"])
