@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from demucs_infer.apply import BagOfModels, apply_model
+from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.registry import registry
 
 from .helpers import RELEASED, assert_close, noise, released_pair
 
-PARAMETERS = {  # millions, as published
+PARAMETERS = {  # in millions
     "955717e8": 42.0,
     "5c90dfd2": 27.4,
     "75fc33f5": 83.6,
@@ -30,7 +31,7 @@ def test_released_architectures_equal_the_reference(signature: str) -> None:
     theirs, ours = released_pair(signature)
     count = sum(parameter.numel() for parameter in ours.parameters())
     assert round(count / 1e6, 1) == PARAMETERS[signature]
-    mix = noise(2, 120_001)[None]
+    mix = noise(2, 343_980 if isinstance(ours, HTDemucs) else 40_001)[None]
     threads = torch.get_num_threads()
     with torch.no_grad():
         expected = theirs(mix)
@@ -40,15 +41,6 @@ def test_released_architectures_equal_the_reference(signature: str) -> None:
             assert_close(ours(mix), expected)
         finally:
             torch.set_num_threads(threads)
-
-
-def test_a_whole_window_of_htdemucs_equals_the_reference() -> None:
-    theirs, ours = released_pair("955717e8")
-    assert sum(parameter.numel() for parameter in ours.parameters()) == 41_984_456
-    assert len(ours.state_dict()) == 533
-    mix = noise(2, 343_980)[None]
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
 
 
 @pytest.mark.parametrize("name", BAGS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from demucs_infer import separate
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -33,7 +35,7 @@ from demucs_infer.states import (
     set_state,
 )
 
-from .helpers import TINY, assert_close, noise, run, save_package, shake
+from .helpers import TINY, assert_close, noise, released_pair, run, save_package, shake
 
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
@@ -229,12 +231,16 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
         "open": Reduce(open, str(proof), "w"),
         "torch.load": Reduce(torch.load, str(proof)),
         "popen": Reduce(subprocess.Popen, ["touch", str(proof)]),
+        "nested torch.load": Reduce(torch.serialization.load, str(proof)),
+        "import_module": Reduce(importlib.import_module, "antigravity"),
         "class called": Reduce(HTDemucs, ["a"]),
         "fraction of text": Reduce(Fraction, "1e999999999"),
     }
     handmade = {
         "inst": f"(S'{command}'\nios\nsystem\n.".encode(),
         "obj": f"(cos\nsystem\nS'{command}'\no.".encode(),
+        "other class": b"\x80\x02}X\x05\x00\x00\x00klassccollections\nCounter\ns.",
+        "path as class": b"\x80\x02}X\x05\x00\x00\x00klassc../../etc/demucs\nHTDemucs\ns.",
         "build": b"cdemucs.htdemucs\nHTDemucs\n}S'x'\nI1\nsb.",
         "newobj": b"cdemucs.htdemucs\nHTDemucs\n)\x81.",
         "nested name": b"\x80\x04\x8c\x13demucs_infer.states\x8c\tos.system\x93.",
@@ -253,6 +259,113 @@ def test_hostile_pickles_are_refused_and_run_nothing(name: str, tmp_path: Path) 
         load_model(path)
     assert "\n" not in str(caught.value)
     assert not proof.exists()
+
+
+def test_a_folder_of_hostile_files(
+    theirs: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is refused by the command with one line, and nothing runs."""
+    proof, folder = tmp_path / "proof", tmp_path / "models"
+    folder.mkdir()
+    for number, content in enumerate(hostile_pickles(proof).values()):
+        archive(folder / f"pickle{number}.th", content)
+    metadata = {"klass": "demucs.htdemucs.HTDemucs", "args": "[]", "kwargs": json.dumps(TINY)}
+    system = {
+        "_dict": [["__quantized", True], ["meta", {"_dict": [["klass", {"_class": "os.system"}]]}]]
+    }
+    for number, change in enumerate(
+        (
+            {"klass": "os.system"},
+            {"klass": "../../x.Y"},
+            {"kwargs": '{"sources": {"_type": "fraction", "numerator": "1e9", "denominator": 1}}'},
+            {"structure": json.dumps(system)},
+            {"structure": '{"_call": "os.system"}'},
+            {"structure": "[" * 100_000},
+        )
+    ):
+        save_file(
+            {"x": torch.zeros(1)}, folder / f"metadata{number}.safetensors", {**metadata, **change}
+        )
+    whole = save_package(folder / "whole.th", theirs).read_bytes()
+    (folder / "whole.th").unlink()
+    for name, content in {"cut": whole[: len(whole) // 2], "byte": b"x", "nothing": b""}.items():
+        (folder / f"{name}.th").write_bytes(content)
+        (folder / f"{name}2.safetensors").write_bytes(content)
+    hostile = sorted(path.stem for path in folder.iterdir())
+    assert len(hostile) > 25
+    for name in hostile:
+        with pytest.raises(SystemExit) as exit:
+            separate.main(["--repo", str(folder), "-n", name, str(tmp_path / "track.wav")])
+        assert exit.value.code == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert name in lines[0]
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 10**9},
+        {"t_layers": 10**9},
+        {"channels": 10**12},
+        {"sources": ["../../etc/cron.d/x"]},
+        {"sources": ["a", "a"]},
+        {"sources": []},
+        {"samplerate": 0},
+        {"segment": float("inf")},
+    ],
+    ids=str,
+)
+def test_absurd_architectures_are_refused_at_once(change: dict, theirs: torch.nn.Module) -> None:
+    with pytest.raises(ModelLoadingError):
+        load_model(changed(theirs, lambda package: package["kwargs"].update(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["others"].pop(), "embedding.weight is missing"),
+        (lambda s: s["others"].append(torch.zeros(1)), "one of others is unexpected"),
+        (lambda s: s["others"].__setitem__(0, torch.zeros(1)), r"has the shape \[1\]"),
+        (lambda s: s["quantized"].pop(), "does not describe"),
+        (lambda s: s["quantized"].append(s["quantized"][0]), "does not describe"),
+        (lambda s: s.update(quantized=[(torch.zeros(1, 8, 7).long(), (0, 1))]), "packed weights"),
+        (lambda s: s.update(quantized=[], others=[]), "bits for"),
+        (lambda s: s["meta"].update(klass=os.system), "system> is no quantizer"),
+        (lambda s: s.pop("meta"), "does not describe"),
+    ],
+)
+def test_quantized_states_that_do_not_fit(change, message: str) -> None:
+    packed = demucs.hdemucs.HDemucs(**HYBRID).eval()
+    state = demucs.states.get_state(packed, diffq.UniformQuantizer(packed, min_size=0.01))
+    change(state)
+    package = {"klass": HDemucs, "args": (), "kwargs": HYBRID, "state": state}
+    with pytest.raises(ModelLoadingError, match=message):
+        load_model(package)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from demucs_infer.states import load_model
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+load_model(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak where Linux tells it")
+@pytest.mark.parametrize("half", [True, False])
+def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path: Path) -> None:
+    reference, _ = released_pair("955717e8")
+    path = save_package(tmp_path / "a.th", reference, half)
+    weights = sum(4 * parameter.numel() for parameter in reference.parameters())
+    result = run("-c", MEMORY, path)
+    assert result.returncode == 0, result.stderr
+    assert 0.9 * weights <= int(result.stdout) * 1024 <= 2.2 * weights
 
 
 def tensor_pickle(size: tuple, stride: tuple, offset: int = 0, numel: int = 4) -> bytes:
