@@ -201,7 +201,7 @@ def _fill_part(job: _Job) -> None:
             _persist(job)
             return
         except _WrongContent as exc:
-            job.part.unlink()
+            job.part.unlink(missing_ok=True)
             if second or exc.whole:
                 raise DownloadError(f"{shown(job.url)}: {exc}") from exc
             logger.warning("%s: %s: fetching it from the start", job.target.name, exc)
@@ -307,7 +307,7 @@ def _receive(job: _Job, part: _Part) -> bool:
                 part.write(block)
                 bar.update(len(block))
     if total is not None and part.size < total:
-        raise _Broken(f"the connection broke after {part.size} of {total} bytes")
+        raise _Broken(f"{part.size} of {total} bytes came")
     return whole and total is not None
 
 
