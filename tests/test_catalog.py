@@ -106,6 +106,7 @@ def test_download(published: Web, tmp_path: Path) -> None:
     [
         (["--download", "bothh"], 1, ["no model is named 'bothh'", "Did you mean both?"]),
         (["--download", "one", "--offline"], 1, ["not on this machine", "SHA-256", "--repo"]),
+        (["--download", "both", "--offline"], 1, ["/models/first-", "/models/second-"]),
         (["--download", "one"], 1, ["404 Not Found", "SHA-256", "--repo"]),
         (["--download", "one", "--repo", "."], 2, ["leave out --repo"]),
         (["--download"], 2, ["--download"]),
