@@ -34,9 +34,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 # Fetches argv[1] as argv[2], with messages on standard error.
 SCRIPT = f"""
 import logging, sys, pathlib
-from demucs_infer.download import fetch
+from demucs_infer.download import Patience, fetch
 logging.basicConfig(format="%(message)s")
-fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}")
+fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}", patience=Patience(timeout=600))
 """
 
 
