@@ -89,6 +89,8 @@ class Separator:
         callback_arg: entries to add to that dictionary.
         stems: the stems that are wanted (default: all); models of a bag that do not count for
             them are not run.
+        cache_dir: the folder to keep published models in, see `get_model`.
+        offline: never download, see `get_model`.
 
     Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded, and
     `OptionError` for an option out of range.
@@ -109,6 +111,8 @@ class Separator:
         callback_arg: Mapping[str, Any] | None = None,
         *,
         stems: Sequence[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        offline: bool | None = None,
     ) -> None:
         self._settings = _Settings(
             _usable_device(device),
@@ -122,17 +126,13 @@ class Separator:
             callback_arg,
             None if stems is None else tuple(stems),
         )
-        self._name = model
-        self._repo = None if repo is None else Path(repo)
-        self._load_model()
+        folder = None if repo is None else Path(repo)
+        loaded: Any = get_model(model, folder, cache_dir=cache_dir, offline=offline)
+        self._model: nn.Module = loaded
+        self._samplerate: int = loaded.samplerate
+        self._audio_channels: int = loaded.audio_channels
         check_segment(self._model, segment)
         self._check_stems(self._settings)
-
-    def _load_model(self) -> None:
-        model: Any = get_model(self._name, self._repo)
-        self._model: nn.Module = model
-        self._samplerate: int = model.samplerate
-        self._audio_channels: int = model.audio_channels
 
     def _check_stems(self, settings: _Settings) -> None:
         sources: Any = self._model.sources

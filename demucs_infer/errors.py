@@ -2,6 +2,7 @@
 
 DemucsInferError
 ├── ModelLoadingError (RuntimeError)      a model name, a checkpoint file, a repository
+│   └── DownloadError                     a checkpoint that cannot be fetched
 ├── AudioError
 │   ├── LoadAudioError                    a track that cannot be read
 │   └── SaveAudioError                    a stem that cannot be written
@@ -19,6 +20,10 @@ class ModelLoadingError(DemucsInferError, RuntimeError):
 
 
 LoadModelError = ModelLoadingError  # the name under which `Separator` documents it
+
+
+class DownloadError(ModelLoadingError):
+    """A checkpoint cannot be fetched, or what came is not what was published."""
 
 
 class AudioError(DemucsInferError):

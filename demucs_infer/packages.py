@@ -19,7 +19,7 @@ import re
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -215,8 +215,21 @@ def read_package(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.suffix not in READERS:
         raise ModelLoadingError(f"{path}: a checkpoint is a {' or '.join(READERS)} file")
+    return _read_with(READERS[path.suffix], path)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a PyTorch file that holds a model's weights and nothing else, whatever its suffix.
+
+    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
+    """
+    return _read_with(_read_pickled, Path(path))
+
+
+def _read_with(reader: Callable[[Path], Any], path: Path) -> dict[str, Any]:
+    """The dictionary that `reader` makes of a file, or one kind of error."""
     try:
-        package = READERS[path.suffix](path)
+        package = reader(path)
     except FileNotFoundError as exc:
         raise ModelLoadingError(f"{path}: no such checkpoint") from exc
     except _Refused as exc:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ModelLoadingError
-from .registry import REMOTE_ROOT, checkpoint_urls, registry
+from .registry import REMOTE_ROOT, bags, checkpoint_urls, checkpoints
 from .repo import AnyModelRepo, BagOnlyRepo, LocalRepo, RegistryBagRepo, RemoteRepo
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "get_model",
     "get_model_from_args",
     "list_models",
+    "open_remote",
     "open_repo",
 ]
 
@@ -56,42 +58,88 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="folder of checkpoints (SIGNATURE[-CHECKSUM].th or .safetensors) and bags (NAME.yaml)"
         " to use instead of the released models",
     )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder to keep released models in (default: DEMUCS_INFER_CACHE, or where PyTorch and"
+        " demucs keep them, ~/.cache/torch/hub/checkpoints)",
+    )
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        default=None,
+        help="never download; models that are on this machine need no network anyway"
+        " (also: DEMUCS_INFER_OFFLINE=1)",
+    )
 
 
-def open_repo(repo: Path | None = None) -> AnyModelRepo:
-    """The released models, or those in the folder `repo`. Raises `ModelLoadingError`."""
+def open_repo(
+    repo: Path | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+) -> AnyModelRepo:
+    """The published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
     if repo is None:
-        remote = RemoteRepo(checkpoint_urls())
-        return AnyModelRepo(remote, RegistryBagRepo(registry()["bags"], remote))
+        remote = open_remote(cache_dir=cache_dir, offline=offline)
+        return AnyModelRepo(remote, RegistryBagRepo(bags(), remote))
     if not repo.is_dir():
         raise ModelLoadingError(f"{repo}: is not a folder of models")
     local = LocalRepo(repo)
     return AnyModelRepo(local, BagOnlyRepo(repo, local))
 
 
-def get_model(name: str, repo: Path | None = None) -> nn.Module:
-    """Build a model or a bag in evaluation mode.
+def open_remote(
+    *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
+) -> RemoteRepo:
+    """The published checkpoints."""
+    return RemoteRepo(
+        checkpoint_urls(), checkpoints=checkpoints(), cache_dir=cache_dir, offline=offline
+    )
+
+
+def get_model(
+    name: str,
+    repo: Path | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+) -> nn.Module:
+    """Build a model or a bag in evaluation mode, from files that are fetched if need be.
 
     Args:
         name: a bag (`htdemucs`), a signature (`955717e8`), or `demucs_unittest`.
-        repo: a folder of checkpoints and bags, instead of the released ones.
+        repo: a folder of checkpoints and bags, instead of the published ones.
+        cache_dir: the folder to keep published checkpoints in (default: `DEMUCS_INFER_CACHE`, else
+            that of PyTorch's hub, where `demucs` keeps them).
+        offline: never fetch (default: what `DEMUCS_INFER_OFFLINE` says). What is in the cache
+            needs no connection anyway.
 
-    Raises `ModelLoadingError` (a `RuntimeError`) if there is none, or it cannot be read.
+    Raises `ModelLoadingError` (a `RuntimeError`) if there is none, or it cannot be read; its
+    subclass `DownloadError` if it is not there and cannot be fetched.
     """
     if name == UNITTEST_MODEL:
         return demucs_unittest().eval()
-    return open_repo(None if repo is None else Path(repo)).get_model(name).eval()
+    models = open_repo(None if repo is None else Path(repo), cache_dir=cache_dir, offline=offline)
+    return models.get_model(name).eval()
 
 
 def get_model_from_args(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_flags` ask for."""
-    return get_model(name=args.sig or args.name or DEFAULT_MODEL, repo=args.repo)
+    return get_model(
+        name=args.sig or args.name or DEFAULT_MODEL,
+        repo=args.repo,
+        cache_dir=getattr(args, "cache_dir", None),
+        offline=getattr(args, "offline", None),
+    )
 
 
 def list_models(repo: Path | None = None) -> dict[str, dict[str, str | Path]]:
     """Single models and bags, as `{"single": {name: origin}, "bag": {name: origin}}`.
 
-    The origin is an address or a file. Raises `ModelLoadingError` if `repo` is no folder.
+    The origin is an address or a file, and of a published bag its definition. Raises
+    `ModelLoadingError` if `repo` is no folder.
     """
     models = open_repo(None if repo is None else Path(repo))
     return {

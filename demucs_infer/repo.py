@@ -1,4 +1,4 @@
-"""Where checkpoints and bags live: a local folder, or the cache of what was published.
+"""Where checkpoints and bags live: a local folder, or the web and a cache of what was fetched.
 
 Looking up and listing needs no PyTorch: it is imported when a model is built.
 """
@@ -6,16 +6,16 @@ Looking up and listing needs no PyTorch: it is imported when a model is built.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from hashlib import sha256
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlparse
 
 import yaml
 
-from .errors import ModelLoadingError
-from .registry import cache_folder
+from .download import fetch, file_digest, shown
+from .errors import DownloadError, ModelLoadingError
+from .registry import Checkpoint, cache_folder, is_offline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,27 +23,38 @@ if TYPE_CHECKING:
     from .apply import BagOfModels
 
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
-READ_BLOCK = 2**20  # bytes
+MANY = 20  # names, more than which are not spelled out in a message
+NO_NETWORK = "and nothing is fetched offline"
 
 
 def check_checksum(path: Path, checksum: str) -> None:
     """Raise `ModelLoadingError` unless the SHA-256 of the file starts with `checksum`."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    actual = digest.hexdigest()[: len(checksum)]
-    if actual != checksum:
-        raise ModelLoadingError(
-            f"{path}: is damaged: its checksum is {actual} and should be {checksum}: fetch it again"
-        )
+    if damage := _damage(path, checksum):
+        raise ModelLoadingError(f"{damage}: fetch it again")
+
+
+def _damage(path: Path, checksum: str) -> str:
+    """What is wrong with the content of a file, if anything. Without a checksum nothing is."""
+    if not checksum:
+        return ""
+    try:
+        actual = file_digest(path)[: len(checksum)]
+    except OSError as exc:
+        raise ModelLoadingError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
+    if actual == checksum:
+        return ""
+    return f"{path}: is damaged: its checksum is {actual} and should be {checksum}"
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else f" There is: {', '.join(known) or 'none'}."
-    raise ModelLoadingError(f"no {kind} is named {name!r}.{hint}")
+    folded = {candidate.casefold(): candidate for candidate in sorted(known)}
+    if near := difflib.get_close_matches(name.casefold(), folded, n=1):
+        hint = f"Did you mean {folded[near[0]]}?"
+    elif len(folded) > MANY:
+        hint = "See demucs-infer --list-models."
+    else:
+        hint = f"There is: {', '.join(folded.values()) or 'none'}."
+    raise ModelLoadingError(f"no {kind} is named {name!r}. {hint}")
 
 
 class ModelOnlyRepo:
@@ -61,27 +72,111 @@ class ModelOnlyRepo:
         """Where each model comes from, by signature."""
         raise NotImplementedError
 
+    def fetch(self, sig: str) -> Path:
+        """The verified file of the model with this signature. Raises `ModelLoadingError`."""
+        raise NotImplementedError
+
+    def require(self, signatures: Iterable[str]) -> None:
+        """Raise `ModelLoadingError` if some of these models are known to be out of reach."""
+
 
 class RemoteRepo(ModelOnlyRepo):
-    """Published checkpoints, by signature and address, of which those in the cache are read."""
+    """Published checkpoints, by signature and address, which are fetched into a cache.
 
-    def __init__(self, models: Mapping[str, str]) -> None:
+    Args:
+        models: the address of each checkpoint, by signature.
+        checkpoints: what else is known of them. Without it, a file is verified by the checksum in
+            its name, and not fetched if there is none.
+        cache_dir: the folder to keep them in (default: see `registry.cache_folder`).
+        offline: never fetch (default: what `DEMUCS_INFER_OFFLINE` says).
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        *,
+        checkpoints: Mapping[str, Checkpoint] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        offline: bool | None = None,
+    ) -> None:
         self._models = dict(models)
+        known = checkpoints or {}
+        self._checkpoints = {
+            sig: known[sig] if sig in known else Checkpoint.at(url) for sig, url in models.items()
+        }
+        self._cache_dir = cache_dir
+        self._offline = offline
 
     def get_model(self, sig: str) -> nn.Module:
+        path = self.fetch(sig)
+        return _build(path, self._checkpoints[sig].architecture)
+
+    def fetch(self, sig: str) -> Path:
+        """The file of a checkpoint, verified, and fetched if it is not in the cache.
+
+        Raises `DownloadError` if it is not there and does not come, `ModelLoadingError` if it
+        cannot be read or there is none of this signature.
+        """
+        path, checkpoint = self.path(sig), self._checkpoints[sig]
+        present = self.has_file(sig)
+        problem = _damage(path, checkpoint.sha256) if present else _absence([path])
+        if not problem:
+            return path
+        if is_offline(self._offline):
+            raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand([sig])}")
+        try:
+            fetch(checkpoint.url, path, checkpoint.sha256, size=checkpoint.size)
+        except DownloadError as exc:
+            raise DownloadError(f"{problem}: {exc}: {self._by_hand([sig])}") from exc
+        return path
+
+    def path(self, sig: str) -> Path:
+        """Where the cache has the file of a checkpoint, or would have it."""
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        url = self._models[sig]
-        path = cache_folder() / Path(urlparse(url).path).name
-        if not path.exists():
-            raise ModelLoadingError(
-                f"the checkpoint {path.name} is not on this machine: fetch {url} into"
-                f" {path.parent}, or pass the folder that has it as --repo"
-            )
-        return _load_checked(path)
+        return cache_folder(self._cache_dir) / self._checkpoints[sig].file
+
+    def has_file(self, sig: str) -> bool:
+        """Whether the cache has a file for a checkpoint, right or wrong."""
+        try:
+            return self.path(sig).exists()
+        except OSError:  # its folder may not be looked at
+            return False
+
+    def require(self, signatures: Iterable[str]) -> None:
+        absent = [sig for sig in dict.fromkeys(signatures) if not self.has_file(sig)]
+        if absent and is_offline(self._offline):
+            problem = _absence([self.path(sig) for sig in absent])
+            raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand(absent)}")
+
+    def _by_hand(self, signatures: Sequence[str]) -> str:
+        """How to do without a download."""
+        wanted = [self._checkpoints[sig] for sig in signatures]
+        files = ", ".join(f"{shown(item.url)} (SHA-256 {item.sha256})" for item in wanted)
+        return (
+            f"fetch {files} into {self.path(signatures[0]).parent}, or pass a folder that has it as"
+            " --cache-dir (or as --repo, with a NAME.yaml for a bag)"
+        )
 
     def list_model(self) -> Mapping[str, str]:
         return self._models
+
+
+def _absence(paths: Sequence[Path]) -> str:
+    names = ", ".join(path.name for path in paths)
+    return f"{names} {'is' if len(paths) == 1 else 'are'} not on this machine"
+
+
+def _build(path: Path, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model of a checkpoint, or of a file of weights whose architecture is told."""
+    from .states import load_model
+
+    if architecture is None:
+        return load_model(path)
+    from .packages import ClassName, read_state
+
+    package = {**architecture, "klass": ClassName(architecture["klass"])}
+    return load_model({**package, "state": read_state(path)})
 
 
 class LocalRepo(ModelOnlyRepo):
@@ -106,22 +201,17 @@ class LocalRepo(ModelOnlyRepo):
             self._models[signature] = path
 
     def get_model(self, sig: str) -> nn.Module:
+        return _build(self.fetch(sig))
+
+    def fetch(self, sig: str) -> Path:
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        return _load_checked(self._models[sig])
+        path = self._models[sig]
+        check_checksum(path, path.stem.partition("-")[2])
+        return path
 
     def list_model(self) -> Mapping[str, Path]:
         return self._models
-
-
-def _load_checked(path: Path) -> nn.Module:
-    """The model of a checkpoint, whose file name may end in a checksum."""
-    from .states import load_model
-
-    checksum = path.stem.partition("-")[2]
-    if checksum:
-        check_checksum(path, checksum)
-    return load_model(path)
 
 
 class BagOnlyRepo:
@@ -142,13 +232,17 @@ class BagOnlyRepo:
             _unknown("bag", name, self.list_model())
         from .apply import BagOfModels
 
+        members, bag = self.members(name), self._definition(name)
+        self.model_repo.require(members)
+        models = {sig: self.model_repo.get_model(sig) for sig in members}
+        return BagOfModels([models[sig] for sig in members], bag.get("weights"), bag.get("segment"))
+
+    def members(self, name: str) -> list[str]:
+        """The signatures of a bag's models. Raises `ModelLoadingError` if it does not list them."""
         bag = self._definition(name)
         if not isinstance(bag, dict) or not isinstance(bag.get("models"), list):
             raise ModelLoadingError(f"the bag {name} does not list its models")
-        models = {sig: self.model_repo.get_model(str(sig)) for sig in bag["models"]}
-        return BagOfModels(
-            [models[sig] for sig in bag["models"]], bag.get("weights"), bag.get("segment")
-        )
+        return [str(sig) for sig in bag["models"]]
 
     def _definition(self, name: str) -> Any:
         try:
@@ -192,6 +286,14 @@ class AnyModelRepo:
             return self.model_repo.get_model(name_or_sig)
         if self.bag_repo.has_model(name_or_sig):
             return self.bag_repo.get_model(name_or_sig)
+        _unknown("model", name_or_sig, self.list_model())
+
+    def members(self, name_or_sig: str) -> list[str]:
+        """The signatures that a name stands for. Raises `ModelLoadingError`."""
+        if self.model_repo.has_model(name_or_sig):
+            return [name_or_sig]
+        if self.bag_repo.has_model(name_or_sig):
+            return self.bag_repo.members(name_or_sig)
         _unknown("model", name_or_sig, self.list_model())
 
     def list_model(self) -> Mapping[str, Any]:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+from .catalog import add_catalog_flags, download_models, print_models
 from .errors import DemucsInferError, OptionError, SaveAudioError
 from .log import bold, fatal, logger
-from .pretrained import DEFAULT_MODEL, add_model_flags, list_models
+from .pretrained import DEFAULT_MODEL, add_model_flags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ examples:
   demucs-infer --two-stems vocals song.mp3   vocals and accompaniment
   demucs-infer --mp3 -o stems *.flac         MP3 stems of an album, in stems/
   demucs-infer --repo models -n mine a.wav   a model of your own
+  demucs-infer --download htdemucs           only fetch a model, for later
 
 exit status:
   0 all went well, 1 a track or the model failed, 2 wrong usage, 130 interrupted
@@ -91,9 +93,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
-    parser.add_argument(
-        "--list-models", action="store_true", help="list the models (of --repo if given) and exit"
-    )
+    add_catalog_flags(parser)
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -221,7 +221,10 @@ def main(opts: Sequence[str] | None = None) -> None:
     _log_to_stderr(args.verbose)
     try:
         if args.list_models:
-            _print_models(args.repo)
+            print_models(args)
+            return
+        if args.download:
+            download_models(args)
             return
         if not args.tracks:
             parser.error("no track is given")
@@ -247,14 +250,6 @@ def _log_to_stderr(verbose: bool) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-
-
-def _print_models(repo: Path | None) -> None:
-    models = list_models(repo)
-    for title, names in (("Bags of models", models["bag"]), ("Single models", models["single"])):
-        print(f"{title}:")
-        for name in sorted(names):
-            print(f"    {name}")
 
 
 def _separate_tracks(args: argparse.Namespace) -> int:
@@ -324,6 +319,8 @@ def _make_separator(args: argparse.Namespace) -> Separator:
     separator = Separator(
         model=args.sig or args.name or DEFAULT_MODEL,
         repo=args.repo,
+        cache_dir=args.cache_dir,
+        offline=args.offline,
         device=args.device,
         shifts=args.shifts,
         overlap=args.overlap,

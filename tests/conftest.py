@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import demucs.htdemucs
@@ -7,7 +9,12 @@ import pytest
 import soundfile
 import torch
 
-from .helpers import TINY, noise, save_package, shake
+from demucs_infer import download, registry
+from demucs_infer.download import Patience
+from demucs_infer.htdemucs import HTDemucs
+
+from .helpers import TINY, noise, publish, save_package, shake
+from .web import Web, serving
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +33,34 @@ def track(tmp_path: Path) -> Path:
     path = tmp_path / "track.wav"
     soundfile.write(path, noise(2, 96_000).T.numpy(), 48_000, subtype="FLOAT")
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(repo: Path) -> bytes:
+    return (repo / "tiny.th").read_bytes()
+
+
+@pytest.fixture
+def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """A server with the checkpoints of a registry of its own, and an empty cache in `cache`.
+
+    Other processes take part by running `web.code` first.
+    """
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "DEMUCS_INFER_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    weights = io.BytesIO()
+    torch.save(HTDemucs(**TINY).state_dict(), weights)
+    with serving() as web:
+        web.content, web.others = checkpoint, {"weights.ckpt": weights.getvalue()}
+        publish(tmp_path, web.url, checkpoint, weights.getvalue())
+        web.code = (
+            "from pathlib import Path; from demucs_infer import registry;"
+            f"registry.REMOTE_ROOT = Path({str(tmp_path)!r});"
+        )
+        monkeypatch.setenv("DEMUCS_INFER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
+        monkeypatch.setattr(download, "PATIENCE", Patience(attempts=2, backoff=0))
+        registry.registry.cache_clear()
+        yield web
+    registry.registry.cache_clear()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 
 import demucs.demucs
@@ -13,6 +14,7 @@ import demucs.hdemucs
 import demucs.htdemucs
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from demucs_infer.demucs import Demucs
@@ -123,3 +125,40 @@ def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str
 def separate(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     """Run our command line."""
     return run("-m", "demucs_infer", *arguments, **kwargs)
+
+
+def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None:
+    """Write a registry of two released models, the bags `one` and `both`, and a community model."""
+    digest, state_digest = (sha256(data).hexdigest() for data in (content, state))
+    checkpoints = {
+        name: {
+            "description": f"the {name} model",
+            "folder": "models",
+            "file": f"{name}-{digest[:8]}.th",
+            "sha256": digest,
+            **({"megabytes": 1} if name == "first" else {}),
+        }
+        for name in ("first", "second")
+    }
+    foreign = {
+        "description": "weights alone",
+        "url": f"{root}/elsewhere/weights.ckpt",
+        "sha256": state_digest,
+        "source": "someone",
+        "license": "MIT",
+        "architecture": {"klass": "demucs.htdemucs.HTDemucs", "kwargs": TINY},
+    }
+    bags = {
+        name: {"description": f"of {name}", "sources": SOURCES, "models": models}
+        for name, models in {"one": ["first"], "both": ["first", "second"]}.items()
+    }
+    registry = {
+        "root": f"{root}/",
+        "checkpoints": checkpoints,
+        "bags": bags,
+        "community": {
+            "checkpoints": {"foreign_state": foreign},
+            "bags": {"foreign": {**bags["one"], "models": ["foreign_state"]}},
+        },
+    }
+    (folder / "registry.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
+import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
+from demucs_infer import registry
+from demucs_infer.api import Separator
 from demucs_infer.apply import BagOfModels
-from demucs_infer.errors import ModelLoadingError
+from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.packages import read_state
 from demucs_infer.pretrained import (
     add_model_flags,
     demucs_unittest,
@@ -17,10 +24,12 @@ from demucs_infer.pretrained import (
     get_model_from_args,
     list_models,
 )
-from demucs_infer.repo import AnyModelRepo, BagOnlyRepo, LocalRepo, RemoteRepo, check_checksum
+from demucs_infer.repo import LocalRepo, RemoteRepo, check_checksum
 from demucs_infer.states import save_with_checksum
 
-from .helpers import TINY
+from . import web as answers
+from .helpers import SOURCES, TINY, run
+from .web import Web
 
 
 @pytest.fixture
@@ -73,10 +82,16 @@ def test_unknown_names_suggest_the_nearest(repo: Path) -> None:
     for name, message in (("tiyn", "Did you mean tiny"), ("xyz", "There is: pair, tiny")):
         with pytest.raises(ModelLoadingError, match=message):
             get_model(name, repo)
-    with pytest.raises(ModelLoadingError, match="Did you mean htdemucs"):
-        get_model("htdemuks")
-    with pytest.raises(RuntimeError):
-        get_model("htdemuks")
+    for name, nearest in (
+        ("htdemuks", "htdemucs"),
+        ("HTDemucs_FT", "htdemucs_ft"),
+        ("955717e9", "955717e8"),
+        ("drum_sep", "drumsep"),
+    ):
+        with pytest.raises(ModelLoadingError, match=rf"Did you mean {nearest}\?"):
+            get_model(name)
+    with pytest.raises(RuntimeError, match="--list-models"):
+        get_model("zzz")
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -101,21 +116,169 @@ def test_bags_that_make_no_sense(folder: Path, text: str, message: str) -> None:
         get_model("bad", folder)
 
 
-def test_released_models_are_found_in_the_cache_of_demucs(
-    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def cached(tmp_path: Path) -> dict[str, bytes]:
+    """The files of the cache, by name."""
+    return {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+
+def test_models_are_fetched_once(published: Web, checkpoint: bytes, tmp_path: Path) -> None:
+    bag = get_model("both")
+    assert isinstance(bag, BagOfModels)
+    assert [path.rpartition("/")[0] for path in published.paths] == ["/models"] * 2
+    assert set(cached(tmp_path).values()) == {checkpoint}
+    assert isinstance(get_model("first"), HTDemucs)
+    assert len(published.paths) == 2
+    Separator("one", cache_dir=tmp_path / "other", device="cpu")
+    assert len(published.paths) == 3
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_weights_alone_become_a_model(published: Web, tmp_path: Path) -> None:
+    model = get_model("foreign").models[0]
+    assert published.paths == ["/elsewhere/weights.ckpt"]
+    state = torch.load(io.BytesIO(published.others["weights.ckpt"]), weights_only=True)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    (tmp_path / "cache" / "weights.ckpt").write_bytes(b"PK")
+    published.always = answers.wrong
+    with pytest.raises(DownloadError, match="SHA-256"):
+        get_model("foreign_state")
+    with pytest.raises(ModelLoadingError, match="cannot be read as a checkpoint"):
+        read_state(tmp_path / "cache" / "weights.ckpt.corrupt")
+
+
+def test_a_damaged_file_is_fetched_anew_once(
+    published: Web, checkpoint: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ModelLoadingError, match=r"fetch https://.*/955717e8-.*\.th into .*--repo"):
-        get_model("htdemucs")
-    checkpoints = tmp_path / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    shutil.copy(repo / "tiny.th", checkpoints / "tiny.th")
-    models = RemoteRepo({"tiny": "https://host.invalid/folder/tiny.th"})
-    assert models.has_model("tiny")
-    either = AnyModelRepo(models, BagOnlyRepo(repo, models))
-    assert isinstance(either.get_model("pair"), BagOfModels)
-    with pytest.raises(ModelLoadingError, match="no model"):
-        models.get_model("other")
+    (name,) = (get_model("first"), *cached(tmp_path))[1:]
+    path = tmp_path / "cache" / name
+    path.write_bytes(checkpoint + b"x")
+    with pytest.raises(DownloadError, match=rf"{name}: is damaged.*offline.*--repo"):
+        get_model("first", offline=True)
+    get_model("first")
+    assert f"moved to {name}.corrupt, and fetched anew" in caplog.text
+    assert cached(tmp_path) == {name: checkpoint, f"{name}.corrupt": checkpoint + b"x"}
+    published.always = answers.wrong
+    path.write_bytes(b"")
+    with pytest.raises(DownloadError, match=r"is damaged.*should be.*--cache-dir"):
+        get_model("first")
+    assert len(published.paths) == 3
+    assert not path.exists()
+
+
+def test_what_is_missing_is_one_message(published: Web, tmp_path: Path) -> None:
+    digest = registry.checkpoints()["first"].sha256
+    for name, number in (("both", 2), ("one", 1), ("first", 1)):
+        with pytest.raises(DownloadError) as caught:
+            get_model(name, offline=True)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert message.count(f"{published.url}/models/") == number
+        assert message.count(f"(SHA-256 {digest})") == number
+        for part in (f"into {tmp_path / 'cache'},", "--repo", "--cache-dir", "offline"):
+            assert part in message
+    assert published.paths == []
+    published.always = answers.status(404)
+    with pytest.raises(DownloadError, match=rf"404 Not Found: fetch .*{digest}.*--repo"):
+        get_model("one")
+
+
+def test_offline_by_the_environment(published: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEMUCS_INFER_OFFLINE", "1")
+    with pytest.raises(DownloadError, match="offline"):
+        get_model("one")
+    assert published.paths == []
+    get_model("one", offline=False)
+    get_model("one")
+    assert len(published.paths) == 1
+
+
+def test_a_mirror_is_asked_and_its_password_not_told(
+    published: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = published.url.replace("//", "//user:secret@")
+    monkeypatch.setenv("DEMUCS_INFER_MIRROR", f"{mirror}/mirror/")
+    get_model("one")
+    get_model("foreign")
+    assert published.paths[0].startswith("/mirror/models/first-")
+    assert published.paths[1] == "/mirror/community/weights.ckpt"
+    published.always = answers.status(403)
+    with pytest.raises(DownloadError, match="403") as caught:
+        get_model("second")
+    assert "secret" not in str(caught.value)
+
+
+NO_CONNECTION = """
+import os, sys
+def watch(event, args):
+    if event.startswith("socket."):
+        os.write(2, event.encode())
+        os._exit(9)
+sys.addaudithook(watch)
+"""
+
+
+def test_cached_models_need_no_connection(published: Web) -> None:
+    code = f"{NO_CONNECTION}{published.code}"
+    code += "from demucs_infer.pretrained import get_model; get_model('both')"
+    assert run("-c", code).returncode == 9
+    get_model("both")
+    before = len(published.paths)
+    result = run("-c", f"{code}; assert 'requests' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+    assert len(published.paths) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the permissions of POSIX")
+def test_a_read_only_cache(published: Web, tmp_path: Path) -> None:
+    code = f"""
+import os
+from demucs_infer.pretrained import get_model
+{published.code}
+os.chdir({str(tmp_path / "cache")!r})
+get_model("foreign", cache_dir="../warm")  # imports all that is needed
+if os.getuid() == 0:  # whom permissions do not bind
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+print(get_model("first", cache_dir=".").sources)
+try:
+    get_model("second", cache_dir=".")
+except RuntimeError as exc:
+    print(exc)
+"""
+    get_model("first")
+    (path,) = (tmp_path / "cache").iterdir()
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    result = run("-c", code)
+    path.parent.chmod(0o755)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == str(SOURCES)
+    assert "cannot be written (Permission denied)" in second
+    assert "--cache-dir" in second
+    assert published.paths[1:] == ["/elsewhere/weights.ckpt"]
+    assert set(cached(tmp_path)) == {path.name}
+
+
+def test_addresses_without_a_registry(published: Web, checkpoint: bytes, tmp_path: Path) -> None:
+    checksum = sha256(checkpoint).hexdigest()[:8]
+    models = RemoteRepo(
+        {
+            "good": f"{published.url}/good-{checksum}.th",
+            "bad": f"{published.url}/bad-01234567.th",
+            "plain": f"{published.url}/plain.th",
+        }
+    )
+    assert models.has_model("good")
+    assert isinstance(models.get_model("good"), HTDemucs)
+    with pytest.raises(DownloadError, match="should be 01234567"):
+        models.get_model("bad")
+    with pytest.raises(DownloadError, match="no known SHA-256"):
+        models.get_model("plain")
+    (tmp_path / "cache" / "plain.th").write_bytes(checkpoint)
+    assert isinstance(models.get_model("plain"), HTDemucs)
+    with pytest.raises(ModelLoadingError, match="Did you mean good"):
+        models.get_model("goood")
 
 
 def test_local_repo_scans_again(folder: Path) -> None:

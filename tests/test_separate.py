@@ -17,7 +17,7 @@ from .helpers import SOURCES, noise, run, separate
 OPTIONS = (
     "--repo --name --sig --out --filename --device --shifts --overlap --no-split --segment"
     " --stems --two-stems --other-method --int24 --float32 --clip-mode --flac --mp3 --mp3-bitrate"
-    " --mp3-preset --jobs --list-models --verbose --version"
+    " --mp3-preset --jobs --list-models --json --download --cache-dir --offline --verbose --version"
 )
 
 

@@ -1,0 +1,177 @@
+"""What models there are, and the commands `--list-models` and `--download`.
+
+Neither needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError
+from .pretrained import open_remote, open_repo
+from .registry import MEGABYTE, bags, cache_folder, checkpoints, is_community
+from .repo import RemoteRepo
+
+# The sections of the listing, by group and kind.
+TITLES = {
+    ("released", "bag"): "Bags of models",
+    ("released", "single"): "Single models",
+    ("community", "bag"): "Bags of the community (not by the authors of Demucs)",
+    ("community", "single"): "Single models of the community",
+    ("local", "bag"): "Bags of models",
+    ("local", "single"): "Single models",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file of a model; `size` is in bytes, rounded until it is on disk, None if not known."""
+
+    path: Path
+    on_disk: bool
+    size: int | None
+    url: str | None = None
+    sha256: str | None = None
+    source: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A bag or a single model; `stems` is None where only the checkpoint itself tells them."""
+
+    name: str
+    kind: str  # "bag" or "single"
+    group: str  # "released", "community" or "local"
+    stems: list[str] | None
+    description: str
+    models: list[str]  # signatures, those of a bag in its order
+    files: list[CheckpointFile]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether all of its files are there."""
+        return all(file.on_disk for file in self.files)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all of its files, if known."""
+        sizes = [file.size for file in self.files]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry as plain values."""
+        return {**asdict(self), "size": self.size, "on_disk": self.on_disk}
+
+
+def catalog(
+    repo: Path | None = None, *, cache_dir: str | os.PathLike[str] | None = None
+) -> list[Entry]:
+    """The published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
+    return list(_published(cache_dir) if repo is None else _local(repo))
+
+
+def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
+    remote = open_remote(cache_dir=cache_dir)
+    files = {sig: _cached_file(remote, sig) for sig in remote.list_model()}
+    stems: dict[str, list[str]] = {}
+    for name, bag in bags().items():
+        models = bag["models"]
+        stems.update(dict.fromkeys(models, bag["sources"]))
+        members = [files[sig] for sig in dict.fromkeys(models)]
+        group, text = _group(name), bag["description"]
+        yield Entry(name, "bag", group, bag["sources"], text, models, members)
+    for sig, checkpoint in checkpoints().items():
+        group, text = _group(sig), checkpoint.description
+        yield Entry(sig, "single", group, stems[sig], text, [sig], [files[sig]])
+
+
+def _group(name: str) -> str:
+    return "community" if is_community(name) else "released"
+
+
+def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
+    path, there, item = remote.path(sig), remote.has_file(sig), checkpoints()[sig]
+    size = path.stat().st_size if there else item.size
+    return CheckpointFile(path, there, size, item.url, item.sha256, item.source, item.license)
+
+
+def _local(repo: Path) -> Iterator[Entry]:
+    models = open_repo(repo)
+    paths: dict[str, Path] = dict(models.model_repo.list_model())  # type: ignore[arg-type]
+    for name in sorted(models.bag_repo.list_model()):
+        members = models.bag_repo.members(name)
+        files = [_local_file(repo, sig, paths) for sig in dict.fromkeys(members)]
+        yield Entry(name, "bag", "local", None, "", members, files)
+    for sig in paths:
+        yield Entry(sig, "single", "local", None, "", [sig], [_local_file(repo, sig, paths)])
+
+
+def _local_file(repo: Path, sig: str, paths: dict[str, Path]) -> CheckpointFile:
+    if sig not in paths:
+        return CheckpointFile(repo / f"{sig}.th", False, None)
+    return CheckpointFile(paths[sig], True, paths[sig].stat().st_size)
+
+
+def add_catalog_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--list-models`, `--json` and `--download`."""
+    parser.add_argument(
+        "--list-models",
+        action="store_true",
+        help="list the models (of --repo if given) with size and stems, and exit",
+    )
+    parser.add_argument("--json", action="store_true", help="with --list-models: as JSON")
+    parser.add_argument(
+        "--download",
+        nargs="+",
+        metavar="NAME",
+        help="fetch and verify these models, print their files, and exit",
+    )
+
+
+def print_models(args: argparse.Namespace) -> None:
+    """Print the catalog on standard output, for people or as JSON."""
+    entries = catalog(args.repo, cache_dir=args.cache_dir)
+    if args.json:
+        folder = args.repo or cache_folder(args.cache_dir)
+        content = {"folder": folder, "models": [entry.as_json() for entry in entries]}
+        print(json.dumps(content, indent=1, default=str))
+        return
+    for key, title in TITLES.items():
+        section = [entry for entry in entries if (entry.group, entry.kind) == key]
+        if section:
+            print(f"{title}:")
+            width = max(len(entry.name) for entry in section)
+            print(
+                *(f"    {entry.name:{width}}  {_described(entry)}" for entry in section), sep="\n"
+            )
+
+
+def _described(entry: Entry) -> str:
+    """One line of a model: whether it is here, its size, stems, use and origin."""
+    size = "size unknown" if entry.size is None else f"{round(entry.size / MEGABYTE)} MB"
+    here = "on disk" if entry.on_disk else "not on disk"
+    text = ": ".join(filter(None, (", ".join(entry.stems or ()), entry.description)))
+    origins = {f"{f.source}, licence: {f.license}" for f in entry.files if f.source}
+    origin = f" ({'; '.join(sorted(origins))})" if origins else ""
+    return f"{here:11}  {size:>12}  {text}{origin}".rstrip()
+
+
+def download_models(args: argparse.Namespace) -> None:
+    """Fetch and verify the files of the models `args.download`, and print where each one is.
+
+    Raises `OptionError` for use with `--repo`, `ModelLoadingError` if one is not to be had.
+    """
+    if args.repo:
+        raise OptionError("--download is for published models: leave out --repo")
+    models = open_repo(cache_dir=args.cache_dir, offline=args.offline)
+    wanted = dict.fromkeys(sig for name in args.download for sig in models.members(name))
+    models.model_repo.require(wanted)
+    for sig in wanted:
+        print(models.model_repo.fetch(sig), flush=True)

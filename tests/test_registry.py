@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import demucs.htdemucs
+import pytest
+
+from demucs_infer import registry
+from demucs_infer.errors import ModelLoadingError
+from demucs_infer.htdemucs import HTDemucs
+
+# The SHA-256 of names, addresses, digests and weights as they were published.
+FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"
+
+
+def test_what_was_published() -> None:
+    content = registry.registry()
+    community = content["community"]
+    facts = {
+        "root": content["root"],
+        "checkpoints": {
+            sig: [entry[key] for key in ("folder", "file", "sha256")]
+            for sig, entry in content["checkpoints"].items()
+        },
+        "bags": {
+            name: [bag["models"], bag.get("weights"), bag.get("segment")]
+            for name, bag in content["bags"].items()
+        },
+        "community": {
+            sig: [entry[key] for key in ("url", "sha256", "license", "source")]
+            for sig, entry in community["checkpoints"].items()
+        },
+        "community bags": {
+            name: [bag["models"], bag["sources"]] for name, bag in community["bags"].items()
+        },
+    }
+    assert sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest() == FACTS
+
+
+def test_checkpoints() -> None:
+    found = registry.checkpoints()
+    assert len(registry.registry()["checkpoints"]) == 27
+    assert len(found) == 34
+    assert len({checkpoint.file for checkpoint in found.values()}) == 34
+    for sig, checkpoint in found.items():
+        assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256), sig
+        checksum = re.search(r"-([0-9a-f]{8})\.th$", checkpoint.file)
+        if not registry.is_community(sig):
+            assert checkpoint.file.startswith(f"{sig}-")
+            assert checksum
+        if checksum:
+            assert checkpoint.sha256.startswith(checksum[1])
+        assert checkpoint.description
+        assert registry.is_community(sig) == bool(checkpoint.license and checkpoint.source)
+
+
+def test_bags() -> None:
+    found, known = registry.bags(), registry.checkpoints()
+    assert len(registry.registry()["bags"]) == 11
+    assert len(found) == 17
+    assert {sig for bag in found.values() for sig in bag["models"]} == set(known)
+    for name, bag in found.items():
+        assert bag["description"], name
+        assert len(bag.get("weights", bag["models"])) == len(bag["models"])
+        assert all(len(row) == len(bag["sources"]) for row in bag.get("weights", []))
+        for sig in bag["models"]:
+            assert registry.is_community(sig) == registry.is_community(name)
+
+
+def test_sizes_are_two_bytes_for_each_parameter() -> None:
+    sizes = {sig: checkpoint.size for sig, checkpoint in registry.checkpoints().items()}
+    assert sizes["955717e8"] == 84_000_000  # of 41 984 456 parameters
+    assert sizes["5c90dfd2"] == 55_000_000
+    assert sum(size is not None for size in sizes.values()) == 15
+    assert not any(sizes[sig] for sig in registry.bags()["mdx_q"]["models"])
+
+
+def test_the_architecture_of_weights_alone() -> None:
+    (found,) = (c.architecture for c in registry.checkpoints().values() if c.architecture)
+    assert found["klass"] == "demucs.htdemucs.HTDemucs"
+    kwargs = found["kwargs"]
+    assert kwargs["sources"] == ["vocals", "other"]
+    assert (kwargs["segment"], kwargs["bottom_channels"], kwargs["dconv_mode"]) == (11, 512, 3)
+    parameters = inspect.signature(demucs.htdemucs.HTDemucs).parameters
+    assert set(kwargs) <= set(parameters) & set(inspect.signature(HTDemucs).parameters)
+
+
+def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = registry.checkpoint_urls()
+    root = "https://dl.fbaipublicfiles.com/demucs"
+    assert before["955717e8"] == f"{root}/hybrid_transformer/955717e8-8726e21a.th"
+    assert before["49469ca8"].startswith("https://github.com/")
+    for mirror in ("https://host.invalid/a/b", "https://host.invalid/a/b/"):
+        monkeypatch.setenv("DEMUCS_INFER_MIRROR", mirror)
+        urls = registry.checkpoint_urls()
+        assert all(url.startswith("https://host.invalid/a/b/") for url in urls.values())
+        assert urls["955717e8"].endswith("/a/b/hybrid_transformer/955717e8-8726e21a.th")
+        assert urls["49469ca8"].endswith("/a/b/community/model_drumsep.th")
+    monkeypatch.setenv("DEMUCS_INFER_MIRROR", "")
+    assert registry.checkpoint_urls() == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder", "expected"),
+    [
+        ({}, None, "home/.cache/torch/hub/checkpoints"),
+        ({"XDG_CACHE_HOME": "xdg"}, None, "xdg/torch/hub/checkpoints"),
+        ({"XDG_CACHE_HOME": "xdg", "TORCH_HOME": "~/torch"}, None, "home/torch/hub/checkpoints"),
+        ({"TORCH_HOME": "torch", "DEMUCS_INFER_CACHE": "own"}, None, "own"),
+        ({"DEMUCS_INFER_CACHE": "~/own"}, None, "home/own"),
+        ({"DEMUCS_INFER_CACHE": "own"}, "given", "given"),
+        ({"DEMUCS_INFER_CACHE": ""}, None, "home/.cache/torch/hub/checkpoints"),
+    ],
+)
+def test_the_cache(
+    environment: dict, folder: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "TORCH_HOME", "DEMUCS_INFER_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, "home")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert registry.cache_folder(folder) == Path(expected)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.raises(ModelLoadingError, match="set DEMUCS_INFER_CACHE"):
+        registry.cache_folder()
+
+
+@pytest.mark.parametrize(
+    ("value", "offline"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False)]
+)
+def test_offline(value: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEMUCS_INFER_OFFLINE", value)
+    assert registry.is_offline() is offline
+    assert registry.is_offline(not offline) is not offline
+
+
+def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (registry.REMOTE_ROOT / "registry.yaml").read_text()
+    (tmp_path / "registry.yaml").write_text(text.replace("htdemucs_6s", "renamed"))
+    monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
+    registry.registry.cache_clear()
+    assert "renamed" in registry.bags()
+    registry.registry.cache_clear()

@@ -1,0 +1,173 @@
+"""A web server on loopback that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+
+CONTENT = bytes(range(251)) * 4000  # 1 MB, of no period that a block has
+DIGEST = sha256(CONTENT).hexdigest()
+HALF = len(CONTENT) // 2
+
+Answer = Callable[["Handler", bytes, int], None]
+
+
+@dataclass
+class Web:
+    """What the server has, how it answers the next requests (then well), and what it was asked."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    others: dict[str, bytes] = field(default_factory=dict)  # by the name of a file
+    answers: list[Answer] = field(default_factory=list)
+    always: Answer | None = None
+    paths: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    sent: int = 0
+    code: str = ""  # with which another process uses the registry of the server
+    gate: threading.Event = field(default_factory=threading.Event)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    web: Web
+
+    def do_GET(self) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.web.paths.append(self.path)
+        self.web.starts.append(start)
+        answer = self.web.answers.pop(0) if self.web.answers else self.web.always or well
+        name = self.path.rpartition("/")[2]
+        with suppress(ConnectionError):
+            answer(self, self.web.others.get(name, self.web.content), start)
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def send(self, body: bytes) -> None:
+        self.wfile.write(body)
+        self.web.sent += len(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def well(handler: Handler, content: bytes, start: int, stop: int | None = None) -> None:
+    """The content from `start`, or as far as `stop`, where the connection breaks."""
+    span = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+    handler.head(206 if start else 200, Content_Length=len(content) - start, **span)
+    handler.send(content[start:stop])
+    handler.close_connection = stop is not None
+
+
+def breaks_at(stop: int) -> Answer:
+    return partial(well, stop=stop)
+
+
+def without_ranges(handler: Handler, content: bytes, start: int) -> None:
+    well(handler, content, 0)
+
+
+def without_length(
+    handler: Handler, content: bytes, start: int, stop: int | None = None, chunked: bool = False
+) -> None:
+    handler.close_connection = True
+    if not chunked:
+        handler.head(200, Connection="close")
+        handler.send(content[:stop])
+        return
+    handler.head(200, Transfer_Encoding="chunked")
+    body = content[:stop]
+    handler.send(b"%x\r\n%s\r\n" % (len(body), body) + (b"" if stop else b"0\r\n\r\n"))
+
+
+def of_unknown_total(handler: Handler, content: bytes, start: int) -> None:
+    span = f"bytes {start}-{len(content) - 1}/*"
+    handler.head(206, Content_Length=len(content) - start, Content_Range=span)
+    handler.send(content[start:])
+
+
+def less_than_asked(handler: Handler, content: bytes, start: int) -> None:
+    body = content[start:HALF]
+    if not start:
+        return well(handler, content, start, HALF)
+    span = f"bytes {start}-{HALF - 1}/{len(content)}"
+    handler.head(206, Content_Length=len(body), Content_Range=span)
+    return handler.send(body)
+
+
+def another_range(handler: Handler, content: bytes, start: int) -> None:
+    span = f"bytes 7-{len(content) - 1}/{len(content)}"
+    handler.head(206, Content_Length=len(content) - 7, Content_Range=span)
+    handler.send(content[7:])
+
+
+def wrong(handler: Handler, content: bytes, start: int) -> None:
+    well(handler, content[::-1], start)
+
+
+def endless(handler: Handler, content: bytes, start: int) -> None:
+    handler.head(200, Connection="close")
+    for _ in count():
+        handler.send(content)
+
+
+def trickle(handler: Handler, content: bytes, start: int) -> None:
+    handler.head(200, Content_Length=len(content))
+    for byte in content:
+        handler.send(bytes([byte]))
+        handler.web.gate.wait(0.005)
+
+
+def stalls_at(stop: int) -> Answer:
+    """The content as far as `stop`, and the rest when the gate opens."""
+
+    def answer(handler: Handler, content: bytes, start: int) -> None:
+        handler.head(200, Content_Length=len(content))
+        handler.send(content[:stop])
+        handler.web.gate.wait()
+        handler.send(content[stop:])
+
+    return answer
+
+
+def status(code: int, **headers: object) -> Answer:
+    def answer(handler: Handler, content: bytes, start: int) -> None:
+        handler.head(code, Content_Length=0, **headers)
+
+    return answer
+
+
+def moved(handler: Handler, content: bytes, start: int) -> None:
+    handler.head(302, Location="/elsewhere", Content_Length=0)
+
+
+@contextmanager
+def serving(context: ssl.SSLContext | None = None) -> Iterator[Web]:
+    """Run the server, with HTTPS if there is a `context`."""
+    web = Web()
+    handler = type("WebHandler", (Handler,), {"web": web})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # clients may leave
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    web.url = f"{'https' if context else 'http'}://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield web
+    finally:
+        web.gate.set()
+        server.shutdown()
+        server.server_close()
