@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,11 +68,14 @@ def names(target: Path) -> set[str]:
     return {path.name for path in target.parent.iterdir()}
 
 
-def wait_for(condition: object, process: subprocess.Popen | None = None) -> None:
+def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> None:
+    """Wait until `condition` holds, or stop the processes that do not bring it about."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline
-        assert process is None or process.poll() is None
+        if time.monotonic() > deadline or any(process.poll() for process in processes):
+            for process in processes:
+                process.kill()
+            pytest.fail("what was waited for did not happen")
         time.sleep(0.01)
 
 
@@ -266,7 +269,7 @@ def test_four_processes_download_once(web: Web, target: Path, tmp_path: Path) ->
     for log in logs:
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stderr=file))
-    wait_for(lambda: sum("waiting for another" in log.read_text() for log in logs) == 3)
+    wait_for(lambda: sum("waiting for another" in log.read_text() for log in logs) == 3, *processes)
     web.gate.set()
     assert [process.wait() for process in processes] == [0] * 4
     assert web.starts == [0]
