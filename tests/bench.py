@@ -9,12 +9,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
+import demucs.states
 import torch
 
-from .helpers import noise, released_pair, run
+import demucs_infer.states
+
+from .helpers import noise, released_pair, run, save_package
 
 WINDOW = 343_980  # samples: 7.8 s at 44.1 kHz
 
@@ -31,11 +37,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        function()
-    return time.perf_counter() - start
+def medians(sides: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
+    """Seconds that each side takes: they alternate `count` times, after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(count + 1):
+        for name, function in sides.items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                function()
+            if index:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_megabytes(side: int) -> float:
@@ -54,15 +66,16 @@ def main() -> None:
     peak_ours, peak_theirs = peak_megabytes(1), peak_megabytes(0)
     theirs, ours = released_pair("955717e8")
     mix = noise(2, WINDOW)[None]
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
-    for index in range(count + 1):
-        for name, model in (("theirs", theirs), ("ours", ours)):
-            taken = seconds(lambda model=model: model(mix))
-            if index:
-                times[name].append(taken)
-    a, b = statistics.median(times["ours"]), statistics.median(times["theirs"])
+    window = medians({"ours": lambda: ours(mix), "theirs": lambda: theirs(mix)}, count)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_package(Path(folder, "a.th"), theirs, half=True)
+        loaders = {"ours": demucs_infer.states, "theirs": demucs.states}
+        sides = {name: partial(states.load_model, path) for name, states in loaders.items()}
+        loading = medians(sides, count)
     print(f"{'htdemucs, one window of 7.8 s':34}{'ours':>10}{'theirs':>10}{'ratio':>8}")
-    print(f"{'seconds (median)':34}{a:10.3f}{b:10.3f}{b / a:8.2f}")
+    for label, times in (("seconds (median)", window), ("seconds to load (median)", loading)):
+        a, b = times["ours"], times["theirs"]
+        print(f"{label:34}{a:10.3f}{b:10.3f}{b / a:8.2f}")
     label = "peak memory of the window (MB)"
     print(f"{label:34}{peak_ours:10.0f}{peak_theirs:10.0f}{peak_ours / peak_theirs:8.2f}")
 
