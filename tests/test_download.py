@@ -33,9 +33,10 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 # Fetches argv[1] as argv[2], with messages on standard error.
 SCRIPT = f"""
-import logging, sys, pathlib
+import logging, pathlib, signal, sys
 from demucs_infer.download import Patience, fetch
 logging.basicConfig(format="%(message)s")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}", patience=Patience(timeout=600))
 """
 
