@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from . import synth
+
+SECONDS = 8.0
+SEEDS = (0, 1, 2, 3, 4, 5)
+# dB of the stems of song 0. The demonstration's model was trained on songs that sound like it: who
+# changes them trains it again.
+LEVELS = {"drums": -24.91, "bass": -23.9, "other": -21.69, "vocals": -21.54}
+
+
+@pytest.fixture(scope="module")
+def songs() -> dict[int, dict[str, np.ndarray]]:
+    return {seed: synth.song(seed, SECONDS) for seed in SEEDS}
+
+
+def decibels(stem: np.ndarray) -> float:
+    return float(10 * np.log10(np.mean(stem.astype(float) ** 2)))
+
+
+def test_a_seed_is_a_song(songs):
+    np.random.seed(1)  # the global generator has no part in it
+    for name, stem in synth.song(SEEDS[0], SECONDS).items():
+        np.testing.assert_array_equal(stem, songs[SEEDS[0]][name])
+    assert {name: decibels(stem) for name, stem in songs[SEEDS[0]].items()} == pytest.approx(
+        LEVELS, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stems(songs, seed):
+    stems = songs[seed]
+    assert tuple(stems) == synth.SOURCES
+    mix = sum(stems.values())
+    assert 0.5 <= np.abs(mix).max() < 1
+    for name, stem in stems.items():
+        assert (stem.shape, stem.dtype) == ((2, int(SECONDS * synth.RATE)), np.float32)
+        assert np.isfinite(stem).all()
+        assert not stem[:, [0, -1]].any()  # no click at the ends
+        assert abs(decibels(stem) - decibels(mix)) < 20, name
+        assert abs(decibels(stem[0]) - decibels(stem[1])) < 12, name
+        assert abs(stem.mean()) < 0.01 * stem.std(), name
+
+
+def test_songs_and_stems_differ(songs):
+    mixes = [sum(stems.values()) for stems in songs.values()]
+    for parts in (mixes, *(list(stems.values()) for stems in songs.values())):
+        for a, b in itertools.combinations(parts, 2):
+            assert abs(np.corrcoef(a.mean(0), b.mean(0))[0, 1]) < 0.2
+
+
+def test_sections_thin_out():
+    """Everybody is silent for a while in some song, but nobody all the time."""
+    plans = [synth.make_plan(np.random.default_rng(seed), 20) for seed in range(50)]
+    for source in synth.SOURCES:
+        assert all(plan.playing(source) for plan in plans)
+        assert any(len(plan.playing(source)) < plan.bars for plan in plans)
+    assert len({plan.step for plan in plans}) == len(plans)
+
+
+@pytest.mark.parametrize("name", [*synth.TIMBRES, *synth.BASSES])
+@pytest.mark.parametrize("hz", [55.0, 330.0])
+def test_a_note_is_in_tune_and_does_not_click(name, hz):
+    timbre = {**synth.TIMBRES, **synth.BASSES}[name]
+    sound = synth.note(timbre, hz, 0.5, np.random.default_rng(0))
+    peak = np.abs(sound).max()
+    assert np.abs(sound[:, [0, -1]]).max() < 0.01 * peak
+    spectrum = np.abs(np.fft.rfft(sound[0], 8 * sound.shape[1]))
+    frequencies = np.fft.rfftfreq(8 * sound.shape[1], 1 / synth.RATE)
+    found = frequencies[np.argmax(spectrum)]
+    harmonic = max(1, round(found / hz))
+    assert harmonic <= 3
+    assert abs(1200 * np.log2(found / (harmonic * hz))) < 25
+
+
+@pytest.mark.parametrize("semitones", [48.0, 64.0])
+def test_a_singer_is_in_tune(semitones):
+    """The vowel repeats with the period of the pitch."""
+    frames = synth.RATE // synth.HOP + 1
+    formants = np.tile(np.array(synth.VOWELS[0])[:, None], frames)
+    still = np.zeros(frames)
+    mouth = synth.Mouth(
+        still + semitones, still + 1, still, still, np.full((2, frames), 1000.0), formants
+    )
+    sound = synth.sing(mouth, np.random.default_rng(0), synth.RATE)[10_000:20_000]
+    period = synth.RATE / synth.hertz(semitones)
+    lags = range(int(0.7 * period), int(1.5 * period))
+    likeness = [np.corrcoef(sound[:-lag], sound[lag:])[0, 1] for lag in lags]
+    assert abs(lags[int(np.argmax(likeness))] - period) <= 1
+    assert max(likeness) > 0.9
+
+
+def test_patterns():
+    assert [*synth.events("..x--o-.")] == [("x", 2, 3), ("o", 5, 2)]
+    grooves = itertools.chain.from_iterable(groove.values() for groove in synth.GROOVES)
+    styles = itertools.chain.from_iterable(synth.STYLES.values())
+    for pattern in (*grooves, *synth.BASS_LINES, *styles):
+        assert len(pattern) == synth.STEPS, pattern
