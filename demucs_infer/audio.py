@@ -8,7 +8,6 @@ it is whole.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .errors import LoadAudioError, MissingDependencyError, OptionError, SaveAudioError
 from .log import logger
+from .utils import appearing
 
 ClipMode = Literal["rescale", "clamp", "tanh", "none"]
 
@@ -421,26 +421,9 @@ def _encode_lossless(wav: Tensor, path: Path, samplerate: int, format: str, code
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path`, which takes its name when the block ends well, and else vanishes.
-
-    Raises `SaveAudioError` for what the system or FFmpeg has against writing it.
-    """
-    temporary = None
+    """`appearing`, opened. Raises `SaveAudioError` for what the system or FFmpeg objects to."""
     try:
-        handle, name = tempfile.mkstemp(".part", f".{path.stem[:100]}-", path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "w+b") as file:
+        with appearing(path) as temporary, temporary.open("w+b") as file:
             yield file
-        temporary.chmod(0o666 & ~_umask())  # as a file that was opened under its own name
-        temporary.replace(path)
     except AV_ERRORS as exc:
         raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,7 +16,6 @@ import math
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ModelLoadingError
+from .utils import appearing
 
 # Every class that a checkpoint may name.
 CLASS_NAMES = (
@@ -265,13 +265,8 @@ def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) 
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    handle, temporary = tempfile.mkstemp(".part", f".{path.stem}-", path.parent)
-    os.close(handle)
-    try:
+    with appearing(path) as temporary:
         save_file(copies, temporary, metadata)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return path
 
 

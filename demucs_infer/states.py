@@ -22,7 +22,7 @@ from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
 from .log import logger
 from .packages import ClassName, read_package, write_safetensors
-from .utils import capture_init
+from .utils import appearing, capture_init
 
 __all__ = [
     "capture_init",
@@ -237,7 +237,8 @@ def save_with_checksum(content: Any, path: str | os.PathLike[str]) -> Path:
     torch.save(content, buffer)
     digest = sha256(buffer.getvalue()).hexdigest()[:CHECKSUM_DIGITS]
     path = path.with_name(f"{path.stem}-{digest}{path.suffix}")
-    path.write_bytes(buffer.getvalue())
+    with appearing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
     return path
 
 
@@ -247,6 +248,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], half: bool = Fals
     Weights are float16 if `half`. Raises `ModelLoadingError` for another module than our models,
     `OSError` if the file cannot be written.
     """
+    # The reference's names, and of two names of a class the first.
     names = {kind: name for name, kind in reversed(MODEL_CLASSES.items()) if "infer" not in name}
     if type(model) not in names:
         raise ModelLoadingError(f"{type(model).__name__} is no model class of Demucs")

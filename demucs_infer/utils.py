@@ -1,12 +1,16 @@
-"""Small pure helpers that every floor above may use."""
+"""Small helpers that every floor above may use."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -91,3 +95,26 @@ def check_architecture(options: Any, *counts: str) -> None:
 
 def _is_name(source: Any) -> bool:
     return isinstance(source, str) and re.fullmatch(FILE_NAME, source) is not None
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its name when the block ends well, else vanishes.
+
+    Raises `OSError` if the file cannot be made.
+    """
+    handle, name = tempfile.mkstemp(".part", f".{path.stem[:100]}-", path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # as a file that was opened under its own name
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

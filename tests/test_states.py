@@ -128,6 +128,8 @@ def test_a_saved_model_is_read_here_and_by_the_reference(half: bool, tmp_path: P
     model = shake(HTDemucs(**{**TINY, "segment": Fraction(1, 2)}))
     path = save_model(model, tmp_path / "a.safetensors", half)
     assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "opened").touch()
+    assert path.stat().st_mode == (tmp_path / "opened").stat().st_mode  # others may read it, too
     ours, theirs = load_model(path), demucs.hf.load_safetensors_model(path).eval()
     assert ours.segment == theirs.segment == Fraction(1, 2)
     mix = noise(2, 4000)[None]
