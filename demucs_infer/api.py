@@ -9,22 +9,34 @@ for name, stem in stems.items():
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .apply import ApplyOptions, apply_model, check_segment
+from .apply import ApplyOptions, Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
+from .batch import TrackResult, separate_file
 from .errors import LoadAudioError, LoadModelError, OptionError
+from .mixture import Decoder, Mixture
+from .output import Output
+from .pcm import as_samples
 from .pretrained import DEFAULT_MODEL, get_model, list_models
 
-__all__ = ["LoadAudioError", "LoadModelError", "Separator", "list_models", "save_audio"]
-
-NORMALIZATION_EPSILON = 1e-8  # added to the deviation of a track
+__all__ = [
+    "LoadAudioError",
+    "LoadModelError",
+    "Output",
+    "Separation",
+    "Separator",
+    "TrackResult",
+    "list_models",
+    "save_audio",
+]
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -53,11 +65,19 @@ class _Settings:
     callback: Callback | None
     callback_arg: Mapping[str, Any] | None
     stems: tuple[str, ...] | None
+    seed: int | None
 
     def __post_init__(self) -> None:
-        ApplyOptions(self.shifts, self.split, self.overlap, segment=self.segment)
         if self.jobs < 0:
             raise OptionError(f"jobs={self.jobs} must be 0 or more")
+        _ = self.apply_options
+
+    @property
+    def apply_options(self) -> ApplyOptions:
+        """How a track is cut. Raises `OptionError` for values out of range."""
+        return ApplyOptions(
+            self.shifts, self.split, self.overlap, segment=self.segment, seed=self.seed
+        )
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -70,6 +90,16 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise OptionError(f"the device {str(device)!r} cannot be used: {reason}") from exc
+
+
+class Separation(NamedTuple):
+    """A separated track: the mixture `[C, T]` and its stems by name, each `[C, T]`.
+
+    Float32 at the model's sample rate and with its channels.
+    """
+
+    origin: Tensor
+    stems: dict[str, Tensor]
 
 
 class Separator:
@@ -89,6 +119,8 @@ class Separator:
         callback_arg: entries to add to that dictionary.
         stems: the stems that are wanted (default: all); models of a bag that do not count for
             them are not run.
+        seed: draw the offsets of the shifts from this, anew for each track, instead of from
+            `random`.
         cache_dir: the folder to keep published models in, see `get_model`.
         offline: never download, see `get_model`.
 
@@ -111,6 +143,7 @@ class Separator:
         callback_arg: Mapping[str, Any] | None = None,
         *,
         stems: Sequence[str] | None = None,
+        seed: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
@@ -125,7 +158,9 @@ class Separator:
             callback,
             callback_arg,
             None if stems is None else tuple(stems),
+            seed,
         )
+        self.name = str(model)
         folder = None if repo is None else Path(repo)
         loaded: Any = get_model(model, folder, cache_dir=cache_dir, offline=offline)
         self._model: nn.Module = loaded
@@ -168,6 +203,7 @@ class Separator:
         callback_arg: Mapping[str, Any] | None = NotProvided,
         *,
         stems: Sequence[str] | None = NotProvided,
+        seed: int | None = NotProvided,
     ) -> None:
         """Change the options that are given, for what is separated from now on.
 
@@ -185,56 +221,88 @@ class Separator:
         self._settings = settings
 
     def separate_tensor(
-        self, wav: Tensor, sr: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Separate `wav` `[C, T]`, samples at `sr` hertz (default: the model's rate).
+        self, wav: Tensor | np.ndarray[Any, Any], sr: int | None = None
+    ) -> Separation:
+        """Separate `wav`, samples `[C, T]` or `[T]` at `sr` hertz (default: the model's rate).
 
-        Returns the mixture, converted to the model's rate and channels, and the stems by name,
-        each `[C, T]`. Silence gives silence; a constant is part of each stem, as in the reference.
-        Raises `OptionError` for another shape, no samples, or values that are not finite.
+        They may be PyTorch's or numpy's, floating point (±1), int16 or int32; they are not changed.
+        Returns the mixture, converted to the model's rate and channels, and the stems by name, each
+        float32 `[C, T]`. Silence gives silence; a constant is part of each stem, as in the
+        reference. Raises `OptionError` for another shape or type, no samples, or values that are
+        not finite.
         """
-        if wav.dim() != 2 or not wav.numel():
+        samples = as_samples(wav)
+        if samples.dim() not in (1, 2) or not samples.numel():
             raise OptionError(
-                f"a track must be [channels, samples] and not empty: {list(wav.shape)}"
+                f"a track must be [channels, samples] and not empty: {list(samples.shape)}"
             )
-        if not wav.isfinite().all():
+        if not samples.isfinite().all():
             raise OptionError("the track has samples that are not finite (NaN or Inf)")
-        settings = self._settings
-        mixture = convert_audio(wav, sr or self._samplerate, self._samplerate, self._audio_channels)
-        reference = mixture.mean(0)
-        mean = reference.mean()
-        std = reference.std(correction=min(1, reference.numel() - 1)) + NORMALIZATION_EPSILON
-        stems = apply_model(
-            self._model,
-            ((mixture - mean) / std)[None],
-            shifts=settings.shifts,
-            split=settings.split,
-            overlap=settings.overlap,
-            progress=settings.progress,
-            device=settings.device,
-            num_workers=settings.jobs,
-            segment=settings.segment,
-            callback=settings.callback,
-            callback_arg=settings.callback_arg,
-            stems=settings.stems,
-        )[0]
-        # What a network makes of silence is tiny after scaling, but it is not silence.
-        stems = stems.mul_(std).add_(mean) if mixture.any() else stems.zero_()
-        names: Any = settings.stems or self._model.sources
-        return mixture, dict(zip(names, stems))
+        samples = samples.reshape(-1, samples.shape[-1])
+        origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
+        return self._separate(origin)
 
-    def separate_audio_file(self, file: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def separate_audio_file(self, file: str | os.PathLike[str]) -> Separation:
         """Separate an audio file; returns what `separate_tensor` does.
 
         Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
         """
-        return self.separate_tensor(self._load_audio(file), self._samplerate)
+        decoder = Decoder(AudioFile(file), self.samplerate, self.audio_channels)
+        return self._separate(torch.cat(list(decoder.blocks()), dim=-1))
 
-    def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
-        """The first audio stream of a file, at the model's rate and channels."""
-        wav = AudioFile(track).read(
-            streams=0, samplerate=self._samplerate, channels=self._audio_channels
+    def _separate(self, origin: Tensor) -> Separation:
+        if not origin.shape[-1]:
+            raise OptionError("the track is too short: nothing is left of it at the model's rate")
+        mixture = Mixture.of(origin)
+        stems = origin.new_empty(len(self.stems), *origin.shape)
+        done = 0
+        for block in self.blocks(mixture, self.plan(mixture.length)):
+            stems[..., done : done + block.shape[-1]] = block
+            done += block.shape[-1]
+        return Separation(origin, dict(zip(self.stems, stems)))
+
+    def separate_to_files(
+        self,
+        file: str | os.PathLike[str],
+        out: str | os.PathLike[str] | Output = "separated",
+        **options: Any,
+    ) -> TrackResult:
+        """Separate an audio file into files: the stems of `separate_audio_file`, block by block.
+
+        Memory does not grow with the track. `out` is the output folder, with `options` those of
+        `Output`; or an `Output`. Returns paths, peaks and gains of the stems, seconds and offsets.
+
+        Raises `LoadAudioError` if the track cannot be read, `SaveAudioError` if a stem cannot be
+        written, `OptionError` for options that cannot be had.
+        """
+        output = out if isinstance(out, Output) else Output(out, **options)
+        return separate_file(self, Path(file), output)
+
+    @property
+    def stems(self) -> list[str]:
+        """The stems that are separated, in their order."""
+        sources: Any = self._model.sources
+        return list(self._settings.stems or sources)
+
+    def plan(self, length: int) -> list[Pass]:
+        """The passes over a track of `length` samples at the model's rate, with offsets drawn."""
+        return plan_passes(self._model, length, self._settings.apply_options)
+
+    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]:
+        """The stems of `mixture` block by block, each `[S, C, n]`, for the passes of `plan`."""
+        settings = self._settings
+        blocks = separate_blocks(
+            self._model,
+            mixture,
+            options=settings.apply_options,
+            in_lockstep=settings.callback is None,  # which expects one model after the other
+            progress=settings.progress,
+            device=settings.device,
+            num_workers=settings.jobs,
+            callback=settings.callback,
+            callback_arg=settings.callback_arg,
+            stems=settings.stems,
+            passes=passes,
         )
-        if not wav.isfinite().all():
-            raise LoadAudioError(f"{track}: has samples that are not finite (NaN or Inf)")
-        return wav
+        for block in blocks:
+            yield mixture.restored(block[0])

@@ -169,6 +169,11 @@ class BagOfModels(nn.Module):
         raise NotImplementedError("a bag is run by apply_model")
 
 
+def as_bag(model: nn.Module) -> BagOfModels:
+    """The bag itself, or a bag of the one model."""
+    return model if isinstance(model, BagOfModels) else BagOfModels([model])
+
+
 def _segment(model: Any) -> float:
     return float(model.segment)
 
@@ -205,6 +210,7 @@ class ApplyOptions:
     overlap: float = 0.25
     transition_power: float = 1.0
     segment: float | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.shifts < 0 or self.shifts != int(self.shifts):
@@ -232,6 +238,8 @@ class Pass:
     shift: int
     windows: list[Window]
 
+    offset: int | None  # samples that were drawn, out of 0.5 s; None without shifts
+
     @property
     def start(self) -> int:
         return self.windows[0].start
@@ -254,25 +262,29 @@ def plan_windows(start: int, stop: int, segment: int, stride: int) -> list[Windo
     return [Window(at, min(at + segment, stop)) for at in range(start, stop, stride)]
 
 
-def plan_passes(bag: BagOfModels, length: int, options: ApplyOptions) -> list[Pass]:
+def plan_passes(model: nn.Module, length: int, options: ApplyOptions) -> list[Pass]:
     """Every model's passes over a track of `length` samples, with their offsets drawn.
 
     The draws are in the reference's order (model by model, shift by shift, and what a model draws
-    in each window), so that the same `random.seed` gives the same stems.
+    in each window), so that the same `random.seed`, or the same seed in the options, gives the same
+    stems.
     """
     passes = []
+    bag = as_bag(model)
+    draw = random if options.seed is None else random.Random(options.seed)
     max_shift = int(MAX_SHIFT * bag.samplerate)
-    model: Any
-    for index, model in enumerate(bag.models):
+    member: Any
+    for index, member in enumerate(bag.models):
         for shift in range(max(1, options.shifts)):
-            start = random.randint(0, max_shift) - max_shift if options.shifts else 0
+            offset = draw.randint(0, max_shift) if options.shifts else None
+            start = 0 if offset is None else offset - max_shift
             windows = [Window(start, length)]
             if options.split:
-                windows = plan_windows(start, length, *_segment_and_stride(model, options))
-            passes.append(Pass(index, shift, windows))
-            if hasattr(model, "consume_random"):
+                windows = plan_windows(start, length, *_segment_and_stride(member, options))
+            passes.append(Pass(index, shift, windows, offset))
+            if hasattr(member, "consume_random"):
                 for _ in windows:
-                    model.consume_random()
+                    member.consume_random(draw)
     return passes
 
 
@@ -525,14 +537,16 @@ def separate_blocks(
     lock: AbstractContextManager[Any] | None = None,
     callback: Callback | None = None,
     callback_arg: Mapping[str, Any] | None = None,
+    passes: Sequence[Pass] | None = None,
 ) -> Iterator[Tensor]:
     """Separate `source` and yield its stems block by block, `[B, S, C, n]`, in order.
 
     With `in_lockstep`, the passes of a bag and of shifts advance together, and what is kept is a
     window or two of each; otherwise they run one after the other, as in the reference, and blocks
-    come during the last one. The rest is described at `apply_model`.
+    come during the last one. `passes` are those of `plan_passes`, if the caller wants to know them.
+    The rest is described at `apply_model`.
     """
-    bag = model if isinstance(model, BagOfModels) else BagOfModels([model])
+    bag = as_bag(model)
     check_segment(bag, options.segment)
     indices = _stem_indices(bag.sources, stems)
     gains = _gains(bag, indices, options.shifts)
@@ -541,14 +555,15 @@ def separate_blocks(
     device = torch.device(device)
     bag.to(device).eval()
     # Every model draws its offsets, but only those run that count for a wanted stem.
-    passes = [p for p in plan_passes(bag, source.length, options) if gains[p.model].any()]
-    steps = plan_steps(passes, in_lockstep)
+    planned = plan_passes(bag, source.length, options) if passes is None else passes
+    wanted = [task for task in planned if gains[task.model].any()]
+    steps = plan_steps(wanted, in_lockstep)
     job = _Job(bag, source, options, steps, device, indices, gains)
     extra = {**(callback_arg or {}), "audio_length": source.length, "models": len(bag.models)}
     report = _Reporter(callback, extra, lock or nullcontext())
     ahead = num_workers or (os.cpu_count() or 1 if pool else 0) if device.type == "cpu" else 0
     own = ThreadPoolExecutor(ahead) if ahead and pool is None else _DirectExecutor()
-    seconds = source.length / bag.samplerate * len(passes)
+    seconds = source.length / bag.samplerate * len(wanted)
     with (
         own,
         tqdm(
@@ -579,6 +594,7 @@ def apply_model(
     callback_arg: Mapping[str, Any] | None = None,
     *,
     stems: Sequence[str] | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """Separate `mix` `[B, C, T]`, at the model's sample rate, into stems `[B, S, C, T]`.
 
@@ -603,11 +619,12 @@ def apply_model(
         callback_arg: entries to add to that dictionary.
         stems: the sources that are wanted, in this order (default: all). Models of a bag that do
             not count for them are not run; the others give what they give among all.
+        seed: draw the offsets of the shifts from this instead of from `random`.
 
     Raises `OptionError` (a `ValueError`) for options out of range and for a mixture of another
     shape, or with values that are not finite.
     """
-    options = ApplyOptions(shifts, split, overlap, transition_power, segment)
+    options = ApplyOptions(shifts, split, overlap, transition_power, segment, seed)
     chunk = tensor_chunk(mix)
     _check_mixture(model, chunk)
     blocks = separate_blocks(

@@ -1,58 +1,61 @@
-"""Reading, converting and writing audio.
+"""Reading, converting and writing audio files.
 
-Shapes: `[C, T]` samples between -1 and 1, as float32. Files go through PyAV (FFmpeg's libraries in
-a wheel), and MP3 is written by lameenc. A file that is written appears under its name only when
-it is whole.
+Shapes: `[C, T]` samples between -1 and 1, as float32. FFmpeg's libraries, which PyAV brings along,
+decode files. A file that is written appears under its name only when it is whole.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import av
-import numpy as np
 import torch
 from av.audio.resampler import AudioResampler
-from julius.resample import resample_frac
 from torch import Tensor
 
-from .errors import LoadAudioError, MissingDependencyError, OptionError, SaveAudioError
+from .encode import DEFAULT_BITS, Encoding, check_encoder, encoder
+from .errors import LoadAudioError, OptionError, SaveAudioError
 from .log import logger
+from .pcm import as_dtype_pcm, f32_pcm, i16_pcm, prevent_clip
+from .resample import resample
 from .utils import appearing
 
-ClipMode = Literal["rescale", "clamp", "tanh", "none"]
+__all__ = [
+    "AudioFile",
+    "as_dtype_pcm",
+    "convert_audio",
+    "convert_audio_channels",
+    "encode_mp3",
+    "f32_pcm",
+    "i16_pcm",
+    "prevent_clip",
+    "save_audio",
+]
 
-CLAMP_LIMIT = 0.99
-RESCALE_MARGIN = 1.01
-I16_MAX = 2**15 - 1
-I24_MAX = 2**23 - 1
-LAYOUTS = {
-    1: "mono",
-    2: "stereo",
-    3: "2.1",
-    4: "4.0",
-    5: "5.0",
-    6: "5.1",
-    7: "6.1",
-    8: "7.1",
-}
-WRITE_BLOCK = 2**16  # samples that one encoded frame has at most
-MP3_PRESETS = range(2, 8)  # of lame: 2 is the best quality, 7 the fastest
+ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
+
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+# What an input's tags say of its file and not of its music.
+FILE_TAGS = (
+    "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
+    " creation_time handler_name vendor_id language itunsmpb bps duration".split()
+)
+MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
 
 
 class AudioFile:
-    """The audio streams of a file.
+    """The audio streams of a file; `name` is what messages call it.
 
     Raises `LoadAudioError` if it cannot be read or has no audio, when that is first noticed.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
         self.path = Path(path)
+        self.name = name or str(path)
 
     def __repr__(self) -> str:
         return f"AudioFile({str(self.path)!r})"
@@ -82,6 +85,17 @@ class AudioFile:
             }
 
     @property
+    def tags(self) -> dict[str, str]:
+        """Title, artist and what else the file says of its music, under FFmpeg's names."""
+        with self._open() as container:
+            streams: Mapping[str, str] = {}
+            if container.streams.audio:
+                streams = container.streams.audio[0].metadata  # where Ogg keeps them
+            tags = {name.lower(): text for name, text in {**streams, **container.metadata}.items()}
+        music = {name: text for name, text in tags.items() if _is_of_the_music(name, text)}
+        return dict(list(music.items())[:MAX_TAGS])
+
+    @property
     def duration(self) -> float:
         """Seconds, as the file states them."""
         return float(self.info["format"]["duration"] or 0.0)
@@ -105,7 +119,7 @@ class AudioFile:
     def _stream_info(self, stream: int) -> dict[str, Any]:
         audio = [s for s in self.info["streams"] if s["codec_type"] == "audio"]
         if not 0 <= stream < len(audio):
-            raise LoadAudioError(f"{self.path}: there is no audio stream {stream}")
+            raise LoadAudioError(f"{self.name}: there is no audio stream {stream}")
         return audio[stream]
 
     def read(
@@ -135,7 +149,7 @@ class AudioFile:
             for number in numbers
         ]
         if not waves:
-            raise LoadAudioError(f"{self.path}: there is no audio in this file")
+            raise LoadAudioError(f"{self.name}: there is no audio in this file")
         shortest = min(wave.shape[-1] for wave in waves)
         return torch.stack([wave[..., :shortest] for wave in waves])
 
@@ -158,7 +172,7 @@ class AudioFile:
                 break
         wav = torch.cat(blocks, dim=-1)[:, : None if last is None else last - first]
         if not wav.shape[-1]:
-            raise LoadAudioError(f"{self.path}: there are no samples in this part of the file")
+            raise LoadAudioError(f"{self.name}: there are no samples in this part of the file")
         return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
 
     def blocks(self, stream: int = 0) -> Iterator[Tensor]:
@@ -166,7 +180,7 @@ class AudioFile:
         decoded = 0
         with self._open() as container:
             if not 0 <= stream < len(container.streams.audio):
-                raise LoadAudioError(f"{self.path}: there is no audio in this file")
+                raise LoadAudioError(f"{self.name}: there is no audio in this file")
             resampler = AudioResampler(format="flt")  # interleaved: PyAV crashes on 8 planes
             try:
                 for frame in container.decode(container.streams.audio[stream]):
@@ -177,34 +191,39 @@ class AudioFile:
             except AV_ERRORS as exc:
                 if not decoded:
                     raise LoadAudioError(
-                        f"{self.path}: cannot be decoded ({_reason(exc)})"
+                        f"{self.name}: cannot be decoded ({_reason(exc)})"
                     ) from exc
                 logger.warning(
                     "%s: is damaged or cut off after %.1f s (%s): the part before that is used",
-                    self.path,
+                    self.name,
                     decoded / self.samplerate(stream),
                     _reason(exc),
                 )
         if not decoded:
-            raise LoadAudioError(f"{self.path}: there are no audio samples in this file")
+            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
         if not self.path.exists():
-            raise LoadAudioError(f"{self.path}: no such file")
+            raise LoadAudioError(f"{self.name}: no such file")
         if self.path.is_dir():
-            raise LoadAudioError(f"{self.path}: is a folder, not an audio file")
+            raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
         if not self.path.stat().st_size:
-            raise LoadAudioError(f"{self.path}: the file is empty")
+            raise LoadAudioError(f"{self.name}: the file is empty")
         try:
             # "file:" keeps names such as "concat:a|b" or "http://…" from being taken for protocols.
             container = av.open(f"file:{self.path}", metadata_errors="replace")
         except AV_ERRORS as exc:
             raise LoadAudioError(
-                f"{self.path}: is no audio file that can be read ({_reason(exc)})"
+                f"{self.name}: is no audio file that can be read ({_reason(exc)})"
             ) from exc
         with container:
             yield container
+
+
+def _is_of_the_music(name: str, text: str) -> bool:
+    of_the_file = name in FILE_TAGS or name.startswith(("replaygain_", "id3v2_priv"))
+    return not of_the_file and len(text) <= MAX_TAG
 
 
 def _reason(exc: BaseException) -> str:
@@ -232,67 +251,7 @@ def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
 
 def convert_audio(wav: Tensor, from_samplerate: int, to_samplerate: int, channels: int) -> Tensor:
     """Convert `wav` `[*, C, T]` to `channels` channels at `to_samplerate` hertz."""
-    wav = convert_audio_channels(wav, channels)
-    return resample_frac(wav, int(from_samplerate), int(to_samplerate))
-
-
-def i16_pcm(wav: Tensor) -> Tensor:
-    """`wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers are left alone."""
-    return (wav.clamp(-1, 1) * I16_MAX).short() if wav.is_floating_point() else wav
-
-
-def f32_pcm(wav: Tensor) -> Tensor:
-    """`wav` as floating point between -1 and 1, from int16. Floats are left alone."""
-    return wav if wav.is_floating_point() else wav.float() / I16_MAX
-
-
-def as_dtype_pcm(wav: Tensor, dtype: torch.dtype) -> Tensor:
-    """`wav` as `f32_pcm` or `i16_pcm`, whichever `dtype` is."""
-    return f32_pcm(wav) if dtype.is_floating_point else i16_pcm(wav)
-
-
-def _rescale(wav: Tensor) -> Tensor:
-    return wav / max(RESCALE_MARGIN * wav.abs().max().item(), 1) if wav.numel() else wav
-
-
-CLIP_MODES: dict[str, Callable[[Tensor], Tensor]] = {
-    "rescale": _rescale,
-    "clamp": lambda wav: wav.clamp(-CLAMP_LIMIT, CLAMP_LIMIT),
-    "tanh": torch.tanh,
-    "none": lambda wav: wav,
-}
-
-
-def prevent_clip(wav: Tensor, mode: str | None = "rescale") -> Tensor:
-    """Bring `wav` into the range of ±1.
-
-    `rescale` divides the whole by what its peak exceeds 0.99 by, `clamp` cuts at ±0.99, `tanh`
-    bends, and `none` (or `None`) does nothing.
-    """
-    if mode not in CLIP_MODES and mode is not None:
-        raise OptionError(f"clip mode {mode!r} is unknown: choose among {', '.join(CLIP_MODES)}")
-    return CLIP_MODES[mode or "none"](wav)
-
-
-def check_encoder(suffix: str) -> None:
-    """Raise, before any work is done, if files with this `suffix` cannot be written here.
-
-    Raises `OptionError` for an unknown format, `MissingDependencyError` without its encoder.
-    """
-    if suffix.lower() not in WRITERS:
-        raise OptionError(
-            f"cannot write {suffix or 'a file without suffix'}: use {', '.join(WRITERS)}"
-        )
-    if suffix.lower() == ".mp3":
-        _lameenc()
-
-
-def _lameenc() -> Any:
-    try:
-        import lameenc
-    except ImportError as exc:
-        raise MissingDependencyError("lameenc", "writing MP3", "mp3") from exc
-    return lameenc
+    return resample(convert_audio_channels(wav, channels), from_samplerate, to_samplerate)
 
 
 def encode_mp3(
@@ -305,26 +264,10 @@ def encode_mp3(
 ) -> None:
     """Write `wav` `[C, T]` as MP3.
 
-    `bitrate` is in kbit/s, `quality` lame's preset from 2 (best) to 7 (fastest).
-    Raises `MissingDependencyError` without lameenc, `SaveAudioError` if the file cannot be written.
+    `bitrate` is in kbit/s, `quality` lame's preset from 2 (best) to 7 (fastest). `verbose` is
+    accepted, and changes nothing. Raises `SaveAudioError` if the file cannot be written.
     """
-    if quality not in MP3_PRESETS:
-        raise OptionError(f"MP3 preset {quality} is not within 2 (best quality) to 7 (fastest)")
-    encoder = _lameenc().Encoder()
-    encoder.set_bit_rate(bitrate)
-    encoder.set_in_sample_rate(samplerate)
-    encoder.set_channels(wav.shape[0])
-    encoder.set_quality(quality)
-    if not verbose:
-        encoder.silence()
-    pcm = i16_pcm(wav).cpu().numpy().T
-    try:
-        with _appearing(Path(path)) as file:
-            for start in range(0, len(pcm), WRITE_BLOCK):
-                file.write(encoder.encode(pcm[start : start + WRITE_BLOCK].tobytes()))
-            file.write(encoder.flush())
-    except RuntimeError as exc:  # lame refuses a rate or a bit rate
-        raise SaveAudioError(f"{path}: cannot be encoded as MP3 ({exc})") from exc
+    _write(wav, Path(path), samplerate, Encoding("mp3", bitrate=bitrate, preset=quality))
 
 
 def save_audio(
@@ -333,16 +276,16 @@ def save_audio(
     samplerate: int,
     bitrate: int = 320,
     clip: ClipMode | str | None = "rescale",
-    bits_per_sample: int = 16,
+    bits_per_sample: int = DEFAULT_BITS,
     as_float: bool = False,
     preset: int = 2,
 ) -> None:
-    """Write `wav` `[C, T]` as the suffix of `path` says: .wav, .flac or .mp3.
+    """Write `wav` `[C, T]` as the suffix of `path` says: .wav, .flac, .mp3, .ogg, .opus or .m4a.
 
     Args:
         wav: samples, on any device.
         path: the file; it appears only when it is whole.
-        samplerate: in hertz.
+        samplerate: in hertz; converted to the next one that the format has (Opus: 48000).
         bitrate: of MP3, in kbit/s.
         clip: what happens to samples beyond ±1, see `prevent_clip`.
         bits_per_sample: 16 or 24, or 32 for float32 (WAV only).
@@ -353,77 +296,34 @@ def save_audio(
     the file cannot be written.
     """
     path = Path(path)
-    check_encoder(path.suffix)
-    wav = prevent_clip(wav.detach().float().cpu(), clip)
-    WRITERS[path.suffix.lower()](wav, path, samplerate, bitrate, bits_per_sample, as_float, preset)
+    name = path.suffix.lower()[1:]
+    encoding = Encoding(
+        name,
+        bits=32 if as_float and name == "wav" else bits_per_sample,
+        bitrate=bitrate if name == "mp3" else None,
+        preset=preset,
+    )
+    check_encoder(encoding)
+    _write(prevent_clip(wav.detach().float(), clip), path, samplerate, encoding)
 
 
-def _save_wav(
-    wav: Tensor, path: Path, samplerate: int, bitrate: int, bits: int, as_float: bool, preset: int
-) -> None:
-    codec = "pcm_f32le" if as_float else _choose(bits, WAV_CODECS, "WAV")
-    _encode_lossless(wav, path, samplerate, "wav", codec)
+def _write(wav: Tensor, path: Path, samplerate: int, encoding: Encoding) -> None:
+    rate = encoding.samplerate(samplerate)
+    wav = resample(f32_pcm(wav.cpu()), samplerate, rate)
+    with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
+        _encode(wav, file, rate, encoding)
 
 
-def _save_flac(
-    wav: Tensor, path: Path, samplerate: int, bitrate: int, bits: int, as_float: bool, preset: int
-) -> None:
-    _encode_lossless(wav, path, samplerate, "flac", _choose(bits, FLAC_CODECS, "FLAC"))
-
-
-def _save_mp3(
-    wav: Tensor, path: Path, samplerate: int, bitrate: int, bits: int, as_float: bool, preset: int
-) -> None:
-    encode_mp3(wav, path, samplerate, bitrate, preset)
-
-
-WAV_CODECS = {16: "pcm_s16le", 24: "pcm_s24le", 32: "pcm_f32le"}
-FLAC_CODECS = {16: "flac_s16", 24: "flac_s32"}
-WRITERS = {".wav": _save_wav, ".flac": _save_flac, ".mp3": _save_mp3}
-
-
-def _choose(bits: int, codecs: dict[int, str], name: str) -> str:
-    if bits not in codecs:
-        raise OptionError(f"{name} has {' or '.join(map(str, codecs))} bits, not {bits}")
-    return codecs[bits]
-
-
-def _quantized(wav: Tensor, codec: str) -> tuple[np.ndarray[Any, Any], str]:
-    """Interleaved samples `[1, T C]` for `codec`, and PyAV's name of their format."""
-    interleaved = wav.t().reshape(1, -1)
-    if codec == "pcm_f32le":
-        return interleaved.numpy(), "flt"
-    if codec.endswith("s16") or codec == "pcm_s16le":
-        return i16_pcm(interleaved).numpy(), "s16"
-    # FFmpeg takes 24 bits as the upper ones of 32.
-    return ((interleaved.clamp(-1, 1).double() * I24_MAX).int() * 256).numpy(), "s32"
-
-
-def _encode_lossless(wav: Tensor, path: Path, samplerate: int, format: str, codec: str) -> None:
-    """Encode `wav` with PyAV; `codec` is FFmpeg's, with the sample format where it has several."""
-    channels = wav.shape[0]
-    if channels not in LAYOUTS:
-        raise SaveAudioError(f"{path}: cannot write {channels} channels")
-    options = {"rf64": "auto"} if format == "wav" else {}
-    with _appearing(path) as file, av.open(file, "w", format=format, options=options) as container:
-        name = "flac" if format == "flac" else codec
-        stream: Any = container.add_stream(name, rate=samplerate)
-        stream.layout = LAYOUTS[channels]
-        stream.format = _quantized(wav[:, :0], codec)[1]
-        for start in range(0, wav.shape[-1], WRITE_BLOCK):
-            samples, sample_format = _quantized(wav[:, start : start + WRITE_BLOCK], codec)
-            frame = av.AudioFrame.from_ndarray(samples, sample_format, LAYOUTS[channels])
-            frame.sample_rate = samplerate
-            frame.pts = start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+def _encode(wav: Tensor, file: IO[bytes], samplerate: int, encoding: Encoding) -> None:
+    sink = encoder(file, encoding, samplerate, wav.shape[0])
+    sink.write(wav)
+    sink.close()
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[IO[bytes]]:
-    """`appearing`, opened. Raises `SaveAudioError` for what the system or FFmpeg objects to."""
+def encoding_errors(path: object) -> Iterator[None]:
+    """Raise `SaveAudioError` for what the system, FFmpeg or libsndfile objects to."""
     try:
-        with appearing(path) as temporary, temporary.open("w+b") as file:
-            yield file
-    except AV_ERRORS as exc:
+        yield
+    except (*AV_ERRORS, RuntimeError) as exc:
         raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc

@@ -126,7 +126,11 @@ def add_catalog_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="list the models (of --repo if given) with size and stems, and exit",
     )
-    parser.add_argument("--json", action="store_true", help="with --list-models: as JSON")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per track on standard output; with --list-models: the list",
+    )
     parser.add_argument(
         "--download",
         nargs="+",

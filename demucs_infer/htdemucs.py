@@ -184,13 +184,13 @@ class HTDemucs(HybridUNet):
             )
         return training_length
 
-    def consume_random(self) -> None:
-        """Draw from `random` what the reference draws for a window (a shift of 0, out of 0 to 0).
+    def consume_random(self, draw: Any = random) -> None:
+        """Draw from `draw` what the reference draws for a window (a shift of 0, out of 0 to 0).
 
         The same seed then gives the same offsets to the passes that follow.
         """
         if self.crosstransformer is not None:
-            random.randrange(1)
+            draw.randrange(1)
 
     def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
         length = mix.shape[-1]

@@ -7,17 +7,18 @@ Only `main` exits. PyTorch is imported when there is something to separate, so t
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .catalog import add_catalog_flags, download_models, print_models
-from .errors import DemucsInferError, OptionError, SaveAudioError
+from .choices import CLIP_MODE_NAMES, DEFAULT_FILENAME, FORMAT_NAMES, OTHER_METHODS
+from .errors import DemucsInferError, OptionError
 from .log import bold, fatal, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .api import Separator
+    from .batch import TrackResult
+    from .output import Output
 
-DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 DESCRIPTION = "Separate songs into stems: drums, bass, vocals and the rest."
@@ -34,7 +36,9 @@ EPILOG = """\
 examples:
   demucs-infer song.mp3                      four stems in separated/htdemucs/song/
   demucs-infer --two-stems vocals song.mp3   vocals and accompaniment
-  demucs-infer --mp3 -o stems *.flac         MP3 stems of an album, in stems/
+  demucs-infer --mp3 -o stems album/         MP3 stems of all tracks in a folder, in stems/
+  demucs-infer --skip-existing -o stems a/   go on with what was interrupted
+  demucs-infer --stems vocals -o - a.mp3     one stem to standard output, as WAV
   demucs-infer --repo models -n mine a.wav   a model of your own
   demucs-infer --download htdemucs           only fetch a model, for later
 
@@ -70,7 +74,8 @@ def _number(
 _count = _number(int, "a whole number, 0 or more", lambda n: n >= 0)
 _overlap = _number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
 _seconds = _number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
-_bitrate = _number(int, "a bit rate from 8 to 320", lambda n: 8 <= n <= 320)
+_bitrate = _number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
+_whole = _number(int, "a whole number", lambda n: True)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -81,12 +86,20 @@ def get_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tracks", nargs="*", type=Path, metavar="TRACK", help="audio files")
+    parser.add_argument(
+        "tracks",
+        nargs="*",
+        type=Path,
+        metavar="TRACK",
+        help="audio files, folders of them, or - for standard input",
+    )
     parser.add_argument("--version", action="version", version=f"demucs-infer {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
     _add_model_options(parser)
     _add_output_options(parser)
     _add_separation_options(parser)
+    _add_stem_options(parser)
     _add_format_options(parser)
     return parser
 
@@ -104,14 +117,20 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("separated"),
         metavar="DIR",
-        help="output folder; stems go into a folder per model in it (default: separated)",
+        help="output folder; stems go into a folder per model in it (default: separated);"
+        " -: standard output, for one stem",
     )
     group.add_argument(
         "--filename",
         default=DEFAULT_FILENAME,
         metavar="TEMPLATE",
-        help="name of each stem's file, from {track}, {trackext}, {stem} and {ext}"
-        f" (default: {DEFAULT_FILENAME})",
+        help="name of each stem's file, from {track}, {trackext}, {parent} (the track's folder),"
+        f" {{model}}, {{stem}} and {{ext}} (default: {DEFAULT_FILENAME})",
+    )
+    group.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out tracks whose stems are all there: goes on with a batch that was stopped",
     )
 
 
@@ -127,6 +146,12 @@ def _add_separation_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="average N passes with random offsets: slower by that factor, slightly better;"
         " 0: one pass without an offset, always the same result (default: 1)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_whole,
+        metavar="N",
+        help="draw the offsets of the shifts from this number: the same stems each time",
     )
     group.add_argument(
         "--overlap",
@@ -148,6 +173,18 @@ def _add_separation_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="length of a window: less needs less memory (default: the model's)",
     )
+    group.add_argument(
+        "-j",
+        "--jobs",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="windows that run at once on a CPU: needs N times the memory (default: 0, one)",
+    )
+
+
+def _add_stem_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which stems")
     wanted = group.add_mutually_exclusive_group()
     wanted.add_argument(
         "--stems",
@@ -160,32 +197,35 @@ def _add_separation_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--other-method",
-        choices=("none", "add", "minus"),
+        choices=OTHER_METHODS,
         default="add",
         help="with --two-stems, the rest is: add, the sum of the other stems (no_STEM);"
         " minus, the mixture minus the stem (minus_STEM); none, not written. minus and none run"
         " only the models that STEM needs (a quarter of htdemucs_ft), add runs all (default: add)",
     )
-    group.add_argument(
-        "-j",
-        "--jobs",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="windows that run at once on a CPU: needs N times the memory (default: 0, one)",
-    )
 
 
 def _add_format_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("format of the stems (default: WAV, 16 bit)")
+    suffix = group.add_mutually_exclusive_group()
+    suffix.add_argument("--format", choices=FORMAT_NAMES, default="wav", help="(default: wav)")
+    for name in ("flac", "mp3"):
+        suffix.add_argument(
+            f"--{name}",
+            dest="format",
+            action="store_const",
+            const=name,
+            help=f"write {name.upper()}",
+        )
     depth = group.add_mutually_exclusive_group()
     depth.add_argument("--int24", action="store_true", help="24 bit, for WAV and FLAC")
     depth.add_argument("--float32", action="store_true", help="32 bit float, for WAV")
-    suffix = group.add_mutually_exclusive_group()
-    suffix.add_argument("--flac", dest="ext", action="store_const", const="flac", help="write FLAC")
-    suffix.add_argument("--mp3", dest="ext", action="store_const", const="mp3", help="write MP3")
     group.add_argument(
-        "--mp3-bitrate", type=_bitrate, default=320, metavar="KBITS", help="(default: 320)"
+        "--bitrate",
+        "--mp3-bitrate",
+        type=_bitrate,
+        metavar="KBITS",
+        help="of MP3 (default: 320), M4A (256) and Opus (192)",
     )
     group.add_argument(
         "--mp3-preset",
@@ -195,13 +235,18 @@ def _add_format_options(parser: argparse.ArgumentParser) -> None:
         help="2 is the best quality, 7 the fastest (default: 2)",
     )
     group.add_argument(
-        "--clip-mode",
-        choices=("rescale", "clamp", "tanh", "none"),
-        default="rescale",
-        help="when a stem is too loud for its format: rescale, lower all of it; clamp, cut the"
-        " peaks; tanh, bend them; none, leave it to the format (default: rescale)",
+        "--keep-rate",
+        action="store_true",
+        help="write at the sample rate of the track instead of the model's",
     )
-    parser.set_defaults(ext="wav")
+    group.add_argument(
+        "--clip-mode",
+        choices=CLIP_MODE_NAMES,
+        default="rescale",
+        help="when a stem is too loud for its format: rescale, lower all of it; rescale-all, lower"
+        " all stems by the same, so that they still sum to the mix; clamp, cut the peaks; tanh,"
+        " bend them; none, leave it to the format (default: rescale)",
+    )
 
 
 def load_track(track: str | os.PathLike[str], audio_channels: int, samplerate: int) -> Tensor:
@@ -218,7 +263,7 @@ def main(opts: Sequence[str] | None = None) -> None:
     """
     parser = get_parser()
     args = parser.parse_args(opts)
-    _log_to_stderr(args.verbose)
+    _log_to_stderr(args.verbose, args.quiet)
     try:
         if args.list_models:
             print_models(args)
@@ -244,135 +289,110 @@ def main(opts: Sequence[str] | None = None) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-def _log_to_stderr(verbose: bool) -> None:
+def _log_to_stderr(verbose: bool, quiet: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("demucs-infer: %(levelname)s: %(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
 
 
 def _separate_tracks(args: argparse.Namespace) -> int:
     """Separate every track and return how many failed."""
-    from .audio import check_encoder
+    from .batch import Batch, checked_stems
+    from .spool import Workspace
+    from .tracks import find_tracks, plan_jobs
 
-    _check_format(args)
-    check_encoder(f".{args.ext}")
-    folder = args.out / (args.sig or args.name or DEFAULT_MODEL)
-    _check_filename(args.filename, folder)
-    _make_output_folder(folder)
-    separator = _make_separator(args)
-    failed = 0
-    for track in args.tracks:
-        try:
-            _separate_track(track, separator, folder, args)
-        except DemucsInferError as exc:
-            logger.debug("", exc_info=exc)
-            print(f"demucs-infer: error: {exc}", file=sys.stderr)
-            failed += 1
-    return failed
+    output = _make_output(args)
+    separator = _make_separator(args, output)
+    stems = checked_stems(separator, output)
+    jobs = plan_jobs(find_tracks(args.tracks, leave_out=args.out), output, separator.name, stems)
+    console = _Console(args, len(jobs))
+    with Workspace(output.workspace) as space:
+        batch = Batch(separator, output, space, announce=console.announce, report=console.report)
+        batch.run(jobs, skip_existing=args.skip_existing)
+    console.sum_up()
+    return len(console.failed)
 
 
-def _check_format(args: argparse.Namespace) -> None:
-    if args.float32 and args.ext != "wav":
-        raise OptionError(f"--float32 is for WAV, not for --{args.ext}")
-    if args.int24 and args.ext == "mp3":
-        raise OptionError("--int24 is for WAV and FLAC, not for --mp3")
+def _model_name(args: argparse.Namespace) -> str:
+    return args.sig or args.name or DEFAULT_MODEL
 
 
-def _check_filename(template: str, folder: Path) -> None:
-    first, second = (_stem_path(template, folder, Path("a.wav"), stem, "wav") for stem in "ab")
-    if first == second:
-        raise OptionError(f"--filename {template!r} lacks {{stem}}: all stems would be one file")
+def _make_output(args: argparse.Namespace) -> Output:
+    from .output import PIPE, Output
+
+    if args.json and args.out == PIPE:
+        raise OptionError("--json and -o - both want standard output: choose one")
+    return Output(
+        folder=PIPE if args.out == PIPE else args.out / _model_name(args),
+        filename=args.filename,
+        format=args.format,
+        bits_per_sample=24 if args.int24 else 16,
+        as_float=args.float32,
+        bitrate=args.bitrate,
+        preset=args.mp3_preset,
+        clip=args.clip_mode,
+        keep_rate=args.keep_rate,
+        two_stems=args.stem,
+        other_method=args.other_method,
+    )
 
 
-def _stem_path(template: str, folder: Path, track: Path, stem: str, ext: str) -> Path:
-    """The file of a stem, which is within `folder` whatever the names are."""
-    name, _, suffix = track.name.rpartition(".")
-    try:
-        relative = template.format(track=name or track.name, trackext=suffix, stem=stem, ext=ext)
-    except (KeyError, IndexError, ValueError, AttributeError) as exc:
-        raise OptionError(
-            f"--filename {template!r} is no template of {{track}}, {{trackext}}, {{stem}}, {{ext}}"
-        ) from exc
-    path = Path(os.path.normpath(folder / relative))
-    if Path(os.path.normpath(folder)) not in path.parents:
-        raise OptionError(f"{path} would be outside of the output folder {folder}")
-    return path
-
-
-def _make_output_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as exc:
-        raise SaveAudioError(f"{folder}: cannot be written to ({exc.strerror or exc})") from exc
-
-
-def _make_separator(args: argparse.Namespace) -> Separator:
+def _make_separator(args: argparse.Namespace, output: Output) -> Separator:
     from .api import Separator
 
-    stems = args.stems
-    if args.stem is not None and args.other_method != "add":
-        stems = [args.stem]
-    separator = Separator(
-        model=args.sig or args.name or DEFAULT_MODEL,
+    return Separator(
+        model=_model_name(args),
         repo=args.repo,
         cache_dir=args.cache_dir,
         offline=args.offline,
         device=args.device,
         shifts=args.shifts,
+        seed=args.seed,
         overlap=args.overlap,
         split=args.split,
         segment=args.segment,
         jobs=args.jobs,
-        progress=sys.stderr.isatty(),
-        stems=stems,
+        progress=sys.stderr.isatty() and not args.quiet,
+        stems=output.needed or args.stems,
     )
-    sources: Any = separator.model.sources
-    if args.stem is not None and args.stem not in sources:
-        raise OptionError(f"there is no stem {args.stem!r}: the model has {', '.join(sources)}")
-    return separator
 
 
-def _separate_track(
-    track: Path, separator: Separator, folder: Path, args: argparse.Namespace
-) -> None:
-    from .api import save_audio
+class _Console:
+    """Tells the user what happens to the tracks: on standard error, and as JSON if wanted."""
 
-    print(f"Separating {bold(track)}", file=sys.stderr)
-    mixture, stems = separator.separate_audio_file(track)
-    for name, stem in _wanted_stems(mixture, stems, args.stem, args.other_method):
-        path = _stem_path(args.filename, folder, track, name, args.ext)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise SaveAudioError(f"{path.parent}: cannot be made ({exc.strerror or exc})") from exc
-        save_audio(
-            stem,
-            path,
-            samplerate=separator.samplerate,
-            bitrate=args.mp3_bitrate,
-            clip=args.clip_mode,
-            bits_per_sample=24 if args.int24 else 16,
-            as_float=args.float32,
-            preset=args.mp3_preset,
-        )
+    def __init__(self, args: argparse.Namespace, count: int) -> None:
+        self.quiet, self.json, self.count = args.quiet, args.json, count
+        self.failed: list[Path] = []
+        self.skipped = 0
 
+    def announce(self, track: Path) -> None:
+        if not self.quiet:
+            print(f"Separating {bold(track)}", file=sys.stderr)
 
-def _wanted_stems(
-    mixture: Tensor, stems: dict[str, Tensor], stem: str | None, other_method: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and samples of what is written, for `--two-stems` and `--other-method`."""
-    if stem is None:
-        yield from stems.items()
-        return
-    yield stem, stems[stem]
-    if other_method == "minus":
-        yield f"minus_{stem}", mixture - stems[stem]
-    elif other_method == "add":
-        yield f"no_{stem}", sum(other for name, other in stems.items() if name != stem)  # type: ignore[misc]
+    def report(self, result: TrackResult) -> None:
+        if result.error is not None:
+            self.failed.append(result.input)
+            print(f"demucs-infer: error: {result.message}", file=sys.stderr)
+        self.skipped += result.skipped
+        if self.json:
+            print(json.dumps(result.as_json()), flush=True)
+
+    def sum_up(self) -> None:
+        """Say how many tracks there were, and again which failed: it may have been hours ago."""
+        if self.quiet or self.count == 1:
+            return
+        failed = len(self.failed)
+        parts = {
+            "separated": self.count - failed - self.skipped,
+            "already there": self.skipped,
+            "failed": failed,
+        }
+        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        print(f"{self.count} tracks: {text}", file=sys.stderr)
+        for track in self.failed:
+            print(f"    failed: {track}", file=sys.stderr)
 
 
 if __name__ == "__main__":

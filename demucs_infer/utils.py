@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,18 +102,11 @@ def appearing(path: Path) -> Iterator[Path]:
 
     Raises `OSError` if the file cannot be made.
     """
-    handle, name = tempfile.mkstemp(".part", f".{path.stem[:100]}-", path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Opened as any file is, so that it gets the rights of any file.
+    temporary = path.with_name(f".{path.stem[:100]}-{secrets.token_hex(4)}.part")
+    temporary.open("xb").close()
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # as a file that was opened under its own name
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

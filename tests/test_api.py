@@ -96,7 +96,8 @@ def test_a_constant_is_part_of_each_stem(separator: Separator) -> None:
         (torch.full((2, 10), torch.nan), "not finite"),
         (torch.full((2, 10), torch.inf), "not finite"),
         (torch.zeros(2, 0), "not empty"),
-        (torch.zeros(10), r"\[10\]"),
+        (torch.zeros(2, 2, 10), r"\[2, 2, 10\]"),
+        (torch.zeros(2, 10, dtype=torch.bool), "bool"),
     ],
 )
 def test_tensors_that_are_refused(separator: Separator, wav: torch.Tensor, message: str) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 
 import av
@@ -13,7 +12,6 @@ import torch
 from demucs_infer.audio import (
     AudioFile,
     as_dtype_pcm,
-    check_encoder,
     convert_audio,
     convert_audio_channels,
     encode_mp3,
@@ -24,7 +22,6 @@ from demucs_infer.audio import (
 )
 from demucs_infer.errors import (
     LoadAudioError,
-    MissingDependencyError,
     OptionError,
     SaveAudioError,
 )
@@ -252,19 +249,6 @@ def test_mp3(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp3").stat().st_size < (tmp_path / "b.mp3").stat().st_size / 2
     with pytest.raises(OptionError, match="preset 9"):
         encode_mp3(wav, tmp_path / "c.mp3", quality=9)
-
-
-def test_missing_lameenc_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_lameenc(name: str, *args, **kwargs):
-        if name == "lameenc":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_lameenc)
-    with pytest.raises(MissingDependencyError, match="pip install lameenc"):
-        check_encoder(".mp3")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,264 @@
+"""Files in, files out: many tracks go through the pipe, one behind the other.
+
+    next track      decode, measure              (a thread)
+    this track      separate                     (the caller's thread)
+    last track      rescale, encode, rename      (a thread)
+
+What goes wrong with a track is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .audio import AudioFile, encoding_errors
+from .errors import DemucsInferError, LoadAudioError, OptionError
+from .log import logger
+from .mixture import Decoder, Mixture, Moments
+from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
+from .spool import Spool, Workspace
+from .tracks import Job, plan_jobs
+
+if TYPE_CHECKING:
+    from .api import Separator
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """What became of a track.
+
+    `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
+    were drawn for the shifts, model by model. `error` is what went wrong, if anything did.
+    """
+
+    input: Path
+    model: str
+    stems: Mapping[str, StemFile] = field(default_factory=dict)
+    seconds: float | None = None
+    elapsed: float | None = None
+    offsets: Sequence[int] = ()
+    skipped: bool = False
+    error: Exception | None = None
+    version: str = __version__
+
+    @property
+    def message(self) -> str:
+        """One line about the error."""
+        if self.error is None or isinstance(self.error, DemucsInferError):
+            return str(self.error or "")
+        return f"{self.input}: {type(self.error).__name__}: {self.error}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as plain values."""
+        stems = {
+            name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
+            for name, stem in self.stems.items()
+        }
+        changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
+        return {**vars(self), **changed}
+
+
+class _Stopped(Exception):
+    """The batch ends before its time."""
+
+
+@dataclass
+class _Decoded:
+    """A track that has been read."""
+
+    mixture: Mixture
+    spool: Spool
+    rate: int  # of the file, hertz
+    length: int  # of the file, samples
+    tags: dict[str, str]
+
+
+class Batch:
+    """Separates tracks one by one, with one read ahead and one written behind.
+
+    `announce` is called before a track is separated; `report` with what became of it, from any
+    thread, but for one track at a time.
+    """
+
+    def __init__(
+        self,
+        separator: Separator,
+        output: Output,
+        space: Workspace,
+        *,
+        announce: Callable[[Path], None] = lambda track: None,
+        report: Callable[[TrackResult], None] = lambda result: None,
+    ) -> None:
+        self.separator = separator
+        self.output = output
+        self.space = space
+        self._announce, self._report = announce, report
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def run(self, jobs: Sequence[Job], *, skip_existing: bool = False) -> None:
+        """Separate every track. Raises nothing for a track that fails: it is reported.
+
+        With `skip_existing`, tracks whose stems are all there are reported as skipped.
+        """
+        if skip_existing:
+            jobs = [job for job in jobs if not self._skipped(job)]
+        if any(job.track == PIPE for job in jobs):
+            self._keep_standard_input()
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            behind: Future[None] | None = None
+            try:
+                for job, decoded in self._read_ahead(reader, jobs):
+                    self._announce(job.track)
+                    finish = self._separated(job, decoded)
+                    if behind is not None:
+                        behind.result()
+                    behind = None if finish is None else writer.submit(finish)
+                if behind is not None:
+                    behind.result()
+            finally:
+                self._stop.set()
+
+    def _skipped(self, job: Job) -> bool:
+        if job.is_done:
+            stems = {name: StemFile(path) for name, path in job.paths.items()}
+            self._tell(TrackResult(job.track, self.separator.name, stems, skipped=True))
+        return job.is_done
+
+    def _read_ahead(
+        self, reader: ThreadPoolExecutor, jobs: Iterable[Job]
+    ) -> Iterator[tuple[Job, Future[_Decoded]]]:
+        ahead: deque[tuple[Job, Future[_Decoded]]] = deque()
+        for job in jobs:
+            ahead.append((job, reader.submit(self._decode, job.track)))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _keep_standard_input(self) -> None:
+        """Most formats have to be sought in, and a pipe cannot be."""
+        self._input = self.space.file()
+        with encoding_errors(self._input), self._input.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+
+    def _decode(self, track: Path) -> _Decoded:
+        file = AudioFile(self._input, name=PIPE_NAME) if track == PIPE else AudioFile(track)
+        separator = self.separator
+        decoder = Decoder(file, separator.samplerate, separator.audio_channels)
+        spool, moments = self.space.spool(separator.audio_channels), Moments()
+        try:
+            for block in decoder.blocks():
+                self._check_stop()
+                moments.add(block)
+                spool.write(block)
+        except BaseException:
+            spool.close()
+            raise
+        if not moments.count:
+            raise LoadAudioError(f"{file.name}: is too short to be separated")
+        tags = {"title": self.output.track_name(track), **file.tags}
+        return _Decoded(Mixture(spool.read, moments), spool, decoder.rate, decoder.length, tags)
+
+    def _separated(self, job: Job, decoded: Future[_Decoded]) -> Callable[[], None] | None:
+        """Separate a track; returns what is left to do, or None if it has failed."""
+        begin = time.monotonic()
+        try:
+            track = decoded.result()
+            with contextlib.closing(track.spool):
+                return self._separate(job, track, begin)
+        except Exception as exc:
+            self._fail(job, exc)
+            return None
+
+    def _separate(self, job: Job, track: _Decoded, begin: float) -> Callable[[], None]:
+        writer = TrackWriter(job.paths, self._target(track))
+        passes = self.separator.plan(track.mixture.length)
+        names, position = self.separator.stems, 0
+        try:
+            for stems in self.separator.blocks(track.mixture, passes):
+                start, position = position, position + stems.shape[-1]
+                mixture = partial(track.mixture.samples, start, position)
+                writer.write(self.output.pick(mixture, dict(zip(names, stems.cpu()))))
+        except BaseException:
+            writer.discard()
+            raise
+        result = TrackResult(
+            job.track,
+            self.separator.name,
+            seconds=track.length / track.rate,
+            offsets=[task.offset for task in passes if task.offset is not None],
+        )
+        return partial(self._finish, job, writer, result, begin)
+
+    def _target(self, track: _Decoded) -> Target:
+        model_rate = self.separator.samplerate
+        rate = self.output.encoding.samplerate(track.rate if self.output.keep_rate else model_rate)
+        return Target(
+            self.output,
+            self.space,
+            model_rate,
+            self.separator.audio_channels,
+            rate,
+            track.length if rate == track.rate and rate != model_rate else None,
+            track.tags,
+        )
+
+    def _finish(self, job: Job, writer: TrackWriter, result: TrackResult, begin: float) -> None:
+        try:
+            stems = writer.finish(self._check_stop)
+        except Exception as exc:
+            self._fail(job, exc)
+        else:
+            self._tell(replace(result, stems=stems, elapsed=time.monotonic() - begin))
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _fail(self, job: Job, exc: Exception) -> None:
+        if isinstance(exc, _Stopped):
+            return
+        logger.debug("", exc_info=exc)
+        self._tell(TrackResult(job.track, self.separator.name, error=exc))
+
+    def _tell(self, result: TrackResult) -> None:
+        with self._lock:
+            self._report(result)
+
+
+def separate_file(separator: Separator, track: Path, output: Output) -> TrackResult:
+    """Separate one track, and raise what goes wrong with it."""
+    (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
+    results: list[TrackResult] = []
+    with Workspace(output.workspace) as space:
+        Batch(separator, output, space, report=results.append).run([job])
+    if results[0].error is not None:
+        raise results[0].error
+    return results[0]
+
+
+def checked_stems(separator: Separator, output: Output) -> list[str]:
+    """The stems of `separator`. Raises `OptionError` if `output` wants others of them."""
+    sources: Any = separator.model.sources
+    stem, separated = output.two_stems, separator.stems
+    if stem is None:
+        return separated
+    if stem not in sources:
+        raise OptionError(f"there is no stem {stem!r}: the model has {', '.join(sources)}")
+    needed = output.needed or sources
+    missing = [name for name in needed if name not in separated]
+    if missing:
+        raise OptionError(f"two stems need {', '.join(missing)}, too: choose no stems for that")
+    return separated

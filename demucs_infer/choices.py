@@ -1,0 +1,6 @@
+"""What options choose among, for modules that answer before PyTorch is imported."""
+
+FORMAT_NAMES = ("wav", "flac", "mp3", "ogg", "opus", "m4a")
+CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
+OTHER_METHODS = ("none", "add", "minus")
+DEFAULT_FILENAME = "{track}/{stem}.{ext}"

@@ -1,0 +1,90 @@
+"""Samples as integers, and what happens to those that are too loud for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import OptionError
+
+CLAMP_LIMIT = 0.99
+RESCALE_MARGIN = 1.01
+I16_MAX = 2**15 - 1
+I24_MAX = 2**23 - 1
+I32_MAX = 2**31 - 1
+
+
+def i16_pcm(wav: Tensor) -> Tensor:
+    """`wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers are left alone."""
+    return (wav.clamp(-1, 1) * I16_MAX).short() if wav.is_floating_point() else wav
+
+
+def f32_pcm(wav: Tensor) -> Tensor:
+    """`wav` as floating point between -1 and 1, from int16. Floats are left alone."""
+    return wav if wav.is_floating_point() else wav.float() / I16_MAX
+
+
+def as_dtype_pcm(wav: Tensor, dtype: torch.dtype) -> Tensor:
+    """`wav` as `f32_pcm` or `i16_pcm`, whichever `dtype` is."""
+    return f32_pcm(wav) if dtype.is_floating_point else i16_pcm(wav)
+
+
+def i24_pcm(wav: Tensor) -> Tensor:
+    """`wav` as the upper 24 bits of int32: clipped to ±1, times 2^23 - 1, truncated."""
+    return (wav.clamp(-1, 1).double() * I24_MAX).int() * 256
+
+
+def as_samples(wav: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """Samples of any usual kind as floating point: numpy or PyTorch, int16, int32 or float.
+
+    Raises `OptionError` for another kind.
+    """
+    if isinstance(wav, np.ndarray):
+        wav = torch.from_numpy(np.array(wav, dtype=wav.dtype.newbyteorder("="), order="C"))
+    if wav.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return wav.float()
+    if wav.dtype == torch.int16:
+        return f32_pcm(wav)
+    if wav.dtype == torch.int32:
+        return (wav.double() / I32_MAX).float()
+    raise OptionError(f"samples must be floating point, int16 or int32, not {wav.dtype}")
+
+
+def rescale_divisor(peak: float) -> float:
+    """What samples with this peak are divided by, for a peak of 0.99 at most."""
+    return max(RESCALE_MARGIN * peak, 1)
+
+
+def _rescale(wav: Tensor) -> Tensor:
+    return wav / rescale_divisor(wav.abs().max().item()) if wav.numel() else wav
+
+
+CLIP_MODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rescale": _rescale,
+    "rescale-all": _rescale,  # all of what is given: see `Output` for the stems of a track
+    "clamp": lambda wav: wav.clamp(-CLAMP_LIMIT, CLAMP_LIMIT),
+    "tanh": torch.tanh,
+    "none": lambda wav: wav,
+}
+RESCALING = ("rescale", "rescale-all")
+
+
+def prevent_clip(wav: Tensor, mode: str | None = "rescale") -> Tensor:
+    """Bring `wav` into the range of ±1.
+
+    `rescale` divides the whole by what its peak exceeds 0.99 by, `clamp` cuts at ±0.99, `tanh`
+    bends, and `none` (or `None`) does nothing. `rescale-all` is `rescale` where there is only one
+    stem to look at.
+    """
+    check_clip_mode(mode)
+    return CLIP_MODES[mode or "none"](wav)
+
+
+def check_clip_mode(mode: str | None) -> None:
+    """Raise `OptionError` if there is no such clip mode."""
+    if mode not in CLIP_MODES and mode is not None:
+        raise OptionError(f"clip mode {mode!r} is unknown: choose among {', '.join(CLIP_MODES)}")

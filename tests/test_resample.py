@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from julius.resample import resample_frac
+
+from demucs_infer.resample import Resampler, resample, resampled_length
+
+from .helpers import assert_close, noise
+
+
+@pytest.mark.parametrize("length", [1, 50, 4801, 30_000])
+@pytest.mark.parametrize("rates", [(48_000, 44_100), (22_050, 44_100), (96_000, 8000)], ids=str)
+def test_whole_and_in_blocks_as_in_the_reference(rates: tuple[int, int], length: int) -> None:
+    wav = noise(2, length)
+    expected = resample_frac(wav, *rates)
+    assert_close(resample(wav, *rates), expected, 1e-6) if expected.numel() else None
+    for size in (7, 1152, 5000):
+        blocks = list(Resampler(*rates).stream(wav.split(size, dim=-1)))
+        streamed = torch.cat(blocks, dim=-1)
+        assert streamed.shape == expected.shape
+        assert torch.allclose(streamed, expected, atol=1e-6)
+
+
+def test_the_length_of_hours_is_exact() -> None:
+    day = 24 * 3600
+    assert resampled_length(day * 48_000 + 1, 48_000, 44_100) == day * 44_100
+
+
+@pytest.mark.parametrize("length", [0, 100, 9601])
+def test_a_length_that_is_wanted(length: int) -> None:
+    blocks = Resampler(44_100, 96_000, length).stream(noise(2, 4410).split(999, dim=-1))
+    assert sum(block.shape[-1] for block in blocks) == length
+
+
+def test_equal_rates_change_nothing() -> None:
+    wav = noise(2, 1000)
+    assert torch.equal(torch.cat(list(Resampler(8000, 8000).stream(wav.split(300, -1))), -1), wav)
+    assert resample(wav, 8000, 8000) is wav
