@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from demucs_infer.choices import FORMAT_NAMES
+from demucs_infer.encode import FORMATS, Encoding, encoder
+from demucs_infer.errors import OptionError, SaveAudioError
+
+from .helpers import noise
+
+TAGS = {"title": "Täst", "artist": "A", "album": "B", "date": "2001", "genre": "Jazz", "track": "3"}
+
+
+def write(path: Path, wav: torch.Tensor, rate: int, **options: Any) -> Encoding:
+    encoding = Encoding(path.suffix[1:], **options)
+    with path.open("w+b") as file:
+        sink = encoder(file, encoding, rate, wav.shape[0], TAGS)
+        for block in wav.split(3333, dim=-1):
+            sink.write(block)
+        sink.close()
+    return encoding
+
+
+def read_back(path: Path) -> tuple[np.ndarray, int, str, dict[str, str]]:
+    """Samples `[T, C]`, rate, kind and tags as programs that share no code with the writer say."""
+    if path.suffix == ".m4a":
+        with av.open(str(path)) as container:
+            stream = container.streams.audio[0]
+            frames = [frame.to_ndarray().T for frame in container.decode(stream)]
+            samples = np.concatenate(frames)[: stream.duration]
+            return samples, stream.rate, stream.codec_context.name, dict(container.metadata)
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    with soundfile.SoundFile(path) as file:
+        names = {"tracknumber": "track"}
+        tags = {names.get(name, name): text for name, text in file.copy_metadata().items()}
+    return samples, rate, soundfile.info(path).subtype, tags
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "kind", "error"),
+    [
+        ("wav", {}, "PCM_16", 2**-14),
+        ("wav", {"bits": 24}, "PCM_24", 2**-22),
+        ("wav", {"bits": 32}, "FLOAT", 0),
+        ("flac", {}, "PCM_16", 2**-14),
+        ("flac", {"bits": 24}, "PCM_24", 2**-22),
+        ("mp3", {}, "MPEG_LAYER_III", 0.02),
+        ("ogg", {}, "VORBIS", 0.02),
+        ("opus", {}, "OPUS", 0.05),
+        ("m4a", {}, "aac", 0.05),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_what_other_programs_read(
+    format: str, options: dict, kind: str, error: float, channels: int, tmp_path: Path
+) -> None:
+    """Length, rate, channels, place of every sample, depth and tags."""
+    rate = Encoding(format).samplerate(44_100)
+    assert rate == (48_000 if format == "opus" else 44_100)
+    time = torch.arange(100_001) / rate
+    wav = torch.stack([torch.sin(2 * torch.pi * hertz * time) for hertz in (440, 660)])
+    wav = 0.4 * wav[:channels]
+    write(tmp_path / f"a.{format}", wav, rate, **options)
+    samples, their_rate, their_kind, tags = read_back(tmp_path / f"a.{format}")
+    assert (their_rate, their_kind) == (rate, kind)
+    assert samples.shape == (100_001, channels)
+    assert np.abs(samples.T - wav.numpy())[:, 5000:-5000].max() <= error
+    assert {name: tags.get(name) for name in ("title", "artist", "album")} == {
+        name: TAGS[name] for name in ("title", "artist", "album")
+    }
+    if format != "mp3":  # libsndfile does not read its number of a track
+        assert tags["track"].startswith("3")
+
+
+def test_a_wav_beyond_4_gib_opens_in_other_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header that is reserved, and used when the size asks for it."""
+    write(tmp_path / "small.wav", noise(1, 1000), 44_100)
+    assert (tmp_path / "small.wav").read_bytes().startswith(b"RIFF")
+    assert b"JUNK" in (tmp_path / "small.wav").read_bytes()[:64]
+    always = FORMATS["wav"].options | {"rf64": "always"}
+    monkeypatch.setitem(FORMATS["wav"].options, "rf64", always["rf64"])
+    write(tmp_path / "large.wav", noise(2, 1000), 44_100)
+    assert soundfile.info(tmp_path / "large.wav").format == "RF64"
+    assert len(soundfile.read(tmp_path / "large.wav")[0]) == 1000
+
+
+@pytest.mark.parametrize("bitrate", [64, 256])
+@pytest.mark.parametrize("format", ["mp3", "opus", "m4a"])
+def test_bit_rates(format: str, bitrate: int, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{format}"
+    write(path, noise(2, 480_000), 48_000, bitrate=bitrate)
+    assert path.stat().st_size == pytest.approx(10 * bitrate * 125, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("xyz", {}, "xyz"),
+        ("", {}, "without suffix"),
+        ("wav", {"bits": 20}, "20"),
+        ("flac", {"bits": 32}, "16 or 24 bits, not 32"),
+        ("mp3", {"bits": 24}, "MP3 has no 24 bits"),
+        ("opus", {"bits": 32}, "OPUS has no 32 bits"),
+        ("mp3", {"bitrate": 400}, "8 to 320"),
+        ("mp3", {"preset": 9}, "preset 9"),
+    ],
+)
+def test_encodings_that_there_are_not(format: str, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Encoding(format, **options)
+
+
+@pytest.mark.parametrize(("format", "channels"), [("wav", 9), ("mp3", 3)])
+def test_too_many_channels(format: str, channels: int, tmp_path: Path) -> None:
+    with pytest.raises(SaveAudioError, match=f"cannot hold {channels} channels"):
+        write(tmp_path / f"a.{format}", noise(channels, 10), 44_100)
+
+
+@pytest.mark.parametrize(
+    ("format", "wanted", "rate"),
+    [
+        ("wav", 12_345, 12_345),
+        ("mp3", 44_100, 44_100),
+        ("mp3", 44_056, 44_100),
+        ("mp3", 96_000, 48_000),
+        ("opus", 8000, 48_000),
+        ("m4a", 192_000, 96_000),
+    ],
+)
+def test_the_next_rate_that_a_format_has(format: str, wanted: int, rate: int) -> None:
+    assert Encoding(format).samplerate(wanted) == rate
+
+
+def test_the_formats_are_those_of_the_command_line() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES

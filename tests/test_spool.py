@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from demucs_infer import spool
+from demucs_infer.errors import SaveAudioError
+from demucs_infer.spool import Spool, Workspace
+
+from .helpers import noise
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**24])
+def test_what_is_written_is_read(
+    in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "IN_MEMORY", in_memory)
+    wav = noise(2, 10_000)
+    samples = Spool(tmp_path, 2)
+    for block in wav.split(999, dim=-1):
+        samples.write(block)
+        assert torch.equal(samples.read(0, 5), wav[:, :5])
+    assert samples.length == 10_000
+    assert torch.equal(samples.read(123, 4567), wav[:, 123:4567])
+    assert torch.equal(torch.cat(list(samples.blocks(3000)), dim=-1), wav)
+    samples.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workspace_vanishes(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "new") as space:
+        space.file().write_bytes(b"half")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [space.path.name]
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_file_has_the_rights_of_any_file(tmp_path: Path) -> None:
+    (tmp_path / "any").write_bytes(b"")
+    with Workspace(tmp_path) as space:
+        assert space.file().stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
+    tmp_path: Path,
+) -> None:
+    code = "import os, sys; from pathlib import Path; from demucs_infer.spool import Workspace;"
+    code += "space = Workspace(Path(sys.argv[1])); space.__enter__(); space.file();"
+    code += "print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        process.stdout.readline()
+        (theirs,) = tmp_path.iterdir()
+        with Workspace(tmp_path) as space:
+            assert {path.name for path in tmp_path.iterdir()} == {theirs.name, space.path.name}
+            assert len(list(theirs.iterdir())) == 2
+    finally:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == [theirs]
+    with Workspace(tmp_path) as space:
+        assert list(tmp_path.iterdir()) == [space.path]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveAudioError, match="cannot be written"), Workspace(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    samples = Spool(tmp_path, 2)
+    samples._file = os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", buffering=0)
+    with pytest.raises(SaveAudioError, match="No space left"):
+        samples.write(noise(2, 100))
