@@ -75,7 +75,7 @@ def test_what_other_programs_read(
     assert {name: tags.get(name) for name in ("title", "artist", "album")} == {
         name: TAGS[name] for name in ("title", "artist", "album")
     }
-    if format != "mp3":  # libsndfile does not read its number of a track
+    if format not in ("mp3", "wav"):  # libsndfile does not read their number of a track
         assert tags["track"].startswith("3")
 
 
