@@ -257,7 +257,7 @@ class Separator:
         stems = origin.new_empty(len(self.stems), *origin.shape)
         done = 0
         for block in self.blocks(mixture, self.plan(mixture.length)):
-            stems[..., done : done + block.shape[-1]] = block
+            stems[..., done : done + block.shape[-1]] = block[0]
             done += block.shape[-1]
         return Separation(origin, dict(zip(self.stems, stems)))
 
@@ -289,7 +289,7 @@ class Separator:
         return plan_passes(self._model, length, self._settings.apply_options)
 
     def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]:
-        """The stems of `mixture` block by block, each `[S, C, n]`, for the passes of `plan`."""
+        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`."""
         settings = self._settings
         blocks = separate_blocks(
             self._model,
@@ -304,5 +304,5 @@ class Separator:
             stems=settings.stems,
             passes=passes,
         )
-        for block in blocks:
-            yield mixture.restored(block[0])
+        # Unlike a loop here, this keeps no block while the next window runs.
+        return map(mixture.restored, blocks)

@@ -485,7 +485,9 @@ class _Job:
         report(step, "end")
         return step, result
 
-    def blocks(self, outputs: Iterable[tuple[Step, Tensor]]) -> Iterator[Tensor]:
+    def blocks(
+        self, outputs: Iterable[tuple[Step, Tensor]], progress: Callable[[], Any]
+    ) -> Iterator[Tensor]:
         """Overlap-add the outputs of `run` and yield finished blocks."""
         length = self.source.length
         total = OverlapAdd(_capacity(self.steps, length))
@@ -495,6 +497,8 @@ class _Job:
             late = max(0, -start)  # a shifted pass starts before the track
             if stop > start + late:
                 total.add(start + late, (output * share.to(output.device))[..., late:])
+            del output  # the next window needs the room
+            progress()
             if step.complete > total.start:
                 yield total.take(min(step.complete, length))
 
@@ -567,14 +571,10 @@ def separate_blocks(
     with (
         own,
         tqdm(
-            job.run(pool or own, ahead, report),
-            total=len(steps),
-            unit_scale=seconds / len(steps),
-            unit="s",
-            disable=not progress,
-        ) as outputs,
+            total=len(steps), unit_scale=seconds / len(steps), unit="s", disable=not progress
+        ) as bar,
     ):
-        yield from job.blocks(outputs)
+        yield from job.blocks(job.run(pool or own, ahead, report), bar.update)
 
 
 def apply_model(

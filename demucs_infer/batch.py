@@ -190,7 +190,8 @@ class Batch:
             for stems in self.separator.blocks(track.mixture, passes):
                 start, position = position, position + stems.shape[-1]
                 mixture = partial(track.mixture.samples, start, position)
-                writer.write(self.output.pick(mixture, dict(zip(names, stems.cpu()))))
+                writer.write(self.output.pick(mixture, dict(zip(names, stems[0].cpu()))))
+                del stems  # the next window needs the room
         except BaseException:
             writer.discard()
             raise

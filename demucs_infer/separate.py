@@ -262,7 +262,10 @@ def main(opts: Sequence[str] | None = None) -> None:
     Exits with a status other than 0 if something fails; returns if all went well.
     """
     parser = get_parser()
-    args = parser.parse_args(opts)
+    words = sys.argv[1:] if opts is None else opts
+    # Tracks may stand between options, but for names that start with a dash.
+    parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
+    args = parse(words)
     _log_to_stderr(args.verbose, args.quiet)
     try:
         if args.list_models:

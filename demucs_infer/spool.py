@@ -24,7 +24,7 @@ from .errors import SaveAudioError
 
 PREFIX = ".demucs-infer-"
 LOCK = "lock"
-IN_MEMORY = 2**24  # bytes: what a spool keeps in memory, 48 s of stereo at 44.1 kHz
+IN_MEMORY = 2**22  # bytes: what a spool keeps in memory, 12 s of stereo at 44.1 kHz
 SAMPLE = 4  # bytes of a float32
 
 

@@ -85,7 +85,11 @@ def plan_jobs(
     """
     tracks = list(tracks)
     stems = output.stems(sources)
-    inputs = {_identity(track): track for track in tracks}
+    if output.is_pipe:
+        if len(tracks) > 1:
+            raise OptionError(f"standard output takes one track, not {len(tracks)}")
+        return [Job(track, output.paths(track, model, stems)) for track in tracks]
+    inputs = set(map(_identity, tracks))
     owners: dict[str, Path] = {}
     jobs = []
     for track in tracks:

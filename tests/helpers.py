@@ -110,14 +110,17 @@ def noise(channels: int, length: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(channels, length)).float() * 0.1
 
 
+# Sums depend on the number of threads in their last bits.
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
+
+
 def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments` in a process of its own."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=ENVIRONMENT,
         **kwargs,
     )
 

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from demucs_infer.errors import OptionError
+from demucs_infer.output import PIPE, Output
+from demucs_infer.tracks import find_tracks, plan_jobs
+
+from .helpers import SOURCES
+
+
+@pytest.fixture
+def music(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tracks, other files, hidden ones and stems, in the current folder."""
+    for name in (
+        "music/b.mp3",
+        "music/a.WAV",
+        "music/cover.jpg",
+        "music/._a.WAV",
+        "music/.trash/c.wav",
+        "music/disc 2/a.WAV",
+        "music/separated/htdemucs/a/vocals.wav",
+        "music/empty/readme.txt",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    return Path("music")
+
+
+def test_folders_are_searched(music: Path) -> None:
+    names = ["music/a.WAV", "music/b.mp3", "music/disc 2/a.WAV"]
+    stems = ["music/separated/htdemucs/a/vocals.wav"]
+    assert [path.as_posix() for path in find_tracks([music])] == names + stems
+    found = find_tracks([music], leave_out=Path("music/separated"))
+    assert [path.as_posix() for path in found] == names
+
+
+def test_a_file_that_is_named_comes_once_whatever_it_is(music: Path) -> None:
+    named = [music / "cover.jpg", music / "a.WAV", Path("music/../music/a.WAV"), Path("none.wav")]
+    assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], named[3], PIPE]
+
+
+def test_a_folder_without_audio_stands_for_itself(music: Path) -> None:
+    assert list(find_tracks([music / "empty"])) == [music / "empty"]
+
+
+def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:
+    pattern = music / "*.[wW]*"
+    assert list(find_tracks([pattern], expand=True)) == [music / "a.WAV"]
+    assert list(find_tracks([pattern], expand=False)) == [pattern]
+    (music / "song [1].wav").touch()
+    assert list(find_tracks([music / "song [1].wav"], expand=True)) == [music / "song [1].wav"]
+
+
+def stems_of(track: str, **options: str) -> list[str]:
+    (job,) = plan_jobs([Path(track)], Output("out", **options), "model", SOURCES[:1])
+    return [path.relative_to("out").as_posix() for path in job.paths.values()]
+
+
+@pytest.mark.parametrize(
+    ("track", "name"),
+    [
+        ("a.b c.wav", "a.b c"),
+        ("{stem}.wav", "{stem}"),
+        ("ünï — 音.wav", "ünï — 音"),
+        ("no suffix", "no suffix"),
+        (".hidden", ".hidden"),
+        ("100%.wav", "100%"),
+        ("-x.wav", "-x"),
+        ("...wav", "...wav"),
+    ],
+)
+def test_names_of_tracks(track: str, name: str) -> None:
+    assert stems_of(track) == [f"{name}/drums.wav"]
+
+
+def test_templates() -> None:
+    template = "{parent}/{model}-{track}.{trackext}/{stem}.{ext}"
+    assert stems_of("x/y/a.b.mp3", filename=template, format="flac") == [
+        "y/model-a.b.mp3/drums.flac"
+    ]
+    assert stems_of("a.wav", filename="{stem}{{}}.{ext}") == ["drums{}.wav"]
+
+
+@pytest.mark.parametrize(
+    ("filename", "message"),
+    [
+        ("{song}/{stem}.{ext}", "template"),
+        ("{0}", "template"),
+        ("{stem", "template"),
+        ("{stem.x}", "template"),
+        ("../{stem}.{ext}", "outside"),
+        ("/etc/{stem}", "outside"),
+        ("..", "outside"),
+        (".", "outside"),
+        ("", "outside"),
+    ],
+)
+def test_templates_that_are_refused(filename: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Output("out", filename)
+
+
+def test_names_that_would_escape(tmp_path: Path) -> None:
+    for parent in ("..", "x/.."):
+        paths = Output(tmp_path, "{parent}/{track}/{stem}").paths(
+            Path(parent, "..wav"), "model", ["drums"]
+        )
+        assert tmp_path in paths["drums"].parents
+
+
+@pytest.mark.parametrize(
+    ("tracks", "options", "message"),
+    [
+        (["a.mp3", "a.wav"], {}, "would both become"),
+        (["x/a.mp3", "y/a.mp3"], {}, "{parent}"),
+        (["a.mp3", "b.mp3"], {"filename": "{stem}.{ext}"}, "would both become"),
+        (["a.mp3"], {"filename": "{track}.{ext}"}, "lacks {stem}"),
+        (["out/a/drums.wav", "a.mp3"], {}, "would replace a track"),
+    ],
+)
+def test_stems_in_the_way_are_refused(tracks: list, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        plan_jobs(map(Path, tracks), Output("out", **options), "model", SOURCES)
+
+
+def test_links_and_capitals_are_seen_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if sys.platform != "win32":
+        (tmp_path / "link").symlink_to("out")
+        with pytest.raises(OptionError, match="would replace"):
+            plan_jobs([Path("link/a/drums.wav"), Path("a.mp3")], Output("out"), "m", SOURCES)
+    both = [Path("Song.wav"), Path("song.mp3")]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(OptionError, match="would both become"):
+        plan_jobs(both, Output("out"), "m", SOURCES)
+
+
+def test_one_stem_needs_no_name_of_its_own() -> None:
+    output = Output("out", "{track}.{ext}", two_stems="drums", other_method="none")
+    (job,) = plan_jobs([Path("a.mp3")], output, "m", SOURCES)
+    assert job.paths == {"drums": Path("out/a.wav")}
+
+
+def test_standard_output_takes_one_stem() -> None:
+    assert Output("-").paths(PIPE, "m", ["drums"]) == {"drums": PIPE}
+    with pytest.raises(OptionError, match="takes one stem, not 4"):
+        plan_jobs([PIPE], Output("-"), "m", SOURCES)
+    with pytest.raises(OptionError, match="one track"):
+        plan_jobs([PIPE, Path("a.mp3")], Output("-"), "m", SOURCES[:1])
