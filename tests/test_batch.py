@@ -22,6 +22,8 @@ import torch
 
 from demucs_infer import spool
 from demucs_infer.api import Output, Separator, TrackResult, save_audio
+from demucs_infer.audio import AudioFile
+from demucs_infer.choices import FORMAT_NAMES
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.pcm import prevent_clip
 from demucs_infer.separate import main
@@ -108,18 +110,16 @@ def test_one_gain_for_all_stems_keeps_their_balance(separator: Separator, tmp_pa
         assert_close(stem, gain * stems[name], 1e-6)
 
 
-def test_every_format_has_the_stems(repo: Path, tmp_path: Path) -> None:
+def test_every_format_is_written(repo: Path, tmp_path: Path) -> None:
+    """What is in the files is tested with the encoders."""
     separator = Separator("tiny", repo, device="cpu", shifts=0, stems=["bass"])
     track = write_track(tmp_path / "a.wav", 2)
-    level = separator.separate_audio_file(track).stems["bass"].std(dim=1).mean().item()
-    for format in ("wav", "flac", "mp3", "ogg", "opus", "m4a"):
+    for format in FORMAT_NAMES:
         result = separator.separate_to_files(track, tmp_path / "out", format=format)
-        with av.open(str(result.stems["bass"].path)) as container:
-            stream = container.streams.audio[0]
-            wav = np.concatenate([f.to_ndarray().reshape(-1) for f in container.decode(stream)])
-            assert (stream.rate, stream.channels) == (48_000 if format == "opus" else 8000, 2)
-            wav = wav / 2**15 if wav.dtype.kind == "i" else wav
-        assert wav.std() == pytest.approx(level, rel=0.6)  # Opus drops what cannot be heard
+        file = AudioFile(result.stems["bass"].path)
+        assert file.path.suffix == f".{format}"
+        assert (file.channels(), file.samplerate()) == (2, 48_000 if format == "opus" else 8000)
+        assert file.duration == pytest.approx(2, abs=0.01)
 
 
 @pytest.mark.parametrize("rate", [48_000, 22_050, 96_000, 8000])
