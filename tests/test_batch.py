@@ -24,11 +24,21 @@ from demucs_infer import spool
 from demucs_infer.api import Output, Separator, TrackResult, save_audio
 from demucs_infer.audio import AudioFile
 from demucs_infer.choices import FORMAT_NAMES
+from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.pcm import prevent_clip
 from demucs_infer.separate import main
 
-from .helpers import ENVIRONMENT, SOURCES, assert_close, noise, run, separate
+from .helpers import (
+    ENVIRONMENT,
+    SOURCES,
+    assert_close,
+    noise,
+    pair,
+    run,
+    save_package,
+    separate,
+)
 from .test_separate import assert_one_line, stems_of
 
 
@@ -435,20 +445,48 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("clip", ["rescale", "none"])
-def test_memory_does_not_grow_with_the_track(clip: str, repo: Path, tmp_path: Path) -> None:
-    """Samples of eight minutes would be 100 MB and more: the mixture and four stems."""
-    peaks = []
-    for minutes in (1, 8):
-        track = write_track(tmp_path / f"{minutes}.wav", 60 * minutes, 8000)
-        options = ["--repo", repo, "-n", "tiny", "--shifts", 0, "--overlap", 0, "-q"]
-        result = run("-c", PEAK, *options, "--clip-mode", clip, track, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        peaks.append(int(result.stdout))
-        stem = soundfile.info(tmp_path / f"separated/tiny/{minutes}/bass.wav")
-        assert stem.frames == 60 * minutes * 8000
-    assert peaks[1] - peaks[0] < 60_000  # kB
+def peak_memory(*options: object, **kwargs: Any) -> int:
+    """The command's peak of resident memory, in megabytes."""
+    result = run("-c", PEAK, "-q", *options, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout) // 1000
+
+
+reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@reads_proc
+def test_memory_does_not_grow_with_the_track(repo: Path, tmp_path: Path) -> None:
+    """Samples of eight minutes would be 150 MB: the mixture and four stems."""
+    options = ["--repo", repo, "-n", "tiny", "--shifts", 0, "--overlap", 0]
+    tracks = [write_track(tmp_path / f"{minutes}.wav", 60 * minutes) for minutes in (1, 8)]
+    peaks = [peak_memory(*options, track, cwd=tmp_path) for track in tracks]
+    assert peaks[1] - peaks[0] < 60
+    assert soundfile.info(tmp_path / "separated/tiny/8/bass.wav").frames == 8 * 60 * 8000
+
+
+@reads_proc
+def test_six_hours(tmp_path: Path) -> None:
+    """The same memory as for two minutes, the right length, and the same music at the end."""
+    options = {"sources": ["a", "b"], "audio_channels": 1, "channels": 4, "depth": 1}
+    options |= {"samplerate": 8000, "segment": 40, "rewrite": False, "dconv_mode": 0}
+    model, _ = pair(Demucs, resample=False, normalize=False, **options)
+    save_package(tmp_path / "small.th", model)
+    period = noise(1, 30 * 8000)[0].numpy()  # the windows' distance, so that all are alike
+    peaks, ends = [], []
+    for repetitions in (4, 720):
+        with soundfile.SoundFile(tmp_path / "a.flac", "w", 8000, 1) as file:
+            for _ in range(repetitions):
+                file.write(period)
+        command = ["--repo", ".", "-n", "small", "--shifts", 0, "--clip-mode", "none", "a.flac"]
+        peaks.append(peak_memory(*command, cwd=tmp_path))
+        with soundfile.SoundFile(tmp_path / "separated/small/a/b.wav") as file:
+            assert file.frames == repetitions * 30 * 8000
+            file.seek(-60 * 8000, soundfile.SEEK_END)
+            ends.append(file.read())
+    assert peaks[1] - peaks[0] < 60
+    assert np.abs(ends[0]).max() > 0.01
+    assert np.abs(ends[1] - ends[0]).max() < 1e-3
 
 
 def test_what_a_separator_takes(repo: Path) -> None:
