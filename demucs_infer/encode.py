@@ -234,8 +234,9 @@ class _VorbisEncoder:
         channels: int,
         tags: Mapping[str, str],
     ) -> None:
+        self.target = _Kept(file)
         self.file = _soundfile().SoundFile(
-            file,
+            self.target,
             "w",
             samplerate,
             channels,
@@ -250,6 +251,29 @@ class _VorbisEncoder:
     def write(self, wav: Tensor) -> None:
         for block in wav.split(BLOCK, dim=-1):
             self.file.write(block.t().numpy())
+            self.target.check()
 
     def close(self) -> None:
         self.file.close()
+        self.target.check()
+
+
+class _Kept:
+    """A file for libsndfile, which cannot pass on an exception: the first one is kept."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.seek, self.tell, self.read = file.seek, file.tell, file.read
+        self.error: Exception | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except (OSError, ValueError) as exc:  # ValueError: closed, after an earlier error
+            self.error = self.error or exc
+            return len(data)
+
+    def check(self) -> None:
+        """Raise what was kept."""
+        if self.error is not None:
+            raise self.error

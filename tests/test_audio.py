@@ -20,6 +20,7 @@ from demucs_infer.audio import (
     prevent_clip,
     save_audio,
 )
+from demucs_infer.choices import FORMAT_NAMES
 from demucs_infer.errors import (
     LoadAudioError,
     OptionError,
@@ -268,7 +269,7 @@ def test_formats_that_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
+@pytest.mark.parametrize("name", [f"a.{name}" for name in FORMAT_NAMES])
 def test_what_cannot_be_written_leaves_nothing(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()  # the name is taken: the last step fails
     with pytest.raises(SaveAudioError, match="cannot be written"):
