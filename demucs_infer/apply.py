@@ -237,7 +237,6 @@ class Pass:
     model: int
     shift: int
     windows: list[Window]
-
     offset: int | None  # samples that were drawn, out of 0.5 s; None without shifts
 
     @property
