@@ -44,6 +44,7 @@ FILE_TAGS = (
     "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
     " creation_time handler_name vendor_id language itunsmpb bps duration".split()
 )
+SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
 MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
 
 
@@ -120,6 +121,9 @@ class AudioFile:
         audio = [s for s in self.info["streams"] if s["codec_type"] == "audio"]
         if not 0 <= stream < len(audio):
             raise LoadAudioError(f"{self.name}: there is no audio stream {stream}")
+        rate = audio[stream]["sample_rate"]
+        if rate not in SAMPLE_RATES:
+            raise LoadAudioError(f"{self.name}: a sample rate of {rate} Hz is not one of music")
         return audio[stream]
 
     def read(

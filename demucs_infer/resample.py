@@ -11,6 +11,7 @@ and after the end the first and the last sample are repeated.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,10 +20,56 @@ from julius.resample import ResampleFrac
 from torch import Tensor
 from torch.nn import functional as F
 
+ZEROS, ROLLOFF = 24, 0.945  # of julius: zero crossings of the filter's sinc, and its cutoff
+LARGEST_KERNEL = 2**24  # coefficients
+
+
+class _Filters:
+    """The filters of julius for two rates: one for each of the `new` samples of a frame.
+
+    Those of two rates with a small divisor, such as 44100 and 44099, would fill gigabytes with
+    zeros. Of them only the taps around each sample are kept.
+    """
+
+    def __init__(self, from_samplerate: int, to_samplerate: int) -> None:
+        divisor = math.gcd(from_samplerate, to_samplerate)
+        self.old, self.new = from_samplerate // divisor, to_samplerate // divisor
+        self.cutoff = min(self.old, self.new) * ROLLOFF
+        self.width = math.ceil(ZEROS * self.old / self.cutoff)
+        self.kernel: Tensor | None = None  # [new, 1, width + old + width]
+        if self.new * (self.old + 2 * self.width) <= LARGEST_KERNEL:
+            filters: Any = ResampleFrac(self.old, self.new, ZEROS, ROLLOFF)
+            self.kernel = filters.kernel
+        else:
+            self.taps = self._taps()  # [new, 2 width + 1]
+
+    def _taps(self) -> Tensor:
+        around = torch.arange(-self.width, self.width + 1)
+        positions = self._positions[:, None] + around
+        phases = torch.arange(self.new, dtype=torch.float64)[:, None] / self.new
+        t = ((positions / self.old - phases) * self.cutoff).clamp(-ZEROS, ZEROS)
+        taps = torch.sinc(t) * torch.cos(t * math.pi / ZEROS / 2) ** 2
+        return (taps / taps.sum(1, keepdim=True)).float()
+
+    @property
+    def _positions(self) -> Tensor:
+        """The input sample at or before each output sample of a frame."""
+        return torch.arange(self.new) * self.old // self.new
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The frames in `x` `[N, width + frames * old + width]`, as `[N, frames * new]`."""
+        if self.kernel is not None:
+            y = F.conv1d(x[:, None], self.kernel.to(x), stride=self.old)
+            return y.transpose(1, 2).flatten(1)
+        windows = x.unfold(-1, self.taps.shape[1], 1)
+        starts = range(0, x.shape[-1] - 2 * self.width, self.old)
+        at = self._positions.to(x.device)
+        return torch.cat([(windows[:, s + at] * self.taps.to(x)).sum(-1) for s in starts], dim=-1)
+
 
 @functools.lru_cache(maxsize=4)
-def _filters(from_samplerate: int, to_samplerate: int) -> ResampleFrac:
-    return ResampleFrac(from_samplerate, to_samplerate)
+def _filters(from_samplerate: int, to_samplerate: int) -> _Filters:
+    return _Filters(from_samplerate, to_samplerate)
 
 
 def resampled_length(length: int, from_samplerate: int, to_samplerate: int) -> int:
@@ -42,10 +89,9 @@ class Resampler:
         self._taken = self._given = 0
         self._rest: Tensor | None = None  # samples that later output needs
         if self._rates[0] != self._rates[1]:
-            filters: Any = _filters(*self._rates)
-            self._old, self._new = filters.old_sr, filters.new_sr
-            self._kernel: Any = filters.kernel  # [new, 1, width + old + width]
-            self._width = (self._kernel.shape[-1] - self._old) // 2
+            self._filters = _filters(*self._rates)
+            self._old, self._new = self._filters.old, self._filters.new
+            self._width = self._filters.width
 
     def push(self, block: Tensor) -> Tensor:
         """Take samples `[*, n]` and return those `[*, m]` that are complete."""
@@ -76,9 +122,7 @@ class Resampler:
         if not frames:
             return x[..., :0]
         inside = x[..., : frames * self._old + 2 * self._width]
-        kernel = self._kernel.to(x)
-        y = F.conv1d(inside.reshape(-1, 1, inside.shape[-1]), kernel, stride=self._old)
-        return y.transpose(1, 2).reshape(*x.shape[:-1], -1)
+        return self._filters(inside.reshape(-1, inside.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def _limited(self, y: Tensor) -> Tensor:
         """`y` without what is beyond the length that is wanted."""

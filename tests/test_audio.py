@@ -164,6 +164,13 @@ def test_a_wav_without_samples(tmp_path: Path) -> None:
         AudioFile(tmp_path / "none.wav").read(streams=0)
 
 
+@pytest.mark.parametrize("rate", [1, 2**31 - 1])
+def test_a_rate_that_is_none_of_music(rate: int, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros((10, 2)), rate)
+    with pytest.raises(LoadAudioError, match=f"{rate} Hz"):
+        AudioFile(tmp_path / "a.wav").read(streams=0, samplerate=44_100)
+
+
 def test_a_folder_is_no_audio_file(tmp_path: Path) -> None:
     with pytest.raises(LoadAudioError, match="is a folder"):
         AudioFile(tmp_path).read()

@@ -33,6 +33,22 @@ def test_a_length_that_is_wanted(length: int) -> None:
     assert sum(block.shape[-1] for block in blocks) == length
 
 
+def test_rates_without_a_divisor_take_little_memory() -> None:
+    """The whole filters would be 15 GB. A tone keeps its frequency, level and place.
+
+    Those of smaller numbers are the reference's, but for its rounding of times to float32.
+    """
+    wav = noise(2, 20_000)
+    assert_close(resample(wav, 8001, 8000), resample_frac(wav, 8001, 8000), 1e-2)
+    time = torch.arange(3 * 44_101, dtype=torch.float64) / 44_101
+    wav = torch.sin(2 * torch.pi * 440 * time).float()[None]
+    resampled = torch.cat(list(Resampler(44_101, 88_200).stream(wav.split(5000, -1))), -1)
+    time = torch.arange(resampled.shape[-1], dtype=torch.float64) / 88_200
+    expected = torch.sin(2 * torch.pi * 440 * time).float()
+    assert resampled.shape == (1, 3 * 88_200)
+    assert (resampled - expected)[:, 100:-100].abs().max() < 1e-3
+
+
 def test_equal_rates_change_nothing() -> None:
     wav = noise(2, 1000)
     assert torch.equal(torch.cat(list(Resampler(8000, 8000).stream(wav.split(300, -1))), -1), wav)
