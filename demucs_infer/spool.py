@@ -98,14 +98,15 @@ class Workspace:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
             self._lock = FileLock(self.path / LOCK)
-            self._lock.acquire()
+            with contextlib.suppress(NotImplementedError):  # some network folders have no locks
+                self._lock.acquire()
             if (self.path / LOCK).exists():  # else another process took it for abandoned
                 return
             self._lock.release()
 
     def _remove_abandoned(self) -> None:
         for path in self.folder.glob(f"{PREFIX}*"):
-            with contextlib.suppress(Timeout, OSError):
+            with contextlib.suppress(Timeout, OSError, NotImplementedError):
                 with FileLock(path / LOCK, timeout=0):
                     shutil.rmtree(path, ignore_errors=True)
                 shutil.rmtree(path, ignore_errors=True)  # where a locked file cannot be removed
