@@ -98,8 +98,10 @@ class Workspace:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
             self._lock = FileLock(self.path / LOCK)
-            with contextlib.suppress(NotImplementedError):  # some network folders have no locks
+            try:
                 self._lock.acquire()
+            except NotImplementedError:  # some network folders have no locks
+                return
             if (self.path / LOCK).exists():  # else another process took it for abandoned
                 return
             self._lock.release()
