@@ -28,6 +28,7 @@ from .blocks import (
     ScaledEmbedding,
 )
 from .errors import MissingDependencyError, OptionError
+from .layout import channels_last
 from .spec import (
     channels_as_complex,
     complex_as_channels,
@@ -240,7 +241,7 @@ class HybridUNet(nn.Module):
 
         The outputs are `[B, S C', F, N]` and `[B, S C, T]`.
         """
-        x, xt, skips = self._encode(x, xt)
+        x, xt, skips = self._encode(channels_last(x), channels_last(xt))
         x, xt = self._bottom(x, xt)
         return self._decode(x, xt, skips)
 
