@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .compat import autocast_on_cpu, is_compiling
 
-BAND_BYTES = 2**22  # of a band's widest intermediate result: it stays in the cache of a core
+BAND_BYTES = 2**23  # of the widest intermediate result of a band: the last cache holds it
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
