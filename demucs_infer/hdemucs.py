@@ -37,7 +37,7 @@ from .spec import (
     reflect_pad,
     spectro,
 )
-from .utils import capture_init, check_architecture, signature_of, standardize
+from .utils import capture_init, check_architecture, run_network, signature_of, standardize
 
 EPSILON = 1e-5  # added to the deviation when an input is normalized
 WIENER_FRAMES = 300  # frames that one call of the iterative Wiener filter sees
@@ -227,12 +227,18 @@ class HybridUNet(nn.Module):
             layer_t = level.layer_t._replace(**changes)
             self.tdecoder.append(HDecLayer(level.chout_t, outputs * level.chin_t, layer_t, last))
 
-    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
-        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`."""
+    def forward(
+        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
+    ) -> Tensor:
+        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`.
+
+        The transforms keep the type of `mix`; the network works in that of its parameters.
+        `network` is what runs it instead of `network`, see `engines`.
+        """
         spectrum = self._spec(mix)
         x, mean, std = standardize(self._magnitude(spectrum), EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
-        x, xt = self.network(x.to(mix.device), xt)
+        x, xt = run_network(network or self.network, self, x.to(mix.device), xt)
         x, xt = x.unflatten(1, (len(self.sources), -1)), xt.unflatten(1, (len(self.sources), -1))
         wanted = range(len(self.sources)) if stems is None else stems
         spectra = self._spectra(x.to(spectrum.device), mean, std, spectrum, wanted)

@@ -193,10 +193,12 @@ class HTDemucs(HybridUNet):
         if self.crosstransformer is not None:
             draw.randrange(1)
 
-    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
+    ) -> Tensor:
         length = mix.shape[-1]
         padded = F.pad(mix, (0, self.valid_length(length) - length))
-        return super().forward(padded, stems)[..., :length]
+        return super().forward(padded, stems, network=network)[..., :length]
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         if self.crosstransformer is None:
