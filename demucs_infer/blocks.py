@@ -350,7 +350,10 @@ class HDecLayer(nn.Module):
         def band(start: int, stop: int) -> Tensor:
             # Row `i` of `y` reaches `kernel` rows of the result, from `i * stride` on.
             start, stop = start + pad, stop + pad
-            first, last = max(0, (start - kernel) // stride + 1), min(count, (stop - 1) // stride + 1)
+            first, last = (
+                max(0, (start - kernel) // stride + 1),
+                min(count, (stop - 1) // stride + 1),
+            )
             z = self.norm2(self.conv_tr(y[:, :, first:last]))
             z = z[:, :, start - first * stride : stop - first * stride]
             return z if self.last else F.gelu(z)

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from .apply import BagOfModels
 from .blocks import HDecLayer
+from .choices import ENGINES, PRECISIONS
 from .errors import MissingDependencyError, OptionError
 from .log import logger
 from .utils import appearing
 
-ENGINES = ("torch", "openvino")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names of them
 
 Network = Callable[..., tuple[Tensor, ...]]
@@ -58,7 +57,7 @@ class EngineOptions:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("engine", ENGINES), ("precision", tuple(PRECISIONS))):
+        for name, known in (("engine", ENGINES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose from {', '.join(known)}")
         for wrong, reason in self._conflicts():
@@ -104,7 +103,7 @@ def on_engine(model: nn.Module, options: EngineOptions) -> nn.Module:
     if options.engine == "openvino":
         return EngineModel(model, OpenVINO(model, options))
     if options.precision != "float32" and options.device == "cpu":
-        model = _cast(model, PRECISIONS[options.precision])
+        model = _cast(model, getattr(torch, options.precision))
     network: Network = model.network  # type: ignore[assignment]
     if options.compile:
         network = torch.compile(network)
@@ -150,7 +149,7 @@ def _autocast(network: Network, options: EngineOptions) -> Network:
     """`network` with its products in half precision; PyTorch keeps norms in float32."""
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(options.device, PRECISIONS[options.precision]):
+        with torch.autocast(options.device, getattr(torch, options.precision)):
             return network(*inputs)
 
     return run
@@ -200,7 +199,7 @@ class OpenVINO:
 
     def _compile(self, inputs: Sequence[Tensor]) -> Any:
         options, core = self._options, self._openvino.Core()
-        hints = {
+        hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[options.precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -219,7 +218,7 @@ class OpenVINO:
     def _converted(self, inputs: Sequence[Tensor]) -> Any:
         shapes = [tuple(x.shape) for x in inputs]
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the shapes are fixed
+            warnings.simplefilter("ignore")  # shapes are fixed, and how is OpenVINO's choice
             return self._openvino.convert_model(
                 NetworkModule(self._model), example_input=tuple(inputs), input=shapes
             )

@@ -333,7 +333,9 @@ class HybridUNet(nn.Module):
             filtered = self._wiener(x * std[:, None] + mean[:, None], mix)
             yield from (filtered[:, index] for index in wanted)
         else:
-            direction = phase_of(mix) if self.options.wiener_iters == 0 else mix / (1e-8 + mix.abs())
+            direction = (
+                phase_of(mix) if self.options.wiener_iters == 0 else mix / (1e-8 + mix.abs())
+            )
             yield from (direction * (x[:, index] * std + mean) for index in wanted)
 
     def _wiener(self, magnitude: Tensor, mix: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import autocast_on_cpu, is_compiling
+from .compat import autocast_on_cpu, is_compiling, is_tracing
 
 BAND_BYTES = 2**23  # of the widest intermediate result of a band: the last cache holds it
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
@@ -24,7 +24,7 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 def _eager_on_cpu(x: Tensor) -> bool:
     """`x` is worked on now, and here: not recorded for another engine, nor on another device."""
-    return x.device.type == "cpu" and not (torch.jit.is_tracing() or is_compiling())
+    return x.device.type == "cpu" and not (is_tracing() or is_compiling())
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ def rows(x: Tensor, start: int, stop: int) -> Tensor:
     return F.pad(inside, (0, 0, above, below)) if above or below else inside
 
 
-def in_bands(function: Callable[[int, int], Tensor], x: Tensor, count: int, channels: int) -> Tensor:
+def in_bands(
+    function: Callable[[int, int], Tensor], x: Tensor, count: int, channels: int
+) -> Tensor:
     """Join along frequency what `function(start, stop)` gives for parts of `count` rows.
 
     `x` is what is read, and `channels` how many of them the widest result on the way has. On a CPU

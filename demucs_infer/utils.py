@@ -59,7 +59,7 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_network(network: Any, model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """What `network` makes of `inputs`, which take the type of the parameters of `model` meanwhile."""
+    """What `network` makes of `inputs`, which have the type of `model`'s parameters meanwhile."""
     outer, inner = inputs[0].dtype, next(model.parameters()).dtype
     return tuple(y.to(outer) for y in network(*(x.to(inner) for x in inputs)))
 
