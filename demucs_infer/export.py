@@ -33,8 +33,8 @@ Pad it by 3/2 hop on the left and 3/2 hop plus what makes a whole number of hops
 (hop = nfft / 4), with a reflection, or with zeros if `zero_padded`. Take the STFT with a periodic
 Hann window of nfft samples, frames centred, divided by the square root of nfft. Drop the top bin
 and two frames at each end. If `complex_as_channels`, real and imaginary part of each channel are
-channels, in turn; else take the magnitude. This is x. Both x and mix are normalized: less their mean,
-over 1e-5 plus their (unbiased) standard deviation.
+channels, in turn; else take the magnitude. This is x. Both x and mix are normalized: less their
+mean, over 1e-5 plus their (unbiased) standard deviation.
 The outputs hold the channels of each source in turn; scale them back, each by its own input's
 mean and deviation. Spectra without complex parts take the phase of the mixture. Put a zero top bin
 back, invert the STFT, undo the padding, and add the time output to get the stems."""
@@ -43,14 +43,15 @@ TIME_RECIPE = """\
 Input: a mixture [1, channels, samples], float32, at `samplerate`. If `normalize`, subtract the mean
 of its mono sum and divide by 1e-5 plus that sum's (unbiased) standard deviation. Pad it with zeros
 on both sides to the model's valid length. If `resample`, resample it by 2 (julius.resample_frac).
-The output holds the channels of each source in turn: resample it by 1/2, trim it evenly, scale back."""
+The output holds the channels of each source in turn: resample it by 1/2, trim it evenly, and scale
+it back."""
 
 
 def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the network of `model`, for windows of its `segment`, to `path`.
 
-    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for a PyTorch that is too
-    old, `OSError` if the file cannot be written.
+    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for a PyTorch that is
+    too old, `OSError` if the file cannot be written.
     """
     if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
         raise OptionError("export to ONNX needs PyTorch 2.5 or newer")

@@ -158,8 +158,8 @@ def _add_separation_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs; the"
-        " error stays far below what is heard (default: float32)",
+        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs;"
+        " the error stays far below what is heard (default: float32)",
     )
     group.add_argument(
         "--compile",
