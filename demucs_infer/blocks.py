@@ -179,8 +179,8 @@ class DConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch to `x`, in the precision of its weights."""
-        x = x.to(next(self.parameters()).dtype)
         for layer in self.layers:
+            x = x.to(next(layer.parameters()).dtype)
             x = x + layer(x)
         return x
 

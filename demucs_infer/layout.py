@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .compat import autocast_on_cpu, is_compiling, is_tracing
 
-BAND_BYTES = 2**23  # of the widest intermediate result of a band: the last cache holds it
+BAND_BYTES = 2**21  # of the widest result within a band: the cache of a core holds it
+WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each band
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -95,10 +96,9 @@ def in_bands(
     the parts are small enough for the cache, and none of the results on the way is kept whole.
     """
     row_bytes = x.shape[0] * channels * x.shape[-1] * x.element_size()
-    width = max(1, BAND_BYTES // row_bytes) if _eager_on_cpu(x) else count
-    if width >= count:
+    if count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
         return function(0, count)
-    parts = math.ceil(count / width)
+    parts = math.ceil(count / max(1, BAND_BYTES // row_bytes))
     edges = [count * index // parts for index in range(parts + 1)]
     return torch.cat([function(*edge) for edge in itertools.pairwise(edges)], dim=2)
 

@@ -110,10 +110,6 @@ def compare_windows(label: str, count: int, device: str, batch: int) -> None:
     """A line of the table for each side of one model."""
     signature = MODELS[label]
     variants = ON_CPU if device == "cpu" else ON_CUDA
-    peaks: dict[str, float] = {}
-    if device == "cpu":  # first, while this process is small: Linux hands a peak on to children
-        peaks = {name: peak_megabytes(signature, name, kw) for name, kw in variants.items()}
-        peaks["demucs"] = peak_megabytes(signature, "demucs", {})
     theirs, ours = (model.to(device) for model in released_pair(signature))
     mix = noise(2, WINDOW)[None].to(device).expand(batch, -1, -1)
     models = {
@@ -134,8 +130,15 @@ def compare_windows(label: str, count: int, device: str, batch: int) -> None:
         ratio, error = seconds["demucs"] / value, decibels(results[name], results["demucs"])
         cells = [label, name, f"{value / batch:.3f}", f"{ratio:.2f}", f"{error:.0f} dB"]
         if device == "cpu":
-            cells += [f"{peaks[name]:.0f}", f"{work / value / rate:.0%}"]
+            cells.append(f"{work / value / rate:.0%}")
         print("|", " | ".join(cells), "|", flush=True)
+
+
+def compare_memory(label: str) -> None:
+    sides: dict[str, dict[str, str]] = {**ON_CPU, "demucs": {}}
+    peaks = {name: peak_megabytes(MODELS[label], name, kw) for name, kw in sides.items()}
+    for name, value in peaks.items():
+        print(f"| {label} | {name} | {value:.0f} | {value / peaks['demucs']:.2f} |", flush=True)
 
 
 def compare_loading(count: int) -> None:
@@ -180,19 +183,24 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5, help="windows per side (default: 5)")
     parser.add_argument("--model", choices=MODELS, action="append", help="(default: all)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU, in batches of 8 windows")
+    parser.add_argument("--memory", action="store_true", help="compare peak memory instead")
     parser.add_argument("--loading", action="store_true", help="compare loading instead")
     parser.add_argument("--song", type=float, metavar="SECONDS", help="compare commands instead")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
     print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    labels = args.model or MODELS
     if args.loading:
         compare_loading(args.windows)
+    elif args.memory:
+        for label in labels:
+            compare_memory(label)
     elif args.song:
         compare_commands(args.song, args.windows)
     else:
-        print("| model | network | seconds | ratio | error below | MB | of matrix rate |")
-        print("|---|---|---|---|---|---|---|")
-        for label in args.model or MODELS:
+        print("| model | network | seconds | ratio | error below | of matrix rate |")
+        print("|---|---|---|---|---|---|")
+        for label in labels:
             on_cuda = args.cuda
             compare_windows(label, args.windows, "cuda" if on_cuda else "cpu", 8 if on_cuda else 1)
 
