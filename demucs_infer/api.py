@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from .apply import ApplyOptions, Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
 from .batch import TrackResult, separate_file
-from .errors import LoadAudioError, LoadModelError, OptionError
+from .engines import EngineOptions, on_engine
+from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .mixture import Decoder, Mixture
 from .output import Output
 from .pcm import as_samples
 from .pretrained import DEFAULT_MODEL, get_model, list_models
+from .registry import cache_folder
 
 __all__ = [
     "LoadAudioError",
@@ -66,11 +68,32 @@ class _Settings:
     callback_arg: Mapping[str, Any] | None
     stems: tuple[str, ...] | None
     seed: int | None
+    precision: str
+    engine: str
+    compile: bool
+    batch_size: int | None
+    openvino_device: str
+    cache: Path | None
 
     def __post_init__(self) -> None:
         if self.jobs < 0:
             raise OptionError(f"jobs={self.jobs} must be 0 or more")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError(f"batch_size={self.batch_size} must be 1 or more")
+        _ = self.engine_options
         _ = self.apply_options
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """What runs the networks. Raises `OptionError` for what does not go together."""
+        return EngineOptions(
+            self.engine,
+            self.precision,
+            self.compile,
+            self.device.type,
+            self.openvino_device,
+            self.cache,
+        )
 
     @property
     def apply_options(self) -> ApplyOptions:
@@ -78,6 +101,23 @@ class _Settings:
         return ApplyOptions(
             self.shifts, self.split, self.overlap, segment=self.segment, seed=self.seed
         )
+
+
+def _place(device: str | torch.device | None, engine: str) -> dict[str, Any]:
+    """The settings `device`, `engine` and `openvino_device` that "openvino:GPU" and the like mean.
+
+    Raises `OptionError` for a device that cannot be used.
+    """
+    kind, _, rest = str(device).partition(":")
+    if kind == "openvino":
+        return {
+            "device": torch.device("cpu"),
+            "engine": kind,
+            "openvino_device": rest.upper() or "CPU",
+        }
+    if device is None and engine == "openvino":
+        device = "cpu"
+    return {"device": _usable_device(device), "engine": engine, "openvino_device": "CPU"}
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -90,6 +130,14 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise OptionError(f"the device {str(device)!r} cannot be used: {reason}") from exc
+
+
+def _openvino_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """Where OpenVINO's compiled networks are kept: beside the checkpoints, if there is a folder."""
+    try:
+        return cache_folder(cache_dir)
+    except ModelLoadingError:
+        return None
 
 
 class Separation(NamedTuple):
@@ -108,7 +156,8 @@ class Separator:
     Args:
         model: name of a bag or signature of a model (see `list_models`).
         repo: a folder of checkpoints and bags to use instead of the released ones.
-        device: "cpu", "cuda", "cuda:1", "mps" …; by default the first GPU, else the CPU.
+        device: "cpu", "cuda", "cuda:1", "mps" …; by default the first GPU, else the CPU. Or a
+            device of OpenVINO's, "openvino:GPU", which implies that engine.
         shifts: passes with random offsets to average, see `apply_model`.
         overlap: part of a window that the next one covers, from 0 to less than 1.
         split: work window by window.
@@ -121,11 +170,16 @@ class Separator:
             them are not run.
         seed: draw the offsets of the shifts from this, anew for each track, instead of from
             `random`.
+        precision: of the network, "float32", "bfloat16" or "float16"; see `EngineOptions`.
+        engine: what runs the network, "torch" or "openvino".
+        compile: run it through `torch.compile`, which takes minutes the first time.
+        batch_size: windows in one batch (default: on a GPU what its memory holds, else 1).
         cache_dir: the folder to keep published models in, see `get_model`.
         offline: never download, see `get_model`.
 
-    Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded, and
-    `OptionError` for an option out of range.
+    Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded,
+    `OptionError` for an option out of range or options that do not go together, and
+    `MissingDependencyError` without the engine's package.
     """
 
     def __init__(
@@ -144,21 +198,29 @@ class Separator:
         *,
         stems: Sequence[str] | None = None,
         seed: int | None = None,
+        precision: str = "float32",
+        engine: str = "torch",
+        compile: bool = False,
+        batch_size: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
         self._settings = _Settings(
-            _usable_device(device),
-            shifts,
-            overlap,
-            split,
-            segment,
-            jobs,
-            progress,
-            callback,
-            callback_arg,
-            None if stems is None else tuple(stems),
-            seed,
+            **_place(device, engine),
+            shifts=shifts,
+            overlap=overlap,
+            split=split,
+            segment=segment,
+            jobs=jobs,
+            progress=progress,
+            callback=callback,
+            callback_arg=callback_arg,
+            stems=None if stems is None else tuple(stems),
+            seed=seed,
+            precision=precision,
+            compile=compile,
+            batch_size=batch_size,
+            cache=_openvino_cache(cache_dir),
         )
         self.name = str(model)
         folder = None if repo is None else Path(repo)
@@ -168,6 +230,7 @@ class Separator:
         self._audio_channels: int = loaded.audio_channels
         check_segment(self._model, segment)
         self._check_stems(self._settings)
+        self._running = on_engine(self._model, self._settings.engine_options)
 
     def _check_stems(self, settings: _Settings) -> None:
         sources: Any = self._model.sources
@@ -204,6 +267,10 @@ class Separator:
         *,
         stems: Sequence[str] | None = NotProvided,
         seed: int | None = NotProvided,
+        precision: str = NotProvided,
+        engine: str = NotProvided,
+        compile: bool = NotProvided,
+        batch_size: int | None = NotProvided,
     ) -> None:
         """Change the options that are given, for what is separated from now on.
 
@@ -212,12 +279,14 @@ class Separator:
         given = {name: value for name, value in locals().items() if value is not NotProvided}
         del given["self"]
         if "device" in given:
-            given["device"] = _usable_device(device)
+            given |= _place(device, given.get("engine", self._settings.engine))
         if given.get("stems") is not None:
             given["stems"] = tuple(given["stems"])
         settings = replace(self._settings, **given)
         check_segment(self._model, settings.segment)
         self._check_stems(settings)
+        if settings.engine_options != self._settings.engine_options:
+            self._running = on_engine(self._model, settings.engine_options)
         self._settings = settings
 
     def separate_tensor(
@@ -292,7 +361,7 @@ class Separator:
         """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`."""
         settings = self._settings
         blocks = separate_blocks(
-            self._model,
+            self._running,
             mixture,
             options=settings.apply_options,
             in_lockstep=settings.callback is None,  # which expects one model after the other
@@ -303,6 +372,7 @@ class Separator:
             callback_arg=settings.callback_arg,
             stems=settings.stems,
             passes=passes,
+            batch_size=settings.batch_size,
         )
         # Unlike a loop here, this keeps no block while the next window runs.
         return map(mixture.restored, blocks)

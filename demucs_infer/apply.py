@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import Batches
 from .errors import ModelLoadingError, OptionError
 from .utils import center_trim
 
@@ -298,14 +299,17 @@ def _segment_and_stride(model: Any, options: ApplyOptions) -> tuple[int, int]:
     return segment, stride
 
 
-def plan_steps(passes: Sequence[Pass], in_lockstep: bool) -> list[Step]:
+def plan_steps(passes: Sequence[Pass], in_lockstep: bool, together: int = 1) -> list[Step]:
     """The order in which the windows run: pass after pass, or all passes in lockstep.
 
-    In lockstep the track is finished from its start to its end, so that little has to be kept.
+    In lockstep the track is finished from its start to its end, so that little has to be kept; each
+    pass takes about `together` windows before the next one follows.
     """
     tasks = [(task, index) for task in passes for index in range(len(task.windows))]
     if in_lockstep:
-        tasks.sort(key=lambda item: item[0].windows[item[1]].start)
+        longest = max(window.stop - window.start for task in passes for window in task.windows)
+        span = longest * together if together > 1 else 1
+        tasks.sort(key=lambda item: item[0].windows[item[1]].start // span)
     steps = []
     complete = max(task.windows[-1].stop for task in passes)
     for task, index in reversed(tasks):
@@ -415,16 +419,6 @@ class _Reporter:
             )
 
 
-@torch.no_grad()
-def _infer(
-    model: Any, x: Tensor, device: torch.device, stems: Sequence[int], length: int
-) -> Tensor:
-    """Run `model` on `x` and keep `stems` and the middle `length` samples, on the device of `x`."""
-    takes_stems = getattr(model, "takes_stems", False)
-    out = model(x.to(device), stems) if takes_stems else model(x.to(device))[:, stems]
-    return center_trim(out, length).to(x.device)
-
-
 def _read_window(model: Any, source: Source, window: Window, options: ApplyOptions) -> Tensor:
     """The window, centred in the length that the model wants, with what surrounds it."""
     length = window.stop - window.start
@@ -448,47 +442,66 @@ class _Job:
     source: Source
     options: ApplyOptions
     steps: list[Step]
-    device: torch.device
+    batches: Batches
     stems: list[int]
     gains: Tensor  # [M, S] for the wanted stems
 
     def run(
         self, executor: Executor, ahead: int, report: _Reporter
     ) -> Iterator[tuple[Step, Tensor]]:
-        """Each step with the model's output for it, in order; `ahead` more are under way."""
-        pending: deque[tuple[Step, Future[Tensor]]] = deque()
+        """Each step with the model's output for it, in order; `ahead` more batches are under way.
+
+        The outputs are where the models are.
+        """
+        pending: deque[tuple[list[Step], Future[list[Tensor]]]] = deque()
         try:
-            for step in self.steps:
-                report(step, "start")
-                pending.append((step, self._submit(executor, step)))
+            for group in self._groups():
+                for step in group:
+                    report(step, "start")
+                pending.append((group, self._submit(executor, group)))
                 if len(pending) > ahead:
-                    yield self._finish(pending, report)
+                    yield from self._finish(pending, report)
             while pending:
-                yield self._finish(pending, report)
+                yield from self._finish(pending, report)
         finally:
             for _, future in pending:
                 future.cancel()
 
-    def _submit(self, executor: Executor, step: Step) -> Future[Tensor]:
-        model = self.bag.models[step.task.model]
-        x = _read_window(model, self.source, step.window, self.options)
-        length = step.window.stop - step.window.start
-        return executor.submit(_infer, model, x, self.device, self.stems, length)
+    def _groups(self) -> Iterator[list[Step]]:
+        """The steps, those together that make a batch: of one model, and of one length."""
+        group: list[Step] = []
+        for step in self.steps:
+            full = len(group) >= self.batches.size
+            if group and (full or self._kind(step) != self._kind(group[0])):
+                yield group
+                group = []
+            group.append(step)
+        yield group
+
+    @staticmethod
+    def _kind(step: Step) -> tuple[int, int]:
+        return step.task.model, step.window.stop - step.window.start
+
+    def _submit(self, executor: Executor, group: list[Step]) -> Future[list[Tensor]]:
+        model = self.bag.models[group[0].task.model]
+        windows = [_read_window(model, self.source, step.window, self.options) for step in group]
+        return executor.submit(self.batches.run, model, windows, self.stems)
 
     @staticmethod
     def _finish(
-        pending: deque[tuple[Step, Future[Tensor]]], report: _Reporter
-    ) -> tuple[Step, Tensor]:
-        step, future = pending.popleft()
-        result = future.result()
-        report(step, "end")
-        return step, result
+        pending: deque[tuple[list[Step], Future[list[Tensor]]]], report: _Reporter
+    ) -> Iterator[tuple[Step, Tensor]]:
+        group, future = pending.popleft()
+        results = future.result()
+        for step in group:
+            report(step, "end")
+            yield step, center_trim(results.pop(0), step.window.stop - step.window.start)
 
     def blocks(
         self, outputs: Iterable[tuple[Step, Tensor]], progress: Callable[[], Any]
     ) -> Iterator[Tensor]:
-        """Overlap-add the outputs of `run` and yield finished blocks."""
-        length = self.source.length
+        """Overlap-add the outputs of `run`, where they are, and yield finished blocks."""
+        length, home = self.source.length, self.source.read(0, 0).device
         total = OverlapAdd(_capacity(self.steps, length))
         for step, output in outputs:
             start, stop = step.window
@@ -499,7 +512,7 @@ class _Job:
             del output  # the next window needs the room
             progress()
             if step.complete > total.start:
-                yield total.take(min(step.complete, length))
+                yield total.take(min(step.complete, length)).to(home)
 
     def _share(self, step: Step) -> Tensor:
         longest = max(w.stop - w.start for w in step.task.windows)
@@ -541,6 +554,7 @@ def separate_blocks(
     callback: Callback | None = None,
     callback_arg: Mapping[str, Any] | None = None,
     passes: Sequence[Pass] | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Separate `source` and yield its stems block by block, `[B, S, C, n]`, in order.
 
@@ -560,8 +574,9 @@ def separate_blocks(
     # Every model draws its offsets, but only those run that count for a wanted stem.
     planned = plan_passes(bag, source.length, options) if passes is None else passes
     wanted = [task for task in planned if gains[task.model].any()]
-    steps = plan_steps(wanted, in_lockstep)
-    job = _Job(bag, source, options, steps, device, indices, gains)
+    batches = Batches(device, batch_size)
+    steps = plan_steps(wanted, in_lockstep, batches.most)
+    job = _Job(bag, source, options, steps, batches, indices, gains)
     extra = {**(callback_arg or {}), "audio_length": source.length, "models": len(bag.models)}
     report = _Reporter(callback, extra, lock or nullcontext())
     ahead = num_workers or (os.cpu_count() or 1 if pool else 0) if device.type == "cpu" else 0
@@ -594,6 +609,7 @@ def apply_model(
     *,
     stems: Sequence[str] | None = None,
     seed: int | None = None,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Separate `mix` `[B, C, T]`, at the model's sample rate, into stems `[B, S, C, T]`.
 
@@ -619,6 +635,7 @@ def apply_model(
         stems: the sources that are wanted, in this order (default: all). Models of a bag that do
             not count for them are not run; the others give what they give among all.
         seed: draw the offsets of the shifts from this instead of from `random`.
+        batch_size: windows in one batch (default: on a GPU what its memory holds, else 1).
 
     Raises `OptionError` (a `ValueError`) for options out of range and for a mixture of another
     shape, or with values that are not finite.
@@ -634,6 +651,7 @@ def apply_model(
         progress=progress,
         device=device or chunk.device,
         stems=stems,
+        batch_size=batch_size,
         num_workers=num_workers,
         pool=pool,
         lock=lock,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import OptionError
+from .layout import Conv1d, ConvTranspose1d, ConvTranspose2d, GroupNorm, in_bands, rows
 from .utils import unfold
 
 LSTM_FRAME = 200  # steps: longer inputs go through the LSTM in overlapping frames
@@ -101,11 +102,11 @@ class LocalState(nn.Module):
             raise OptionError(f"attention needs a multiple of {heads} channels, not {channels}")
         self.heads = heads
         self.ndecay = ndecay
-        self.content = nn.Conv1d(channels, channels, 1)
-        self.query = nn.Conv1d(channels, channels, 1)
-        self.key = nn.Conv1d(channels, channels, 1)
-        self.query_decay = nn.Conv1d(channels, heads * ndecay, 1)
-        self.proj = nn.Conv1d(channels, channels, 1)
+        self.content = Conv1d(channels, channels, 1)
+        self.query = Conv1d(channels, channels, 1)
+        self.key = Conv1d(channels, channels, 1)
+        self.query_decay = Conv1d(channels, heads * ndecay, 1)
+        self.proj = Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, length = x.shape
@@ -160,8 +161,8 @@ class DConv(nn.Module):
     def _step(channels: int, hidden: int, dilation: int, options: DConvOptions) -> nn.Sequential:
         padding = dilation * (options.kernel // 2)
         layers: list[nn.Module] = [
-            nn.Conv1d(channels, hidden, options.kernel, dilation=dilation, padding=padding),
-            nn.GroupNorm(1, hidden) if options.norm else nn.Identity(),
+            Conv1d(channels, hidden, options.kernel, dilation=dilation, padding=padding),
+            GroupNorm(1, hidden) if options.norm else nn.Identity(),
             nn.GELU() if options.gelu else nn.ReLU(),
         ]
         if options.lstm:
@@ -169,15 +170,17 @@ class DConv(nn.Module):
         if options.attn:
             layers.append(LocalState(hidden))
         layers += [
-            nn.Conv1d(hidden, 2 * channels, 1),
-            nn.GroupNorm(1, 2 * channels) if options.norm else nn.Identity(),
+            Conv1d(hidden, 2 * channels, 1),
+            GroupNorm(1, 2 * channels) if options.norm else nn.Identity(),
             nn.GLU(1),
             LayerScale(channels, options.init),
         ]
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the branch to `x`, in the precision of its weights."""
         for layer in self.layers:
+            x = x.to(next(layer.parameters()).dtype)
             x = x + layer(x)
         return x
 
@@ -207,7 +210,7 @@ class LayerOptions(NamedTuple):
     dconv: DConvOptions | None = None
 
     def group_norm(self, channels: int) -> nn.Module:
-        return nn.GroupNorm(self.norm_groups, channels) if self.norm else nn.Identity()
+        return GroupNorm(self.norm_groups, channels) if self.norm else nn.Identity()
 
     @property
     def padding(self) -> int:
@@ -217,10 +220,15 @@ class LayerOptions(NamedTuple):
         """The gated convolution over the neighbours, from `channels` to twice as many."""
         width, around = 2 * self.context + 1, self.context
         if not self.freq:
-            return nn.Conv1d(channels, 2 * channels, width, padding=around)
+            return Conv1d(channels, 2 * channels, width, padding=around)
         if not self.context_freq:
             return nn.Conv2d(channels, 2 * channels, (1, width), padding=(0, around))
-        return nn.Conv2d(channels, 2 * channels, width, padding=around)
+        return nn.Conv2d(channels, 2 * channels, width, padding=(0, around))
+
+    @property
+    def halo(self) -> int:
+        """Rows on each side that the rewrite convolution sees, in the spectral branch."""
+        return self.context if self.rewrite and self.freq and self.context_freq else 0
 
 
 class HEncLayer(nn.Module):
@@ -230,12 +238,14 @@ class HEncLayer(nn.Module):
         super().__init__()
         kernel, stride, pad = options.kernel_size, options.stride, options.padding
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
-        self.empty, self.pad = options.empty, pad
+        self.empty, self.pad, self.halo = options.empty, pad, options.halo
+        self.by_rows = not (options.norm or self.halo)
+        self.chout = chout
         self.conv: nn.Module
         if options.freq:
-            self.conv = nn.Conv2d(chin, chout, (kernel, 1), (stride, 1), (pad, 0))
+            self.conv = nn.Conv2d(chin, chout, (kernel, 1), (stride, 1))
         else:
-            self.conv = nn.Conv1d(chin, chout, kernel, stride, pad)
+            self.conv = Conv1d(chin, chout, kernel, stride, pad)
         if self.empty:
             return
         self.norm1 = options.group_norm(chout)
@@ -249,7 +259,16 @@ class HEncLayer(nn.Module):
         """Encode `x`; `inject` is added after the first convolution (the other branch joins)."""
         if not self.freq:
             x = x.flatten(1, -2)
-            x = F.pad(x, (0, -x.shape[-1] % self.stride))
+            return self._encoded(F.pad(x, (0, -x.shape[-1] % self.stride)), inject)
+
+        def band(start: int, stop: int) -> Tensor:
+            first, last = start * self.stride, (stop - 1) * self.stride + self.kernel_size
+            return self._encoded(rows(x, first - self.pad, last - self.pad), inject)
+
+        count = (x.shape[2] + 2 * self.pad - self.kernel_size) // self.stride + 1
+        return in_bands(band, x, count, 2 * self.chout) if self.by_rows else band(0, count)
+
+    def _encoded(self, x: Tensor, inject: Tensor | None) -> Tensor:
         y = self.conv(x)
         if self.empty:
             return y
@@ -258,7 +277,11 @@ class HEncLayer(nn.Module):
         y = F.gelu(self.norm1(y))
         if self.dconv is not None:
             y = dconv_per_bin(self.dconv, y)
-        return y if self.rewrite is None else F.glu(self.norm2(self.rewrite(y)), dim=1)
+        if self.rewrite is None:
+            return y
+        if self.halo:
+            y = rows(y, -self.halo, y.shape[2] + self.halo)
+        return F.glu(self.norm2(self.rewrite(y)), dim=1)
 
 
 class HDecLayer(nn.Module):
@@ -267,13 +290,15 @@ class HDecLayer(nn.Module):
     def __init__(self, chin: int, chout: int, options: LayerOptions, last: bool = False) -> None:
         super().__init__()
         kernel, stride, self.pad = options.kernel_size, options.stride, options.padding
-        self.freq, self.stride, self.chin = options.freq, stride, chin
-        self.empty, self.last = options.empty, last
+        self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
+        self.chin, self.chout = chin, chout
+        self.empty, self.last, self.halo = options.empty, last, options.halo
+        self.by_rows = not options.norm
         self.conv_tr: nn.Module
         if options.freq:
-            self.conv_tr = nn.ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
+            self.conv_tr = ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
         else:
-            self.conv_tr = nn.ConvTranspose1d(chin, chout, kernel, stride)
+            self.conv_tr = ConvTranspose1d(chin, chout, kernel, stride)
         self.norm2 = options.group_norm(chout)
         if self.empty:
             return
@@ -289,12 +314,7 @@ class HDecLayer(nn.Module):
         Also returns what the last convolution saw: an empty layer of the other branch starts there.
         """
         before = self.rewritten(x, skip)
-        z = self.norm2(self.conv_tr(before))
-        if not self.freq:
-            z = z[..., self.pad : self.pad + length]
-        elif self.pad:
-            z = z[..., self.pad : -self.pad, :]
-        return (z if self.last else F.gelu(z)), before
+        return (self._spread_rows(before) if self.freq else self._spread(before, length)), before
 
     def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """The layer up to its transposed convolution."""
@@ -302,10 +322,44 @@ class HDecLayer(nn.Module):
             x = x.view(x.shape[0], self.chin, -1, x.shape[-1])
         if self.empty:
             return x
-        y = x if skip is None else x + skip
+        if not self.freq:
+            return self._rewritten(x if skip is None else x + skip)
+
+        def band(start: int, stop: int) -> Tensor:
+            start, stop = start - self.halo, stop + self.halo
+            y = rows(x, start, stop)
+            return self._rewritten(y if skip is None else y + rows(skip, start, stop))
+
+        count = x.shape[2]
+        return in_bands(band, x, count, 2 * self.chin) if self.by_rows else band(0, count)
+
+    def _rewritten(self, y: Tensor) -> Tensor:
         if self.rewrite is not None:
             y = F.glu(self.norm1(self.rewrite(y)), dim=1)
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
+
+    def _spread(self, y: Tensor, length: int) -> Tensor:
+        """The transposed convolution in time, trimmed to `length` steps."""
+        z = self.norm2(self.conv_tr(y))[..., self.pad : self.pad + length]
+        return z if self.last else F.gelu(z)
+
+    def _spread_rows(self, y: Tensor) -> Tensor:
+        """The transposed convolution along frequency, without the `pad` rows at either end."""
+        kernel, stride, pad, count = self.kernel_size, self.stride, self.pad, y.shape[2]
+
+        def band(start: int, stop: int) -> Tensor:
+            # Row `i` of `y` reaches `kernel` rows of the result, from `i * stride` on.
+            start, stop = start + pad, stop + pad
+            first, last = (
+                max(0, (start - kernel) // stride + 1),
+                min(count, (stop - 1) // stride + 1),
+            )
+            z = self.norm2(self.conv_tr(y[:, :, first:last]))
+            z = z[:, :, start - first * stride : stop - first * stride]
+            return z if self.last else F.gelu(z)
+
+        total = (count - 1) * stride + kernel - 2 * pad
+        return in_bands(band, y, total, self.chout) if self.by_rows else band(0, total)
 
 
 class MultiEncoder(nn.Module):
@@ -327,7 +381,7 @@ class MultiEncoder(nn.Module):
         self.split_ratios = [*split_ratios, 1.0]
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in self.split_ratios)
         for band in self.layers:
-            band.conv.padding = (0, 0)
+            band.pad = 0
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         bins = x.shape[2]

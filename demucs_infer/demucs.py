@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
-from .utils import capture_init, center_trim, check_architecture, signature_of, standardize
+from .layout import Conv1d, ConvTranspose1d, GroupNorm, channels_last
+from .utils import (
+    capture_init,
+    center_trim,
+    check_architecture,
+    run_network,
+    signature_of,
+    standardize,
+)
 
 EPSILON = 1e-5  # added to the deviation when the input is normalized
 
@@ -71,7 +79,7 @@ class _Level:
     def encoder(self) -> nn.Sequential:
         options, channels = self.options, self.channels
         layers = [
-            nn.Conv1d(self.chin, channels, options.kernel_size, options.stride),
+            Conv1d(self.chin, channels, options.kernel_size, options.stride),
             self._norm(channels),
             self._activation(),
         ]
@@ -84,14 +92,14 @@ class _Level:
         chout = self.chin if self.index else self.chin * len(options.sources)
         layers = self._rewrite(options.context) if options.rewrite else []
         layers += self._dconv() if options.dconv_mode & 2 else []
-        layers.append(nn.ConvTranspose1d(channels, chout, options.kernel_size, options.stride))
+        layers.append(ConvTranspose1d(channels, chout, options.kernel_size, options.stride))
         layers += [self._norm(chout), self._activation()] if self.index else []
         return nn.Sequential(*layers)
 
     def _norm(self, channels: int) -> nn.Module:
         if self.index < self.options.norm_starts:
             return nn.Identity()
-        return nn.GroupNorm(self.options.norm_groups, channels)
+        return GroupNorm(self.options.norm_groups, channels)
 
     def _activation(self) -> nn.Module:
         return nn.GELU() if self.options.gelu else nn.ReLU()
@@ -116,7 +124,7 @@ class _Level:
         """A convolution over `context` neighbours on each side, gated or rectified."""
         chout = 2 * self.channels if self.options.glu else self.channels
         return [
-            nn.Conv1d(self.channels, chout, 2 * context + 1, padding=context),
+            Conv1d(self.channels, chout, 2 * context + 1, padding=context),
             self._norm(chout),
             nn.GLU(dim=1) if self.options.glu else nn.ReLU(),
         ]
@@ -159,23 +167,29 @@ class Demucs(nn.Module):
             length = (length - 1) * options.stride + options.kernel_size
         return math.ceil(length / 2) if options.resample else length
 
-    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
-        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`."""
+    def forward(
+        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
+    ) -> Tensor:
+        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`.
+
+        `network` is what runs it instead of `network`, see `engines`.
+        """
         length = mix.shape[-1]
         delta = self.valid_length(length) - length
         x, mean, std = self._normalized(mix)
         x = F.pad(x, (delta // 2, delta - delta // 2))
         if self.options.resample:
             x = resample_frac(x, 1, 2)
-        x = self.network(x).unflatten(1, (len(self.sources), self.audio_channels))
+        (x,) = run_network(network or self.network, self, x)
+        x = x.unflatten(1, (len(self.sources), self.audio_channels))
         x = x if stems is None else x[:, list(stems)]
         if self.options.resample:
             x = resample_frac(x, 2, 1)
         return center_trim(x, length) * std + mean
 
-    def network(self, x: Tensor) -> Tensor:
+    def network(self, x: Tensor) -> tuple[Tensor]:
         """From normalized, resampled audio `[B, C, T]` to that of all sources, `[B, S C, T]`."""
-        skips = []
+        x, skips = channels_last(x), []
         for encoder in self.encoder:
             x = encoder(x)
             skips.append(x)
@@ -183,7 +197,7 @@ class Demucs(nn.Module):
             x = self.lstm(x)
         for decoder in self.decoder:
             x = decoder(x + center_trim(skips.pop(), x))
-        return x
+        return (x,)
 
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""

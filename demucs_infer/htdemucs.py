@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .errors import OptionError
 from .hdemucs import HybridUNet
+from .layout import Conv1d
 from .transformer import CrossTransformerEncoder
 from .utils import capture_init, check_architecture, signature_of
 
@@ -159,8 +160,8 @@ class HTDemucs(HybridUNet):
         if self.bottom_channels:
             for suffix in ("", "_t"):
                 up, down = (width, self.bottom_channels), (self.bottom_channels, width)
-                self.add_module(f"channel_upsampler{suffix}", nn.Conv1d(*up, 1))
-                self.add_module(f"channel_downsampler{suffix}", nn.Conv1d(*down, 1))
+                self.add_module(f"channel_upsampler{suffix}", Conv1d(*up, 1))
+                self.add_module(f"channel_downsampler{suffix}", Conv1d(*down, 1))
         if options.t_layers > 0:
             self.crosstransformer = options.transformer(self.bottom_channels or width)
 
@@ -192,10 +193,12 @@ class HTDemucs(HybridUNet):
         if self.crosstransformer is not None:
             draw.randrange(1)
 
-    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
+    ) -> Tensor:
         length = mix.shape[-1]
         padded = F.pad(mix, (0, self.valid_length(length) - length))
-        return super().forward(padded, stems)[..., :length]
+        return super().forward(padded, stems, network=network)[..., :length]
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         if self.crosstransformer is None:

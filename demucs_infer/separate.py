@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .catalog import add_catalog_flags, download_models, print_models
-from .choices import CLIP_MODE_NAMES, DEFAULT_FILENAME, FORMAT_NAMES, OTHER_METHODS
+from .choices import (
+    CLIP_MODE_NAMES,
+    DEFAULT_FILENAME,
+    ENGINES,
+    FORMAT_NAMES,
+    OTHER_METHODS,
+    PRECISIONS,
+)
 from .errors import DemucsInferError, OptionError
 from .log import bold, fatal, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
@@ -137,7 +144,33 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 def _add_separation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to separate")
     group.add_argument(
-        "-d", "--device", help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)"
+        "-d",
+        "--device",
+        help="cpu, cuda, cuda:1, mps, openvino:GPU … (default: a GPU if there is one)",
+    )
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="torch",
+        help="what runs the network; openvino is faster on a CPU (default: torch)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs;"
+        " the error stays far below what is heard (default: float32)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_whole,
+        metavar="N",
+        help="windows in one batch (default: on a GPU what its memory holds, else 1)",
     )
     group.add_argument(
         "--shifts",
@@ -351,6 +384,10 @@ def _make_separator(args: argparse.Namespace, output: Output) -> Separator:
         cache_dir=args.cache_dir,
         offline=args.offline,
         device=args.device,
+        engine=args.engine,
+        precision=args.precision,
+        compile=args.compile,
+        batch_size=args.batch_size,
         shifts=args.shifts,
         seed=args.seed,
         overlap=args.overlap,

@@ -51,6 +51,33 @@ def ispectro(
     return x.view(*other, x.shape[-1])
 
 
+def ispectro_inside(z: Tensor, hop_length: int, start: int, length: int) -> Tensor:
+    """Samples `start` to `start + length` of what `z` `[*, F, N]` is the inside of, as `[*, T]`.
+
+    Two frames of silence are taken to come before the first of `z` and two after its last, and
+    sample 0 is where the first of `z` starts. As `ispectro` otherwise, for windows of a whole
+    number of hops, which are added as shifted blocks.
+    """
+    bins, frames = z.shape[-2:]
+    n_fft = 2 * bins - 2
+    window = torch.hann_window(n_fft, dtype=z.real.dtype, device=z.device)
+    waves = torch.fft.irfft(z.transpose(-1, -2), n_fft, norm="ortho") * window
+    envelope = overlap_add((window**2).expand(frames + 4, n_fft), hop_length)[2 * hop_length :]
+    stop = start + length
+    return overlap_add(waves, hop_length)[..., start:stop] / envelope[start:stop]
+
+
+def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
+    """The sum `[*, T]` of `frames` `[*, N, L]` that start every `hop_length` samples, part of L."""
+    *other, count, width = frames.shape
+    parts = width // hop_length
+    blocks = frames.unflatten(-1, (parts, hop_length))
+    total = frames.new_zeros(*other, count + parts - 1, hop_length)
+    for part in range(parts):
+        total[..., part : part + count, :] += blocks[..., part, :]
+    return total.flatten(-2)
+
+
 def reflect_pad(x: Tensor, left: int, right: int) -> Tensor:
     """Mirror `x` `[..., T]` by `left` and `right` samples at its ends.
 
@@ -72,17 +99,19 @@ def complex_as_channels(z: Tensor) -> Tensor:
 
 
 def channels_as_complex(x: Tensor) -> Tensor:
-    """Real `[B, S, 2 C, F, N]` as complex `[B, S, C, F, N]`; undoes `complex_as_channels`."""
-    batch, sources, channels, bins, frames = x.shape
-    parts = x.view(batch, sources, channels // 2, 2, bins, frames).permute(0, 1, 2, 4, 5, 3)
-    return torch.view_as_complex(parts.contiguous())
+    """Real `[*, 2 C, F, N]` as complex `[*, C, F, N]`; undoes `complex_as_channels`.
 
-
-def with_phase_of(mixture: Tensor, magnitude: Tensor) -> Tensor:
-    """Give `magnitude` `[B, S, C, F, N]` the phase of the spectrum `mixture` `[B, C, F, N]`.
-
-    The phase of an empty bin is zero. This is Wiener filtering without an iteration, as in
-    Open-Unmix (Stöter et al., 2019).
+    The bins of a frame are side by side in memory, as the inverse transform wants them.
     """
-    phase = mixture.angle()[:, None]
-    return torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+    parts = x.unflatten(-3, (-1, 2)).transpose(-1, -3)  # [*, C, N, F, 2]
+    return torch.view_as_complex(parts.contiguous()).transpose(-1, -2)
+
+
+def phase_of(z: Tensor) -> Tensor:
+    """Numbers of magnitude one with the phase of `z`: zero, for an empty bin.
+
+    A magnitude times the mixture's is Wiener filtering without an iteration, as in Open-Unmix
+    (Stöter et al., 2019).
+    """
+    phase = z.angle()
+    return torch.complex(phase.cos(), phase.sin())

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .blocks import LayerScale
 from .errors import OptionError
+from .layout import attention, packed, unpacked
 from .utils import capture_init, signature_of
 
 
@@ -125,18 +126,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Attend from `x` `[B, T, C]` to `memory` `[B, U, C]`, or to itself."""
         if memory is None:
-            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            projected = F.linear(packed(x), self.in_proj_weight, self.in_proj_bias)
+            query, key, value = unpacked(projected).chunk(3, -1)
         else:
             dim = x.shape[-1]
             weight, bias = self.in_proj_weight, self.in_proj_bias
-            query = F.linear(x, weight[:dim], bias[:dim])
-            key, value = F.linear(memory, weight[dim:], bias[dim:]).chunk(2, -1)
+            query = unpacked(F.linear(packed(x), weight[:dim], bias[:dim]))
+            key, value = unpacked(F.linear(packed(memory), weight[dim:], bias[dim:])).chunk(2, -1)
         query, key, value = (
             rearrange(part, "b t (h c) -> b h t c", h=self.num_heads)
             for part in (query, key, value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(rearrange(mixed, "b h t c -> b t (h c)"))
+        mixed = rearrange(attention(query, key, value), "b h t c -> b t (h c)")
+        return unpacked(self.out_proj(packed(mixed)))
 
 
 class TransformerLayer(nn.Module):
@@ -172,7 +174,8 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(options.dim)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.gamma_2(self.linear2(self.activation(self.linear1(x))))
+        hidden = self.activation(self.linear1(packed(x)))
+        return self.gamma_2(unpacked(self.linear2(hidden)))
 
 
 class SelfLayer(TransformerLayer):

@@ -58,6 +58,12 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean) / (eps + std), mean, std
 
 
+def run_network(network: Any, model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `network` makes of `inputs`, which have the type of `model`'s parameters meanwhile."""
+    outer, inner = inputs[0].dtype, next(model.parameters()).dtype
+    return tuple(y.to(outer) for y in network(*(x.to(inner) for x in inputs)))
+
+
 def capture_init(init: Init) -> Init:
     """Decorate an `__init__` to keep its arguments in `_init_args_kwargs`, for checkpoints."""
 

@@ -1,12 +1,15 @@
-"""Speed and memory beside the reference: python -m tests.bench [--windows N].
+"""Speed, error and memory beside the reference: python -m tests.bench [--help].
 
-Both sides run htdemucs at its released size on the same window, alternating in one process, after a
-warm-up; the figures are medians. Peak memory is that of a process of its own for each side.
+All sides run the same window with the same random weights, alternating in one process after a
+warm-up; seconds are medians. Peak memory is that of a process of its own for each side. With --song
+the two commands separate a made song, everything counted; with --cuda the windows run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -14,25 +17,48 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import demucs.states
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import demucs_infer.states
+from demucs_infer.audio import save_audio
+from demucs_infer.engines import EngineOptions, on_engine
+from demucs_infer.layout import packed
 
 from .helpers import noise, released_pair, run, save_package
 
 WINDOW = 343_980  # samples: 7.8 s at 44.1 kHz
-
+MODELS = {
+    "htdemucs": "955717e8",
+    "hdemucs_mmi": "75fc33f5",
+    "mdx, spectral": "a1d90b5c",
+    "mdx, time": "0d19c1c6",
+}
+ON_CPU = {
+    "float32": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "openvino float32": {"engine": "openvino"},
+    "openvino bfloat16": {"engine": "openvino", "precision": "bfloat16"},
+}
+ON_CUDA = {
+    "float32": {},
+    "float16": {"precision": "float16"},
+    "bfloat16": {"precision": "bfloat16"},
+}
 PEAK = """
 import resource, sys, torch
-from tests.bench import WINDOW
+from tests.bench import WINDOW, on_engine, EngineOptions
 from tests.helpers import noise, released_pair
-model = released_pair("955717e8")[int(sys.argv[1])]
+theirs, ours = released_pair(sys.argv[1])
+side = theirs if sys.argv[2] == "demucs" else on_engine(ours, EngineOptions(**eval(sys.argv[3])))
 mix = noise(2, WINDOW)[None]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
-    model(mix)
+    side(mix)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -50,34 +76,133 @@ def medians(sides: Mapping[str, Callable[[], object]], count: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_megabytes(side: int) -> float:
-    """What a window adds to the peak memory of a process with both models loaded."""
-    result = run("-c", PEAK, side)
+def peak_megabytes(signature: str, side: str, options: Mapping[str, Any]) -> float:
+    """What a window adds to the peak memory of a process that has the models."""
+    result = run("-c", PEAK, signature, side, dict(options))
     result.check_returncode()
     per_megabyte = 1024 * 1024 if sys.platform == "darwin" else 1024  # bytes there, else KiB
     return int(result.stdout) / per_megabyte
 
 
+def matrix_rate() -> float:
+    """GFLOP/s of the machine in the better of PyTorch's two float32 products of large matrices."""
+    side = 4096
+    x = torch.randn(side, side)
+    with torch.no_grad():
+        ready = packed(x)
+        ways = {"linear": lambda: F.linear(x, x), "packed": lambda: F.linear(ready, x)}
+        return 2 * side**3 / 1e9 / min(medians(ways, 3).values())
+
+
+def gigaflops(model: nn.Module, mix: Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(mix)
+    return counter.get_total_flops() / 1e9
+
+
+def decibels(ours: Tensor, theirs: Tensor) -> float:
+    return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
+
+
+def compare_windows(label: str, count: int, device: str, batch: int) -> None:
+    """A line of the table for each side of one model."""
+    signature = MODELS[label]
+    variants = ON_CPU if device == "cpu" else ON_CUDA
+    theirs, ours = (model.to(device) for model in released_pair(signature))
+    mix = noise(2, WINDOW)[None].to(device).expand(batch, -1, -1)
+    models = {
+        name: on_engine(ours, EngineOptions(**kw, device=device)) for name, kw in variants.items()
+    }
+    models["demucs"] = theirs
+    with torch.no_grad():
+        results = {name: model(mix[:1]).cpu() for name, model in models.items()}
+
+    def window(model: nn.Module) -> None:
+        model(mix)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = medians({name: partial(window, m) for name, m in models.items()}, count)
+    rate, work = matrix_rate(), gigaflops(theirs.cpu(), mix[:1].cpu())
+    for name, value in seconds.items():
+        ratio, error = seconds["demucs"] / value, decibels(results[name], results["demucs"])
+        cells = [label, name, f"{value / batch:.3f}", f"{ratio:.2f}", f"{error:.0f} dB"]
+        if device == "cpu":
+            cells.append(f"{work / value / rate:.0%}")
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+def compare_memory(label: str) -> None:
+    sides: dict[str, dict[str, str]] = {**ON_CPU, "demucs": {}}
+    peaks = {name: peak_megabytes(MODELS[label], name, kw) for name, kw in sides.items()}
+    for name, value in peaks.items():
+        print(f"| {label} | {name} | {value:.0f} | {value / peaks['demucs']:.2f} |", flush=True)
+
+
+def compare_loading(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_package(Path(folder, "a.th"), released_pair("955717e8")[0], half=True)
+        loaders = {"demucs-infer": demucs_infer.states, "demucs": demucs.states}
+        sides = {name: partial(states.load_model, path) for name, states in loaders.items()}
+        for name, seconds in medians(sides, count).items():
+            print(f"loading htdemucs, {name}: {seconds:.3f} s")
+
+
+def compare_commands(seconds: float, count: int) -> None:
+    """The two commands on a song of `seconds`: start, load, decode, separate, encode."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_package(folder / "net.th", released_pair("955717e8")[0], half=True)
+        song = folder / "song.mp3"
+        save_audio(noise(2, int(44_100 * seconds)), song, 44_100)
+        common = ["--repo", folder, "-n", "net", "-o", folder, "-d", "cpu", song]
+        sides = {
+            "demucs-infer": ["-m", "demucs_infer", *common],
+            "demucs-infer --precision bfloat16": [
+                *["-m", "demucs_infer", "--precision", "bfloat16", *common]
+            ],
+            "demucs-infer --engine openvino": [
+                *["-m", "demucs_infer", "--engine", "openvino", "--cache-dir", folder, *common]
+            ],
+            "demucs": ["-m", "demucs", *common],
+        }
+        times = medians({k: partial(_checked, *v) for k, v in sides.items()}, count)
+        for side, value in times.items():
+            print(f"| {side} | {value:.1f} | {times['demucs'] / value:.2f} |", flush=True)
+
+
+def _checked(*arguments: object) -> None:
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=7, help="windows per side")
-    count = parser.parse_args().windows
-    # First, while this process is small: Linux hands a parent's peak on to its children.
-    peak_ours, peak_theirs = peak_megabytes(1), peak_megabytes(0)
-    theirs, ours = released_pair("955717e8")
-    mix = noise(2, WINDOW)[None]
-    window = medians({"ours": lambda: ours(mix), "theirs": lambda: theirs(mix)}, count)
-    with tempfile.TemporaryDirectory() as folder:
-        path = save_package(Path(folder, "a.th"), theirs, half=True)
-        loaders = {"ours": demucs_infer.states, "theirs": demucs.states}
-        sides = {name: partial(states.load_model, path) for name, states in loaders.items()}
-        loading = medians(sides, count)
-    print(f"{'htdemucs, one window of 7.8 s':34}{'ours':>10}{'theirs':>10}{'ratio':>8}")
-    for label, times in (("seconds (median)", window), ("seconds to load (median)", loading)):
-        a, b = times["ours"], times["theirs"]
-        print(f"{label:34}{a:10.3f}{b:10.3f}{b / a:8.2f}")
-    label = "peak memory of the window (MB)"
-    print(f"{label:34}{peak_ours:10.0f}{peak_theirs:10.0f}{peak_ours / peak_theirs:8.2f}")
+    parser.add_argument("--windows", type=int, default=5, help="windows per side (default: 5)")
+    parser.add_argument("--model", choices=MODELS, action="append", help="(default: all)")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU, in batches of 8 windows")
+    parser.add_argument("--memory", action="store_true", help="compare peak memory instead")
+    parser.add_argument("--loading", action="store_true", help="compare loading instead")
+    parser.add_argument("--song", type=float, metavar="SECONDS", help="compare commands instead")
+    args = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
+    print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    labels = args.model or MODELS
+    if args.loading:
+        compare_loading(args.windows)
+    elif args.memory:
+        for label in labels:
+            compare_memory(label)
+    elif args.song:
+        compare_commands(args.song, args.windows)
+    else:
+        print("| model | network | seconds | ratio | error below | of matrix rate |")
+        print("|---|---|---|---|---|---|")
+        for label in labels:
+            on_cuda = args.cuda
+            compare_windows(label, args.windows, "cuda" if on_cuda else "cpu", 8 if on_cuda else 1)
 
 
 if __name__ == "__main__":

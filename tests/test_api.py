@@ -197,3 +197,35 @@ def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(
         counts.append(len(runs))
     assert counts[0] == 4 * (counts[1] - counts[0])
     assert torch.equal(*drums)
+
+
+def test_precision_and_engine_are_options(repo: Path) -> None:
+    mix = noise(2, 6000)
+    separator = Separator("tiny", repo=repo, device="cpu", shifts=0)
+    exact = separator.separate_tensor(mix).stems["vocals"]
+    separator.update_parameter(precision="bfloat16", batch_size=2)
+    half = separator.separate_tensor(mix).stems["vocals"]
+    error = (half - exact).square().mean() / exact.square().mean()
+    assert 0 < error < 1e-4
+    separator.update_parameter(precision="float32")
+    again = separator.separate_tensor(mix).stems["vocals"]
+    assert (again - exact).abs().max() <= 2e-6 * exact.abs().max()
+    for wrong in ({"precision": "float16"}, {"engine": "abacus"}, {"batch_size": 0}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            separator.update_parameter(**wrong)
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            Separator("tiny", repo=repo, device="cpu", **wrong)
+
+
+def test_openvino_is_a_device_too(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    mix = noise(2, 6000)
+    exact = Separator("tiny", repo=repo, device="cpu", shifts=0).separate_tensor(mix).stems
+    separator = Separator("tiny", repo=repo, device="openvino", shifts=0, cache_dir=tmp_path)
+    for name, stem in separator.separate_tensor(mix).stems.items():
+        assert (stem - exact[name]).abs().max() <= 1e-5 * exact[name].abs().max()
+    assert list((tmp_path / "openvino").glob("*-float32.blob"))
+    with pytest.raises(OptionError, match="no device 'QPU'"):
+        Separator("tiny", repo=repo, device="openvino:QPU")

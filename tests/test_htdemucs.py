@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from demucs_infer import layout
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -75,6 +76,19 @@ SMALL = [
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
     theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+
+
+@pytest.mark.parametrize("options", SMALL, ids=str)
+def test_layers_in_bands_equal_the_reference(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large models are cut along frequency on a CPU; here, in bands of a few rows."""
+    monkeypatch.setattr(layout, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(layout, "BAND_BYTES", 2**13)
+    theirs, ours = pair(HTDemucs, **{**TINY, **options})
+    mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])
     with torch.no_grad():
         assert_close(ours(mix), theirs(mix))
 

@@ -8,9 +8,10 @@ from demucs_infer.spec import (
     channels_as_complex,
     complex_as_channels,
     ispectro,
+    ispectro_inside,
+    phase_of,
     reflect_pad,
     spectro,
-    with_phase_of,
 )
 
 from .helpers import assert_close, noise
@@ -33,13 +34,22 @@ def test_complex_channels_there_and_back() -> None:
     x = complex_as_channels(z)
     assert x.shape == (2, 6, 5, 7)
     assert torch.equal(x[:, 1], z[:, 0].imag)
-    assert torch.equal(channels_as_complex(x[:, None])[:, 0], z)
+    assert torch.equal(channels_as_complex(x), z)
 
 
 def test_phase_of_the_mixture() -> None:
-    z = torch.tensor([1j, -2.0, 0.0]).view(1, 1, 3, 1)
-    out = with_phase_of(z, torch.full((1, 1, 1, 3, 1), 3.0)).flatten()
+    out = 3 * phase_of(torch.tensor([1j, -2.0, 0.0]))
     assert torch.allclose(out, torch.tensor([3j, -3.0, 3.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1100), (192, 700), (5, 1)])
+def test_the_inside_of_a_spectrum_is_inverted_as_with_silence_around_it(
+    start: int, length: int
+) -> None:
+    z = torch.randn(2, 257, 6, dtype=torch.complex64)
+    whole = ispectro(torch.nn.functional.pad(z, (2, 2)), 128, 1152)
+    out = ispectro_inside(z, 128, start, length)
+    assert_close(out, whole[:, start : start + length], 1e-6)
 
 
 def test_reflection_of_short_signals() -> None:

@@ -1,0 +1,134 @@
+"""Write a model's network as ONNX: python -m demucs_infer.export IN OUT.onnx
+
+What is written maps real tensors of a fixed shape to real tensors. The recipe of the transforms
+around it is in the file's metadata: `recipe` in words, and what it needs in numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engines import NetworkModule
+from .errors import DemucsInferError, MissingDependencyError, OptionError
+from .log import fatal
+from .states import load_model
+from .utils import appearing
+
+OPSET = 18
+
+SPECTRAL_RECIPE = """\
+Input: `mix` [1, channels, samples], float32, at `samplerate`.
+Pad it by 3/2 hop on the left and 3/2 hop plus what makes a whole number of hops on the right
+(hop = nfft / 4), with a reflection, or with zeros if `zero_padded`. Take the STFT with a periodic
+Hann window of nfft samples, frames centred, divided by the square root of nfft. Drop the top bin
+and two frames at each end. If `complex_as_channels`, real and imaginary part of each channel are
+channels, in turn; else take the magnitude. This is x. Both x and mix are normalized: less their
+mean, over 1e-5 plus their (unbiased) standard deviation.
+The outputs hold the channels of each source in turn; scale them back, each by its own input's
+mean and deviation. Spectra without complex parts take the phase of the mixture. Put a zero top bin
+back, invert the STFT, undo the padding, and add the time output to get the stems."""
+
+TIME_RECIPE = """\
+Input: a mixture [1, channels, samples], float32, at `samplerate`. If `normalize`, subtract the mean
+of its mono sum and divide by 1e-5 plus that sum's (unbiased) standard deviation. Pad it with zeros
+on both sides to the model's valid length. If `resample`, resample it by 2 (julius.resample_frac).
+The output holds the channels of each source in turn: resample it by 1/2, trim it evenly, and scale
+it back."""
+
+
+def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the network of `model`, for windows of its `segment`, to `path`.
+
+    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for a PyTorch that is
+    too old, `OSError` if the file cannot be written.
+    """
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise OptionError("export to ONNX needs PyTorch 2.5 or newer")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as exc:
+        raise MissingDependencyError("onnx onnxscript", "export to ONNX", "onnx") from exc
+    path = Path(path)
+    inputs = _example(model)
+    names = ["x", "xt"] if len(inputs) == 2 else ["x"]
+    with appearing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            NetworkModule(model).eval(),
+            tuple(inputs),
+            str(temporary),
+            input_names=names,
+            output_names=[f"{name}_out" for name in names],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        graph = onnx.load(str(temporary))
+        onnx.helper.set_model_props(graph, _metadata(model))
+        onnx.save(graph, str(temporary))
+    return path
+
+
+def _example(model: Any) -> list[Tensor]:
+    """What the network is given for a window."""
+    length = int(model.segment * model.samplerate)
+    seen: list[Tensor] = []
+
+    def network(*inputs: Tensor) -> tuple[Tensor, ...]:
+        seen.extend(inputs)
+        return model.network(*inputs)
+
+    with torch.no_grad():
+        model(torch.zeros(1, model.audio_channels, length), network=network)
+    return seen
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    options = model.options
+    facts = {
+        "sources": model.sources,
+        "samplerate": model.samplerate,
+        "channels": model.audio_channels,
+        "samples": int(model.segment * model.samplerate),
+    }
+    if hasattr(options, "nfft"):
+        zeros = getattr(options, "hybrid_old", False)
+        facts |= {"nfft": options.nfft, "complex_as_channels": options.cac, "zero_padded": zeros}
+        recipe = SPECTRAL_RECIPE
+    else:
+        facts |= {"normalize": options.normalize, "resample": options.resample}
+        recipe = TIME_RECIPE
+    return {"recipe": recipe, **{name: json.dumps(value) for name, value in facts.items()}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demucs_infer.export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="IN", help="a .th or .safetensors file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the .onnx file to write")
+    args = parser.parse_args(arguments)
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it misses packages that it can do without
+    try:
+        if args.out.suffix != ".onnx":
+            raise OptionError(f"{args.out}: the name must end with .onnx")
+        export(load_model(args.checkpoint), args.out)
+    except (DemucsInferError, OSError) as exc:
+        fatal(exc)
+
+
+if __name__ == "__main__":
+    main()

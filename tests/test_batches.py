@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from demucs_infer.apply import BagOfModels, apply_model
+from demucs_infer.batches import Batches
+from demucs_infer.errors import OptionError
+from demucs_infer.hdemucs import HDemucs
+from demucs_infer.htdemucs import HTDemucs
+
+from .helpers import TINY, assert_close, noise, pair
+
+
+class Counting(nn.Module):
+    """Runs a model, and keeps how many windows came at once; `room` is how many fit."""
+
+    def __init__(self, model: nn.Module, room: int = 1000) -> None:
+        super().__init__()
+        self.inner, self.room, self.sizes = model, room, []
+        for name in "sources samplerate audio_channels segment valid_length consume_random".split():
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
+
+    def forward(self, mix: Tensor) -> Tensor:
+        self.sizes.append(len(mix))
+        if len(mix) > self.room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.inner(mix)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return pair(HTDemucs, **TINY)[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"shifts": 2, "seed": 1}, {"num_workers": 2}], ids=str)
+def test_batches_give_what_windows_one_by_one_give(model: nn.Module, options: dict) -> None:
+    mix, options = noise(2, 20_000)[None], {"shifts": 0, **options}
+    other = pair(HDemucs, 1, sources=model.sources, channels=8, segment=0.4, samplerate=8000)[1]
+    bag = BagOfModels([model, other])
+    expected = apply_model(bag, mix, **options)
+    counting = BagOfModels([Counting(member) for member in bag.models])
+    assert_close(apply_model(counting, mix, batch_size=3, **options), expected, 2e-6)
+    for member in counting.models:
+        assert max(member.sizes) == 3
+
+
+def test_a_batch_of_several_tracks(model: nn.Module) -> None:
+    mix = torch.stack([noise(2, 9000, seed) for seed in range(2)])
+    expected = torch.cat([apply_model(model, track[None], shifts=0) for track in mix])
+    assert_close(apply_model(model, mix, shifts=0, batch_size=2), expected, 2e-6)
+
+
+def test_what_does_not_fit_is_tried_in_halves(model: nn.Module) -> None:
+    mix = noise(2, 40_000)[None]
+    counting = Counting(model, room=2)
+    events: list[tuple[Any, Any]] = []
+
+    def callback(event: dict[str, Any]) -> None:
+        events.append((event["segment_offset"], event["state"]))
+
+    out = apply_model(counting, mix, shifts=0, batch_size=8, callback=callback)
+    assert_close(out, apply_model(model, mix, shifts=0), 2e-6)
+    assert counting.sizes[:4] == [8, 4, 2, 2]
+    assert max(counting.sizes[4:]) == 4  # the second half of the first eight
+    assert set(counting.sizes[7:]) <= {1, 2}  # what did not fit is not tried again
+    starts = [offset for offset, state in events if state == "start"]
+    assert starts == [offset for offset, state in events if state == "end"] == sorted(set(starts))
+
+
+def test_a_window_that_does_not_fit_alone_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        apply_model(Counting(model, room=0), noise(2, 9000)[None], batch_size=4)
+
+
+def test_the_first_window_shows_how_many_fit(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that takes 100 bytes a window and has 1000 left."""
+    fakes = {
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 50,
+        "max_memory_allocated": lambda device: 150,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (1000, 5000),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("demucs_infer.batches._run", lambda model, windows, stems, device: windows)
+    batches = Batches(torch.device("cuda"))
+    assert (batches.size, batches.most) == (1, 32)
+    batches.run(model, [torch.zeros(1, 2, 4)], [0])
+    assert (batches.size, batches.most) == (8, 8)
+
+
+def test_a_batch_has_a_window() -> None:
+    with pytest.raises(OptionError, match="batch_size=0"):
+        Batches(torch.device("cpu"), 0)
+    assert Batches(torch.device("cpu")).size == 1
