@@ -32,9 +32,10 @@ def _eager_on_cpu(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """`x` `[B, C, F, T]` or `[B, C, T]`, on a CPU with its channels side by side in memory.
 
-    Convolutions, norms and gates then read what they need in one piece, the residual branches see
-    each bin as a row without a copy, and the transformer its tokens. What is computed from such a
-    tensor is laid out like it.
+    Convolutions, norms and gates then read what they need in one piece (within a band, the
+    outermost 3x3 convolution takes 30 instead of 36 ms, its 1x1 one 4 instead of 8), the residual
+    branches see each bin as a row without a copy, and the transformer its tokens. What is computed
+    from such a tensor is laid out like it.
     """
     if x.device.type != "cpu":
         return x
@@ -93,7 +94,8 @@ def in_bands(
     """Join along frequency what `function(start, stop)` gives for parts of `count` rows.
 
     `x` is what is read, and `channels` how many of them the widest result on the way has. On a CPU
-    the parts are small enough for the cache, and none of the results on the way is kept whole.
+    the parts are small enough for the cache, and none of the results on the way is kept whole: the
+    outermost encoder takes 40 instead of 148 ms, the outermost decoder 102 instead of 246.
     """
     row_bytes = x.shape[0] * channels * x.shape[-1] * x.element_size()
     if count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
@@ -107,8 +109,8 @@ def packed(x: Tensor) -> Tensor:
     """`x` as oneDNN's tensor where that makes matrix products faster, else `x` itself.
 
     PyTorch leaves float32 products to MKL, which does not use AVX-512 on every processor that has
-    it: 470 GFLOP/s instead of 210. What linear layers, activations and softmax make of such a
-    tensor is one, too.
+    it: 470 GFLOP/s instead of 210, and the transformer takes 0.67 instead of 1.17 s. What linear
+    layers, activations and softmax make of such a tensor is one, too.
     """
     return x.to_mkldnn() if _onednn(x) else x
 
@@ -130,7 +132,7 @@ def _onednn(x: Tensor) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `[B, H, T, C]`; see `packed` for the gain (80 to 50 ms)."""
+    """Scaled dot-product attention of `[B, H, T, C]`; by `packed` in 50 instead of 79 ms."""
     if not _onednn(query):
         return F.scaled_dot_product_attention(query, key, value)
     mixed = torch.empty_like(query)
