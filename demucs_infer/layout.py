@@ -59,18 +59,11 @@ class Conv1d(nn.Conv1d):
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last, in its weight's precision."""
+    """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        x, weight = x.unsqueeze(2).to(self.weight.dtype), self.weight.unsqueeze(2)
+        x, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` in the precision of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.to(self.weight.dtype))
 
 
 class GroupNorm(nn.GroupNorm):
