@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import autocast_on_cpu, is_compiling, is_tracing
+from .compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
 
 BAND_BYTES = 2**21  # of the widest result within a band: the cache of a core holds it
 WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each band
@@ -113,9 +113,9 @@ def unpacked(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
-def _onednn(x: Tensor) -> bool:
+def _onednn(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return (
-        x.dtype == torch.float32
+        x.dtype == dtype
         and _X86
         and _eager_on_cpu(x)
         and torch.backends.mkldnn.is_available()
@@ -125,7 +125,12 @@ def _onednn(x: Tensor) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `[B, H, T, C]`; by `packed` in 50 instead of 79 ms."""
+    """Scaled dot-product attention of `[B, H, T, C]`; by `packed` in 50 instead of 79 ms.
+
+    In float32 that is faster than PyTorch's bfloat16, too (by a third), where there are no tiles.
+    """
+    if _onednn(query, torch.bfloat16) and not has_tiles():
+        return attention(query.float(), key.float(), value.float()).to(query.dtype)
     if not _onednn(query):
         return F.scaled_dot_product_attention(query, key, value)
     mixed = torch.empty_like(query)
