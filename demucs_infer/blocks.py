@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import OptionError
-from .layout import Conv1d, ConvTranspose1d, ConvTranspose2d, GroupNorm, in_bands, rows
+from .layout import Conv1d, ConvTranspose1d, GroupNorm, in_bands, rows
 from .utils import unfold
 
 LSTM_FRAME = 200  # steps: longer inputs go through the LSTM in overlapping frames
@@ -178,9 +178,7 @@ class DConv(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the branch to `x`, in the precision of its weights."""
         for layer in self.layers:
-            x = x.to(next(layer.parameters()).dtype)
             x = x + layer(x)
         return x
 
@@ -296,7 +294,7 @@ class HDecLayer(nn.Module):
         self.by_rows = not options.norm
         self.conv_tr: nn.Module
         if options.freq:
-            self.conv_tr = ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
+            self.conv_tr = nn.ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
         else:
             self.conv_tr = ConvTranspose1d(chin, chout, kernel, stride)
         self.norm2 = options.group_norm(chout)

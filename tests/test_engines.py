@@ -21,12 +21,14 @@ SMALL = {"sources": SOURCES, "channels": 8, "samplerate": 8000, "segment": 0.5}
 FAMILIES = {
     "htdemucs": (HTDemucs, TINY),
     "hdemucs": (HDemucs, {**SMALL, "nfft": 1024, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
+    "bands": (HDemucs, {**SMALL, "nfft": 1024, "multi_freqs": [0.3], "dconv_mode": 3}),
     "demucs": (Demucs, {**SMALL, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
 }
 # Family, engine, precision, and decibels that the error must lie below the signal.
 FLOORS = [
     ("htdemucs", "torch", "bfloat16", 40),
     ("hdemucs", "torch", "bfloat16", 40),
+    ("bands", "torch", "bfloat16", 35),
     ("demucs", "torch", "bfloat16", 40),
     ("htdemucs", "openvino", "float32", 75),
     ("htdemucs", "openvino", "bfloat16", 40),
