@@ -2,7 +2,7 @@
 
     python -m tests.synth song.wav [--seed N] [--seconds N]
 
-writes the mix of one. A song is an easy one: no stem is buried, and each has its range and its side.
+writes the mix of one. A song is an easy one: no stem is buried, each has its range and its side.
 
 A band plays a chord progression, in sections that thin out and come back:
 
