@@ -20,6 +20,7 @@ from .repo import RemoteRepo
 
 # The sections of the listing, by group and kind.
 TITLES = {
+    ("embedded", "single"): "In the package, to try things out",
     ("released", "bag"): "Bags of models",
     ("released", "single"): "Single models",
     ("community", "bag"): "Bags of the community (not by the authors of Demucs)",
@@ -48,7 +49,7 @@ class Entry:
 
     name: str
     kind: str  # "bag" or "single"
-    group: str  # "released", "community" or "local"
+    group: str  # "embedded", "released", "community" or "local"
     stems: list[str] | None
     description: str
     models: list[str]  # signatures, those of a bag in its order
@@ -88,8 +89,9 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
         group, text = _group(name), bag["description"]
         yield Entry(name, "bag", group, bag["sources"], text, models, members)
     for sig, checkpoint in checkpoints().items():
-        group, text = _group(sig), checkpoint.description
-        yield Entry(sig, "single", group, stems[sig], text, [sig], [files[sig]])
+        group, text = "embedded" if checkpoint.embedded else _group(sig), checkpoint.description
+        sources = list(checkpoint.sources or stems[sig])
+        yield Entry(sig, "single", group, sources, text, [sig], [files[sig]])
 
 
 def _group(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The registry of published models, as data: what exists, where it is, and where it is kept here.
+"""The registry of models, as data: what exists, where it is, and where it is kept here.
 
 Reading it needs neither PyTorch nor a network.
 """
@@ -6,7 +6,7 @@ Reading it needs neither PyTorch nor a network.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -22,17 +22,19 @@ CACHE_VARIABLE = "DEMUCS_INFER_CACHE"  # the folder of checkpoints
 MIRROR_VARIABLE = "DEMUCS_INFER_MIRROR"  # an address to fetch them from
 OFFLINE_VARIABLE = "DEMUCS_INFER_OFFLINE"  # never fetch them
 NO = ("", "0", "false", "no", "off")
+EMBEDDED = "embedded"  # the group of models that come with the package
 COMMUNITY = "community"  # the folder of a mirror for checkpoints that have none in the registry
 MEGABYTE = 10**6  # bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published file.
+    """A published file, or one that comes with the package.
 
     `sha256` are the leading digits of its digest that are known: of the registry's, all 64. `size`
     is in bytes, rounded, and None where it is not known. `architecture` (`klass`, `kwargs`) is that
     of a file with nothing but weights. `source` and `license` are those of community checkpoints.
+    `embedded` is the file of one that comes with the package, and `sources` are its stems.
     """
 
     url: str
@@ -42,6 +44,8 @@ class Checkpoint:
     source: str | None = None
     license: str | None = None
     architecture: Mapping[str, Any] | None = None
+    embedded: Path | None = None
+    sources: Sequence[str] | None = None
 
     @property
     def file(self) -> str:
@@ -60,14 +64,15 @@ def _last_part(url: str) -> str:
 
 @lru_cache(maxsize=1)
 def registry() -> dict[str, Any]:
-    """The content of `remote/registry.yaml`: `root`, `checkpoints`, `bags` and `community`."""
+    """The content of `remote/registry.yaml`: `root`, `checkpoints`, `bags` and so on."""
     return dict(yaml.safe_load((REMOTE_ROOT / "registry.yaml").read_text(encoding="utf-8")))
 
 
 def checkpoints() -> dict[str, Checkpoint]:
-    """Every published checkpoint by signature, the community's last."""
+    """Every checkpoint by signature: those of the package, the published, the community's."""
     entries = {**registry()["checkpoints"], **registry()[COMMUNITY]["checkpoints"]}
-    return {signature: _checkpoint(entry) for signature, entry in entries.items()}
+    published = {signature: _checkpoint(entry) for signature, entry in entries.items()}
+    return {**{name: _embedded(entry) for name, entry in registry()[EMBEDDED].items()}, **published}
 
 
 def bags() -> dict[str, dict[str, Any]]:
@@ -84,6 +89,17 @@ def is_community(name: str) -> bool:
 def checkpoint_urls() -> dict[str, str]:
     """The address of each checkpoint, by signature."""
     return {signature: checkpoint.url for signature, checkpoint in checkpoints().items()}
+
+
+def _embedded(entry: Mapping[str, Any]) -> Checkpoint:
+    path = (REMOTE_ROOT / entry["file"]).absolute()
+    return Checkpoint(
+        path.as_uri(),
+        entry["sha256"],
+        description=entry["description"],
+        embedded=path,
+        sources=entry["sources"],
+    )
 
 
 def _checkpoint(entry: Mapping[str, Any]) -> Checkpoint:

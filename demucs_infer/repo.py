@@ -122,6 +122,8 @@ class RemoteRepo(ModelOnlyRepo):
         problem = _damage(path, checkpoint.sha256) if present else _absence([path])
         if not problem:
             return path
+        if checkpoint.embedded:
+            raise ModelLoadingError(f"{problem}: install demucs-infer again")
         if is_offline(self._offline):
             raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand([sig])}")
         try:
@@ -131,20 +133,22 @@ class RemoteRepo(ModelOnlyRepo):
         return path
 
     def path(self, sig: str) -> Path:
-        """Where the cache has the file of a checkpoint, or would have it."""
+        """Where the file of a checkpoint is, or would be: in the cache, or in the package."""
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        return cache_folder(self._cache_dir) / self._checkpoints[sig].file
+        checkpoint = self._checkpoints[sig]
+        return checkpoint.embedded or cache_folder(self._cache_dir) / checkpoint.file
 
     def has_file(self, sig: str) -> bool:
-        """Whether the cache has a file for a checkpoint, right or wrong."""
+        """Whether there is a file for a checkpoint, right or wrong."""
         try:
             return self.path(sig).exists()
         except OSError:  # its folder may not be looked at
             return False
 
     def require(self, signatures: Iterable[str]) -> None:
-        absent = [sig for sig in dict.fromkeys(signatures) if not self.has_file(sig)]
+        published = (sig for sig in signatures if not self._checkpoints[sig].embedded)
+        absent = [sig for sig in dict.fromkeys(published) if not self.has_file(sig)]
         if absent and is_offline(self._offline):
             problem = _absence([self.path(sig) for sig in absent])
             raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand(absent)}")

@@ -157,6 +157,7 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
     }
     registry = {
         "root": f"{root}/",
+        "embedded": {},
         "checkpoints": checkpoints,
         "bags": bags,
         "community": {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from demucs_infer import registry
 from demucs_infer.api import list_models
 from demucs_infer.catalog import catalog
 from demucs_infer.separate import main
@@ -16,11 +17,12 @@ from . import web as answers
 from .helpers import SOURCES, run, separate
 from .web import Web
 
+MAIN = "from demucs_infer.separate import main; import sys; main(sys.argv[1:])"
+
 
 def command(web: Web, *options: object):
     """Run the command line with the registry of `web`."""
-    code = f"{web.code}from demucs_infer.separate import main; import sys; main(sys.argv[1:])"
-    return run("-c", code, *options)
+    return run("-c", f"{web.code}{MAIN}", *options)
 
 
 def line_of(name: str, text: str) -> str:
@@ -35,7 +37,8 @@ def test_the_released_models() -> None:
     assert "guitar, piano" in line_of("htdemucs_6s", text)
     assert "size unknown" in line_of("mdx_q", text)
     assert "TRvlvr/model_repo, licence: not stated" in line_of("uvr_demucs_model_1", text)
-    assert "on disk" not in text.replace("not on disk", "")
+    assert "3 MB  drums, bass, other, vocals: a demonstration" in line_of("demo", text)
+    assert text.replace("not on disk", "").count("on disk") == 1  # the demo
     community = text.index("of the community")
     assert text.index("955717e8") < community < text.index("drumsep")
 
@@ -133,3 +136,39 @@ def test_a_track_with_a_fetched_model(published: Web, track: Path) -> None:
     assert len(list((track.parent / "out").rglob("*.wav"))) == 4
     assert len(list((track.parent / "here").iterdir())) == 1
     assert len(published.paths) == 1
+
+
+def test_the_model_in_the_package(
+    track: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs no network, no cache and no home, and is verified like any other."""
+    main(["--list-models", "--json", "--cache-dir", str(tmp_path / "absent")])
+    (demo,) = (m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "demo")
+    assert (demo["group"], demo["stems"], demo["on_disk"]) == ("embedded", SOURCES, True)
+    (file,) = demo["files"]
+    assert Path(file["path"]).stat().st_size == demo["size"] < 3_000_000
+    offline = ["--offline", "--cache-dir", str(tmp_path / "absent")]
+    main(["--download", "demo", *offline])
+    assert capsys.readouterr().out == f"{file['path']}\n"
+    result = separate("-n", "demo", *offline, "-o", tmp_path / "out", track)
+    assert result.returncode == 0, result.stderr
+    assert {p.stem for p in (tmp_path / "out/demo/track").iterdir()} == set(SOURCES)
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(lambda path: path.write_bytes(b""), "is damaged"), (Path.unlink, "not on this machine")],
+)
+@pytest.mark.parametrize("options", [[], ["--offline"]])
+def test_a_damaged_package(damage, words: str, options: list, tmp_path: Path) -> None:
+    package = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
+    damage(package / "demo.safetensors")
+    elsewhere = f"from demucs_infer import registry; registry.REMOTE_ROOT = Path({str(package)!r});"
+    result = run(
+        "-c", f"from pathlib import Path; {elsewhere}{MAIN}", "--download", "demo", *options
+    )
+    (line,) = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert words in line
+    assert "install demucs-infer again" in line

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import zipfile
 from importlib.metadata import requires
+from pathlib import Path
 
 import demucs.api
 import pytest
@@ -123,3 +125,16 @@ def test_requirements_have_no_torchaudio() -> None:
     names = " ".join(requires("demucs-infer") or [])
     assert "torch>=" in names
     assert "torchaudio" not in names
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    """It has the registry and the demonstration, nothing but the package, and is small."""
+    root = Path(__file__).parents[1]
+    result = run("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=root)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.stat().st_size < 4_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"demucs_infer"}
+    for file in ("remote/registry.yaml", "remote/demo.safetensors", "py.typed"):
+        assert f"demucs_infer/{file}" in names

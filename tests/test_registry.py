@@ -10,6 +10,7 @@ import demucs.htdemucs
 import pytest
 
 from demucs_infer import registry
+from demucs_infer.download import file_digest
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
 
@@ -43,6 +44,8 @@ def test_what_was_published() -> None:
 
 def test_checkpoints() -> None:
     found = registry.checkpoints()
+    demo = found.pop("demo")
+    assert file_digest(demo.embedded) == demo.sha256
     assert len(registry.registry()["checkpoints"]) == 27
     assert len(found) == 34
     assert len({checkpoint.file for checkpoint in found.values()}) == 34
@@ -62,7 +65,7 @@ def test_bags() -> None:
     found, known = registry.bags(), registry.checkpoints()
     assert len(registry.registry()["bags"]) == 11
     assert len(found) == 17
-    assert {sig for bag in found.values() for sig in bag["models"]} == set(known)
+    assert {sig for bag in found.values() for sig in bag["models"]} == set(known) - {"demo"}
     for name, bag in found.items():
         assert bag["description"], name
         assert len(bag.get("weights", bag["models"])) == len(bag["models"])
@@ -97,6 +100,7 @@ def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     for mirror in ("https://host.invalid/a/b", "https://host.invalid/a/b/"):
         monkeypatch.setenv("DEMUCS_INFER_MIRROR", mirror)
         urls = registry.checkpoint_urls()
+        assert urls.pop("demo") == before["demo"]
         assert all(url.startswith("https://host.invalid/a/b/") for url in urls.values())
         assert urls["955717e8"].endswith("/a/b/hybrid_transformer/955717e8-8726e21a.th")
         assert urls["49469ca8"].endswith("/a/b/community/model_drumsep.th")

@@ -1,0 +1,89 @@
+"""How good the stems are: songs that no training heard, through the command line.
+
+The floors are a little below what the demonstration reaches, so that a fault anywhere between the
+file and the stems shows, be it a shift, a gain, or two stems or channels in each other's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from . import synth
+from .helpers import separate
+
+SEEDS = range(20)  # see `training/train_demo.py`
+FEW = 4  # of the songs are enough for a comparison
+FLOORS = {"drums": 7.35, "bass": 8.64, "other": 7.78, "vocals": 8.39}  # dB
+
+Score = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def songs() -> list[dict[str, np.ndarray]]:
+    with ProcessPoolExecutor(2) as executor:
+        return list(executor.map(synth.song, SEEDS))
+
+
+@pytest.fixture(scope="module")
+def score(songs: list[dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory) -> Score:
+    """SDR `[songs, sources]` of the first songs, as files of a kind, with some options."""
+
+    def separated(count: int, *options: object, suffix: str = ".wav") -> np.ndarray:
+        folder = tmp_path_factory.mktemp("songs")
+        tracks = [folder / f"{index}{suffix}" for index in range(count)]
+        for song, track in zip(songs, tracks):
+            soundfile.write(track, sum(song.values()).T, synth.RATE)
+        result = separate("-n", "demo", "--float32", "-o", folder, *options, *tracks)
+        assert result.returncode == 0, result.stderr
+        folders = [folder / "demo" / track.stem for track in tracks]
+        return np.array(
+            [
+                [sdr(song[name], read(out / f"{name}.wav")) for name in synth.SOURCES]
+                for song, out in zip(songs, folders)
+            ]
+        )
+
+    return separated
+
+
+@pytest.fixture(scope="module")
+def usual(score: Score) -> np.ndarray:
+    """All songs with overlapping windows, and without random shifts."""
+    return score(len(SEEDS), "--shifts", 0)
+
+
+def read(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="float32")[0].T
+
+
+def sdr(stem: np.ndarray, estimate: np.ndarray) -> float:
+    """Signal-to-distortion ratio of a whole stem, dB."""
+    return float(10 * np.log10(np.sum(stem**2) / np.sum((stem - estimate) ** 2)))
+
+
+def test_stems_are_good(usual: np.ndarray) -> None:
+    found = dict(zip(synth.SOURCES, usual.mean(axis=0).tolist()))
+    assert all(found[name] >= floor for name, floor in FLOORS.items()), found
+
+
+# In dB of the mean: from worse than the usual options to better.
+@pytest.mark.parametrize(
+    ("options", "suffix", "least", "most"),
+    [
+        (["--shifts", 0, "--overlap", 0], ".wav", -1.0, -0.05),
+        (["--shifts", 2], ".wav", 0.0, 0.5),
+        (["--shifts", 0], ".mp3", -1.0, 0.1),
+    ],
+    ids=["no overlap", "shifts", "MP3"],
+)
+def test_what_options_change(
+    options: list, suffix: str, least: float, most: float, score: Score, usual: np.ndarray
+) -> None:
+    change = score(FEW, *options, suffix=suffix).mean() - usual[:FEW].mean()
+    assert least <= change <= most
