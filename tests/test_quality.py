@@ -79,8 +79,9 @@ def test_stems_are_good(usual: np.ndarray) -> None:
         (["--shifts", 0, "--overlap", 0], ".wav", -1.0, -0.05),
         (["--shifts", 2], ".wav", 0.0, 0.5),
         (["--shifts", 0], ".mp3", -1.0, 0.1),
+        (["--shifts", 0, "--precision", "bfloat16"], ".wav", -0.05, 0.05),
     ],
-    ids=["no overlap", "shifts", "MP3"],
+    ids=["no overlap", "shifts", "MP3", "bfloat16"],
 )
 def test_what_options_change(
     options: list, suffix: str, least: float, most: float, score: Score, usual: np.ndarray
