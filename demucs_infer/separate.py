@@ -421,8 +421,9 @@ def _separate_on_ray(
     console: _Console,
 ) -> None:
     from .cluster import separate_on_ray
+    from .output import PIPE
 
-    if output.is_pipe or Path("-") in args.tracks:
+    if output.is_pipe or any(job.track == PIPE for job in jobs):
         raise OptionError("--ray takes no standard input and no standard output")
     separate_on_ray(
         [str(job.track) for job in jobs],
