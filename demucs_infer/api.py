@@ -28,6 +28,7 @@ from .output import Output
 from .pcm import as_samples
 from .pretrained import DEFAULT_MODEL, get_model, list_models
 from .registry import cache_folder
+from .storage import local_copy, place
 
 __all__ = [
     "LoadAudioError",
@@ -312,12 +313,14 @@ class Separator:
         return self._separate(origin)
 
     def separate_audio_file(self, file: str | os.PathLike[str]) -> Separation:
-        """Separate an audio file; returns what `separate_tensor` does.
+        """Separate an audio file, also by URL; returns what `separate_tensor` does.
 
         Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
         """
-        decoder = Decoder(AudioFile(file), self.samplerate, self.audio_channels)
-        return self._separate(torch.cat(list(decoder.blocks()), dim=-1))
+        with local_copy(place(os.fspath(file))) as path:
+            audio = AudioFile(path, name=str(file))
+            decoder = Decoder(audio, self.samplerate, self.audio_channels)
+            return self._separate(torch.cat(list(decoder.blocks()), dim=-1))
 
     def _separate(self, origin: Tensor) -> Separation:
         if not origin.shape[-1]:
@@ -338,14 +341,15 @@ class Separator:
     ) -> TrackResult:
         """Separate an audio file into files: the stems of `separate_audio_file`, block by block.
 
-        Memory does not grow with the track. `out` is the output folder, with `options` those of
-        `Output`; or an `Output`. Returns paths, peaks and gains of the stems, seconds and offsets.
+        Memory does not grow with the track. Both may be URLs. `out` is the output folder, with
+        `options` those of `Output`; or an `Output`. Returns paths, peaks and gains of the stems,
+        seconds and offsets.
 
         Raises `LoadAudioError` if the track cannot be read, `SaveAudioError` if a stem cannot be
         written, `OptionError` for options that cannot be had.
         """
         output = out if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self, Path(file), output)
+        return separate_file(self, place(os.fspath(file)), output)
 
     @property
     def stems(self) -> list[str]:

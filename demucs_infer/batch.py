@@ -17,9 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -29,6 +29,7 @@ from .log import logger
 from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
 from .spool import Spool, Workspace
+from .storage import Place, local_copy
 from .tracks import Job, plan_jobs
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TrackResult:
     were drawn for the shifts, model by model. `error` is what went wrong, if anything did.
     """
 
-    input: Path
+    input: Place
     model: str
     stems: Mapping[str, StemFile] = field(default_factory=dict)
     seconds: float | None = None
@@ -67,7 +68,7 @@ class TrackResult:
             for name, stem in self.stems.items()
         }
         changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
-        return {**vars(self), **changed}
+        return {**vars(self), **changed, "offsets": list(self.offsets)}
 
 
 class _Stopped(Exception):
@@ -89,7 +90,8 @@ class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
     `announce` is called before a track is separated; `report` with what became of it, from any
-    thread, but for one track at a time.
+    thread, but for one track at a time. Batches that share a model share a lock `turn`, which is
+    held while a track is separated.
     """
 
     def __init__(
@@ -98,13 +100,15 @@ class Batch:
         output: Output,
         space: Workspace,
         *,
-        announce: Callable[[Path], None] = lambda track: None,
+        announce: Callable[[Place], None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.separator = separator
         self.output = output
         self.space = space
         self._announce, self._report = announce, report
+        self._turn = turn or contextlib.nullcontext()
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -113,14 +117,13 @@ class Batch:
 
         With `skip_existing`, tracks whose stems are all there are reported as skipped.
         """
-        if skip_existing:
-            jobs = [job for job in jobs if not self._skipped(job)]
         if any(job.track == PIPE for job in jobs):
             self._keep_standard_input()
+        wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             behind: Future[None] | None = None
             try:
-                for job, decoded in self._read_ahead(reader, jobs):
+                for job, decoded in self._read_ahead(reader, wanted):
                     self._announce(job.track)
                     finish = self._separated(job, decoded)
                     if behind is not None:
@@ -132,10 +135,15 @@ class Batch:
                 self._stop.set()
 
     def _skipped(self, job: Job) -> bool:
-        if job.is_done:
+        try:
+            if not job.is_done:
+                return False
+        except DemucsInferError as exc:  # of a store
+            self._fail(job, exc)
+        else:
             stems = {name: StemFile(path) for name, path in job.paths.items()}
             self._tell(TrackResult(job.track, self.separator.name, stems, skipped=True))
-        return job.is_done
+        return True
 
     def _read_ahead(
         self, reader: ThreadPoolExecutor, jobs: Iterable[Job]
@@ -153,8 +161,13 @@ class Batch:
         with encoding_errors(self._input), self._input.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
 
-    def _decode(self, track: Path) -> _Decoded:
-        file = AudioFile(self._input, name=PIPE_NAME) if track == PIPE else AudioFile(track)
+    def _decode(self, track: Place) -> _Decoded:
+        if track == PIPE:
+            return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME))
+        with local_copy(track, self.space.path) as file:
+            return self._decode_file(track, AudioFile(file, name=str(track)))
+
+    def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
         separator = self.separator
         decoder = Decoder(file, separator.samplerate, separator.audio_channels)
         spool, moments = self.space.spool(separator.audio_channels), Moments()
@@ -176,7 +189,7 @@ class Batch:
         begin = time.monotonic()
         try:
             track = decoded.result()
-            with contextlib.closing(track.spool):
+            with self._turn, contextlib.closing(track.spool):
                 return self._separate(job, track, begin)
         except Exception as exc:
             self._fail(job, exc)
@@ -239,11 +252,11 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: Separator, track: Path, output: Output) -> TrackResult:
+def separate_file(separator: Separator, track: Place, output: Output) -> TrackResult:
     """Separate one track, and raise what goes wrong with it."""
     (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
     results: list[TrackResult] = []
-    with Workspace(output.workspace) as space:
+    with output.workspace() as space:
         Batch(separator, output, space, report=results.append).run([job])
     if results[0].error is not None:
         raise results[0].error

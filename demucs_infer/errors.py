@@ -45,8 +45,6 @@ class OptionError(DemucsInferError, ValueError):
 class MissingDependencyError(DemucsInferError, ImportError):
     """An optional dependency is not installed; the message has the pip command."""
 
-    def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(
-            f"{purpose} needs {package}: pip install {package}"
-            f' (or pip install "demucs-infer[{extra}]")'
-        )
+    def __init__(self, package: str, purpose: str, extra: str | None = None) -> None:
+        ours = f' (or pip install "demucs-infer[{extra}]")' if extra else ""
+        super().__init__(f"{purpose} needs {package}: pip install {package}{ours}")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from .errors import OptionError
 from .pcm import RESCALING, check_clip_mode, prevent_clip, rescale_divisor
 from .resample import Resampler
 from .spool import Spool, Workspace
+from .storage import Place, Url, place
 
 PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
@@ -39,7 +42,7 @@ class Output:
     """What is written of a track, where and how. Raises `OptionError` for what cannot be.
 
     Args:
-        folder: the output folder, or "-" for standard output (one stem only).
+        folder: the output folder, or its URL, or "-" for standard output (one stem only).
         filename: name of each stem's file in it, from `{track}`, `{trackext}`, `{parent}` (the
             name of the track's folder), `{model}`, `{stem}` and `{ext}`.
         format: "wav", "flac", "mp3", "ogg", "opus" or "m4a".
@@ -55,7 +58,7 @@ class Output:
             (the mixture minus the stem, `minus_STEM`), or "none".
     """
 
-    folder: str | os.PathLike[str] = "separated"
+    folder: str | os.PathLike[str] | Url = "separated"
     filename: str = DEFAULT_FILENAME
     format: str = "wav"
     bits_per_sample: int = DEFAULT_BITS
@@ -80,17 +83,30 @@ class Output:
         check_clip_mode(self.clip)
         if self.other_method not in OTHER_METHODS:
             raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
+        if isinstance(self._place, Url) and self._place.is_web:
+            raise OptionError(f"{self.folder}: addresses of the web can only be read")
         self._path(Path("track.wav"), "model", "stem")  # the template makes sense
+
+    @property
+    def _place(self) -> Place:
+        return self.folder if isinstance(self.folder, Url) else place(os.fspath(self.folder))
 
     @property
     def is_pipe(self) -> bool:
         """Whether the stem goes to standard output."""
-        return Path(self.folder) == PIPE
+        return self._place == PIPE
 
-    @property
-    def workspace(self) -> Path:
-        """The folder for what is not finished: the one of the stems, so that a rename is enough."""
-        return Path(tempfile.gettempdir()) if self.is_pipe else Path(self.folder)
+    def workspace(self) -> Workspace:
+        """Room for what is not finished: among the stems if they are local, to be renamed there.
+
+        Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
+        """
+        folder = self._place
+        elsewhere = Workspace(Path(tempfile.gettempdir()))
+        if isinstance(folder, Url):
+            folder.check_writable()
+            return elsewhere
+        return elsewhere if self.is_pipe else Workspace(folder)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives."""
@@ -120,7 +136,7 @@ class Output:
         others = (other for name, other in stems.items() if name != self.two_stems)
         return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
-    def paths(self, track: Path, model: str, stems: Sequence[str]) -> dict[str, Path]:
+    def paths(self, track: Place, model: str, stems: Sequence[str]) -> dict[str, Place]:
         """The file of each stem of `track`; all are within the folder, whatever the names are."""
         if self.is_pipe:
             if len(stems) != 1:
@@ -135,15 +151,15 @@ class Output:
             )
         return paths
 
-    def track_name(self, track: Path) -> str:
+    def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: Path, model: str, stem: str) -> Path:
+    def _path(self, track: Place, model: str, stem: str) -> Place:
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
-            "parent": _safe(Path.cwd().joinpath(track).parent.name),
+            "parent": _safe(_folder_name(track)),
             "model": model,
             "stem": stem,
             "ext": self.format,
@@ -153,14 +169,29 @@ class Output:
         except (KeyError, IndexError, ValueError, AttributeError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {self.filename!r} is no template of {known}") from exc
-        folder = Path(os.path.normpath(self.folder))
+        return _below(self._place, relative)
+
+
+def _below(folder: Place, relative: str) -> Place:
+    """`relative` in `folder`. Raises `OptionError` if that is another place."""
+    path: Place
+    if isinstance(folder, Url):
+        normal = posixpath.normpath(relative)
+        path, inside = folder / normal, not re.match(r"/|\.$|\.\.(/|$)", normal)
+    else:
         path = Path(os.path.normpath(folder / relative))
-        if folder not in path.parents:
-            raise OptionError(f"{path} would be outside of the output folder {self.folder}")
-        return path
+        inside = Path(os.path.normpath(folder)) in path.parents
+    if not inside:
+        raise OptionError(f"{path} would be outside of the output folder {folder}")
+    return path
 
 
-def _split(track: Path) -> tuple[str, str]:
+def _folder_name(track: Place) -> str:
+    """What `{parent}` stands for."""
+    return track.folder_name if isinstance(track, Url) else Path.cwd().joinpath(track).parent.name
+
+
+def _split(track: Place) -> tuple[str, str]:
     """Name and suffix of a track; ".name" has no suffix, and "..." is no more than a name."""
     name, _, suffix = track.name.rpartition(".")
     return (name, suffix) if name.strip(".") else (track.name, "")
@@ -177,7 +208,7 @@ def _safe(name: str) -> str:
 class StemFile:
     """A stem that is there: `peak` is its magnitude before it was multiplied by `gain`."""
 
-    path: Path
+    path: Place
     peak: float | None = None
     gain: float | None = None
 
@@ -258,7 +289,7 @@ class TrackWriter:
     Raises `SaveAudioError` if something cannot be written; nothing of the track is left then.
     """
 
-    def __init__(self, paths: Mapping[str, Path], target: Target) -> None:
+    def __init__(self, paths: Mapping[str, Place], target: Target) -> None:
         self.paths = paths
         self.target = target
         self._writers: dict[str, _StemWriter] = {}
@@ -267,7 +298,7 @@ class TrackWriter:
                 self._writers[name] = _StemWriter(target, name)
 
     @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
+    def _writing(self, path: Place) -> Iterator[None]:
         try:
             with encoding_errors(path):
                 yield
@@ -314,9 +345,12 @@ class TrackWriter:
             writer.file.unlink(missing_ok=True)
 
 
-def _publish(file: Path, path: Path) -> None:
-    """Give `file`, which is whole, its name, or copy it to standard output."""
-    if path == PIPE:
+def _publish(file: Path, path: Place) -> None:
+    """Give `file`, which is whole, its name, or copy it to a store or to standard output."""
+    if isinstance(path, Url):
+        path.publish(file)
+        file.unlink()
+    elif path == PIPE:
         with file.open("rb") as source:
             shutil.copyfileobj(source, sys.stdout.buffer)
         sys.stdout.buffer.flush()

@@ -7,11 +7,13 @@ Only `main` exits. PyTorch is imported when there is something to separate, so t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +30,7 @@ from .choices import (
 from .errors import DemucsInferError, OptionError
 from .log import bold, fatal, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
+from .storage import Place, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .api import Separator
     from .batch import TrackResult
     from .output import Output
+    from .tracks import Job
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -46,6 +50,8 @@ examples:
   demucs-infer --mp3 -o stems album/         MP3 stems of all tracks in a folder, in stems/
   demucs-infer --skip-existing -o stems a/   go on with what was interrupted
   demucs-infer --stems vocals -o - a.mp3     one stem to standard output, as WAV
+  demucs-infer -o s3://b/out s3://b/in/*.mp3  from a bucket into a bucket
+  demucs-infer --ray --from-file list.txt    many tracks on all GPUs of a Ray cluster
   demucs-infer --repo models -n mine a.wav   a model of your own
   demucs-infer --download htdemucs           only fetch a model, for later
 
@@ -79,6 +85,7 @@ def _number(
 
 
 _count = _number(int, "a whole number, 0 or more", lambda n: n >= 0)
+_positive = _number(int, "a whole number, 1 or more", lambda n: n >= 1)
 _overlap = _number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
 _seconds = _number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
 _bitrate = _number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
@@ -96,9 +103,16 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "tracks",
         nargs="*",
-        type=Path,
+        type=place,
         metavar="TRACK",
-        help="audio files, folders of them, or - for standard input",
+        help="audio files, folders of them, URLs of either (s3://, gs://, https:// …, patterns,"
+        " too), or - for standard input",
+    )
+    parser.add_argument(
+        "--from-file",
+        type=place,
+        metavar="LIST",
+        help="a text file of tracks, one path or URL a line, # for comments; - for standard input",
     )
     parser.add_argument("--version", action="version", version=f"demucs-infer {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks")
@@ -108,6 +122,7 @@ def get_parser() -> argparse.ArgumentParser:
     _add_separation_options(parser)
     _add_stem_options(parser)
     _add_format_options(parser)
+    _add_cluster_options(parser)
     return parser
 
 
@@ -121,11 +136,11 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=place,
         default=Path("separated"),
         metavar="DIR",
-        help="output folder; stems go into a folder per model in it (default: separated);"
-        " -: standard output, for one stem",
+        help="output folder, or its URL; stems go into a folder per model in it"
+        " (default: separated); -: standard output, for one stem",
     )
     group.add_argument(
         "--filename",
@@ -282,6 +297,25 @@ def _add_format_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several GPUs, several machines")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="spread the tracks over a Ray cluster, a worker per GPU; without an address over that"
+        " of RAY_ADDRESS, or else over this machine",
+    )
+    group.add_argument(
+        "--cpus-per-worker",
+        type=_positive,
+        metavar="N",
+        help="CPUs of a worker; without GPUs, these make the number of workers (default: 1 beside"
+        " a GPU, else 4)",
+    )
+
+
 def load_track(track: str | os.PathLike[str], audio_channels: int, samplerate: int) -> Tensor:
     """Decode a file as `[audio_channels, T]` at `samplerate` hertz. Raises `LoadAudioError`."""
     from .audio import AudioFile
@@ -307,7 +341,8 @@ def main(opts: Sequence[str] | None = None) -> None:
         if args.download:
             download_models(args)
             return
-        if not args.tracks:
+        _take_address(args)
+        if not args.tracks and args.from_file is None:
             parser.error("no track is given")
         failed = _separate_tracks(args)
     except OptionError as exc:
@@ -333,22 +368,83 @@ def _log_to_stderr(verbose: bool, quiet: bool) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
 
 
+def _take_address(args: argparse.Namespace) -> None:
+    """What stands behind --ray is a track if it is no address."""
+    if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
+        args.tracks.insert(0, place(args.ray))
+        args.ray = ""
+
+
 def _separate_tracks(args: argparse.Namespace) -> int:
     """Separate every track and return how many failed."""
-    from .batch import Batch, checked_stems
-    from .spool import Workspace
-    from .tracks import find_tracks, plan_jobs
+    from .api import Separator
+    from .batch import checked_stems
+    from .tracks import plan_jobs
 
     output = _make_output(args)
-    separator = _make_separator(args, output)
+    options = _separator_options(args, output)
+    separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
-    jobs = plan_jobs(find_tracks(args.tracks, leave_out=args.out), output, separator.name, stems)
+    jobs = plan_jobs(_find_tracks(args), output, separator.name, stems)
     console = _Console(args, len(jobs))
-    with Workspace(output.workspace) as space:
-        batch = Batch(separator, output, space, announce=console.announce, report=console.report)
-        batch.run(jobs, skip_existing=args.skip_existing)
+    if args.ray is None:
+        _separate_here(args, separator, output, jobs, console)
+    else:
+        del separator
+        _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
     return len(console.failed)
+
+
+def _separate_here(
+    args: argparse.Namespace,
+    separator: Separator,
+    output: Output,
+    jobs: Sequence[Job],
+    console: _Console,
+) -> None:
+    from .batch import Batch
+
+    def report(result: TrackResult) -> None:
+        console.report(result.as_json())
+
+    with output.workspace() as space:
+        batch = Batch(separator, output, space, announce=console.announce, report=report)
+        batch.run(jobs, skip_existing=args.skip_existing)
+
+
+def _separate_on_ray(
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    output: Output,
+    jobs: Sequence[Job],
+    console: _Console,
+) -> None:
+    from .cluster import separate_on_ray
+    from .output import PIPE
+
+    if output.is_pipe or any(job.track == PIPE for job in jobs):
+        raise OptionError("--ray takes no standard input and no standard output")
+    separate_on_ray(
+        [str(job.track) for job in jobs],
+        {**options, "output": output, "skip_existing": args.skip_existing},
+        console.report_progress,
+        address=args.ray,
+        cpus_per_worker=args.cpus_per_worker,
+        verbose=args.verbose,
+    )
+
+
+def _find_tracks(args: argparse.Namespace) -> Iterator[Place]:
+    """The tracks that the command line and its list name. Raises `OptionError` if none is."""
+    from .tracks import find_tracks, read_list
+
+    listed = () if args.from_file is None else read_list(args.from_file)
+    found = find_tracks(itertools.chain(args.tracks, listed), leave_out=args.out)
+    first = next(found, None)
+    if first is None:
+        raise OptionError(f"{args.from_file}: names no track")
+    return itertools.chain((first,), found)
 
 
 def _model_name(args: argparse.Namespace) -> str:
@@ -360,6 +456,8 @@ def _make_output(args: argparse.Namespace) -> Output:
 
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")
+    if args.from_file == PIPE and PIPE in args.tracks:
+        raise OptionError("--from-file - and - both want standard input: choose one")
     return Output(
         folder=PIPE if args.out == PIPE else args.out / _model_name(args),
         filename=args.filename,
@@ -375,28 +473,34 @@ def _make_output(args: argparse.Namespace) -> Output:
     )
 
 
-def _make_separator(args: argparse.Namespace, output: Output) -> Separator:
-    from .api import Separator
+def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, Any]:
+    return {
+        "model": _model_name(args),
+        "repo": args.repo,
+        "cache_dir": args.cache_dir,
+        "offline": args.offline,
+        "device": args.device,
+        "engine": args.engine,
+        "precision": args.precision,
+        "compile": args.compile,
+        "batch_size": args.batch_size,
+        "shifts": args.shifts,
+        "seed": args.seed,
+        "overlap": args.overlap,
+        "split": args.split,
+        "segment": args.segment,
+        "jobs": args.jobs,
+        "progress": sys.stderr.isatty() and not args.quiet and args.ray is None,
+        "stems": output.needed or args.stems,
+    }
 
-    return Separator(
-        model=_model_name(args),
-        repo=args.repo,
-        cache_dir=args.cache_dir,
-        offline=args.offline,
-        device=args.device,
-        engine=args.engine,
-        precision=args.precision,
-        compile=args.compile,
-        batch_size=args.batch_size,
-        shifts=args.shifts,
-        seed=args.seed,
-        overlap=args.overlap,
-        split=args.split,
-        segment=args.segment,
-        jobs=args.jobs,
-        progress=sys.stderr.isatty() and not args.quiet,
-        stems=output.needed or args.stems,
-    )
+
+def _without_device(options: Mapping[str, Any]) -> dict[str, Any]:
+    """For a cluster, whose workers separate: here the model says which stems there are."""
+    of_device = ("engine", "precision", "compile", "batch_size")
+    return {"device": "cpu"} | {
+        name: value for name, value in options.items() if name not in ("device", *of_device)
+    }
 
 
 class _Console:
@@ -404,20 +508,30 @@ class _Console:
 
     def __init__(self, args: argparse.Namespace, count: int) -> None:
         self.quiet, self.json, self.count = args.quiet, args.json, count
-        self.failed: list[Path] = []
-        self.skipped = 0
+        self.output = sys.stdout
+        self.failed: list[str] = []
+        self.done = self.skipped = 0
 
-    def announce(self, track: Path) -> None:
+    def announce(self, track: Place) -> None:
         if not self.quiet:
             print(f"Separating {bold(track)}", file=sys.stderr)
 
-    def report(self, result: TrackResult) -> None:
-        if result.error is not None:
-            self.failed.append(result.input)
-            print(f"demucs-infer: error: {result.message}", file=sys.stderr)
-        self.skipped += result.skipped
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Take what `TrackResult.as_json` gives."""
+        self.done += 1
+        if result["error"] is not None:
+            self.failed.append(result["input"])
+            print(f"demucs-infer: error: {result['error']}", file=sys.stderr)
+        self.skipped += result["skipped"]
         if self.json:
-            print(json.dumps(result.as_json()), flush=True)
+            print(json.dumps(result), file=self.output, flush=True)
+
+    def report_progress(self, result: Mapping[str, Any]) -> None:
+        """The same for tracks that are separated elsewhere, where nothing announces them."""
+        self.report(result)
+        if not self.quiet and result["error"] is None and not result["skipped"]:
+            track, number = bold(result["input"]), f"{self.done} of {self.count}"
+            print(f"Separated {track} ({number})", file=sys.stderr)
 
     def sum_up(self) -> None:
         """Say how many tracks there were, and again which failed: it may have been hours ago."""

@@ -1,0 +1,216 @@
+"""Tracks on workers: a plain callable, and a real Ray on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from demucs_infer.cluster import SeparateTracks
+from demucs_infer.errors import OptionError
+
+from .helpers import ENVIRONMENT, SOURCES, noise, run, separate
+from .test_separate import assert_one_line, stems_of
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
+
+
+def write_tracks(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        wav = noise(2, 8000 + 100 * number, seed=number)
+        soundfile.write(folder / f"{number:02}.wav", wav.T.numpy(), 8000, subtype="FLOAT")
+    return folder
+
+
+def assert_same_stems(folder: Path, expected: Path) -> None:
+    assert stems_of(folder) == stems_of(expected)
+    for name in stems_of(expected):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+# --- the callable -------------------------------------------------------------------------------
+
+
+def test_rows_become_results(repo: Path, tmp_path: Path) -> None:
+    write_tracks(tmp_path / "in", 1)
+    (tmp_path / "out/bass").mkdir(parents=True)
+    (tmp_path / "out/bass/bass.wav").touch()
+    options: dict[str, Any] = {"model": "tiny", "repo": repo, "device": "cpu", "shifts": 0}
+    separate_tracks = SeparateTracks(str(tmp_path / "out"), skip_existing=True, **options)
+    row = {"input": str(tmp_path / "in/00.wav"), "number": 7}
+    for again in (False, True):
+        result = separate_tracks(row)
+        assert json.loads(json.dumps(result)) == result
+        assert result["number"] == 7
+        assert (result["skipped"], result["error"]) == (again, None)
+    assert stems_of(tmp_path / "out") >= {f"00/{name}.wav" for name in SOURCES}
+    for name, message in {"none.wav": "no such file", "out/bass/bass.wav": "would replace"}.items():
+        result = separate_tracks({"input": str(tmp_path / name)})
+        assert message in result["error"]
+    copy = pickle.loads(pickle.dumps(separate_tracks))
+    assert copy(row)["skipped"]
+    with pytest.raises(OptionError, match="voice"):
+        SeparateTracks(str(tmp_path / "out"), stems=["voice"], **options)
+
+
+def test_threads_share_a_model(repo: Path, tmp_path: Path) -> None:
+    tracks = sorted(write_tracks(tmp_path / "in", 6).iterdir())
+    rows = [{"input": str(track)} for track in tracks]
+    for out, threads in (("one", 1), ("many", 3)):
+        separate_tracks = SeparateTracks(
+            str(tmp_path / out), model="tiny", repo=repo, device="cpu", seed=1
+        )
+        with ThreadPoolExecutor(threads) as pool:
+            assert not any(result["error"] for result in pool.map(separate_tracks, rows))
+        del separate_tracks
+    assert_same_stems(tmp_path / "many", tmp_path / "one")
+    assert len(stems_of(tmp_path / "one")) == 24  # and the workspaces are gone
+
+
+def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
+    write_tracks(tmp_path / "in", 1)
+    code = "import sys; sys.modules['ray'] = None;"
+    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    result = run("-c", code, "--repo", repo, "-n", "tiny", "in", "--ray", cwd=tmp_path)
+    assert_one_line(result, 'pip install "demucs-infer[ray]"')
+
+
+# --- Ray ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with tracks in `in`, and what the plain command makes of them in `plain`."""
+    pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("job")
+    write_tracks(folder / "in", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
+        result = separate(*options(repo), "in", "-o", "plain", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        yield folder
+
+
+def options(repo: Path) -> list[object]:
+    return ["--repo", repo, "-n", "tiny", "--seed", 1, "-d", "cpu"]
+
+
+def on_ray(repo: Path, *more: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Our command line with a Ray of two CPUs, and a worker on each."""
+    code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
+    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    command = [*options(repo), *more, "--json", "--cpus-per-worker", 1, "--ray"]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command)],
+        cwd=cwd,
+        env={**ENVIRONMENT, "RAY_ADDRESS": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results, and the lines of errors."""
+    output, messages = process.communicate()
+    errors = [x for x in messages.splitlines() if x.startswith("demucs-infer: ")]
+    return [json.loads(line) for line in output.splitlines()], errors
+
+
+def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) -> None:
+    (job / "broken.wav").write_text("no music")
+    process = on_ray(repo, "in", "broken.wav", "-o", "ray", cwd=job)
+    results, errors = finish(process)
+    assert process.returncode == 1
+    assert len(errors) == 1
+    assert "broken.wav: is no audio file" in errors[0]
+    assert len(results) == 41
+    assert [result["input"] for result in results if result["error"]] == ["broken.wav"]
+    assert_same_stems(job / "ray", job / "plain")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_is_killed(job: Path, repo: Path) -> None:
+    process = on_ray(repo, "in", "-o", "killed", cwd=job, DEMUCS_INFER_TEST=str(job))
+    assert process.stdout is not None
+    first = json.loads(process.stdout.readline())
+    os.kill(min(workers(f"DEMUCS_INFER_TEST={job}")), signal.SIGKILL)
+    results, errors = finish(process)
+    assert (process.returncode, errors) == (0, [])
+    assert len({result["input"] for result in [first, *results]}) == 40
+    assert_same_stems(job / "killed", job / "plain")
+
+
+def workers(variable: str) -> list[int]:
+    """The processes of Ray's workers that have `variable` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            named = b"_Worker" in (folder / "cmdline").read_bytes()
+            if named and variable.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+KILLER = """
+import os, sys
+if "default_worker.py" in " ".join(sys.orig_argv):
+    def hook(event, arguments):
+        if event == "shutil.copyfile" and "deadly" in str(arguments[0]):
+            os._exit(1)
+    sys.addaudithook(hook)
+"""
+
+
+def test_a_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> None:
+    (job / "site").mkdir()
+    (job / "site/sitecustomize.py").write_text(KILLER)
+    deadly = job / "deadly.wav"
+    deadly.write_bytes((job / "in/00.wav").read_bytes())
+    names = [f"file://{deadly}", *(f"in/{number:02}.wav" for number in range(8))]
+    (job / "list.txt").write_text("\n".join(names))
+    path = os.pathsep.join([str(job / "site"), os.environ.get("PYTHONPATH", "")])
+    process = on_ray(repo, "--from-file", "list.txt", "-o", "given up", cwd=job, PYTHONPATH=path)
+    results, errors = finish(process)
+    assert process.returncode == 1
+    assert errors == [f"demucs-infer: error: file://{deadly}: its worker died 4 times: given up"]
+    assert sorted(result["input"] for result in results) == sorted(names)
+    assert len(stems_of(job / "given up")) == 32
+
+
+def test_a_cluster_that_is_not_there(repo: Path, job: Path) -> None:
+    result = separate(*options(repo), "in", "--ray", "127.0.0.1:1", cwd=job)
+    assert_one_line(result, "--ray 127.0.0.1:1: no cluster answers")
+
+
+def test_workers_that_cannot_start(job: Path, repo: Path) -> None:
+    process = on_ray(repo, "in", "-o", "none", "-d", "cuda:77", cwd=job)
+    _, errors = finish(process)
+    assert process.returncode == 1
+    assert len(errors) == 1
+    assert "cuda:77" in errors[0]
+
+
+def test_the_example_of_the_documentation(job: Path, repo: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    ours = block.replace('"model": "htdemucs"', f'"model": "tiny", "repo": {str(repo)!r}')
+    assert ours != block
+    (job / "songs.txt").write_text("in/00.wav\nin/01.wav\nnone.wav\n")
+    result = run("-c", ours, cwd=job)
+    assert result.returncode == 0, result.stderr
+    assert "none.wav: no such file" in result.stdout
+    assert len(stems_of(job / "stems")) == 8

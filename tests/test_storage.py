@@ -1,0 +1,358 @@
+"""Tracks and stems by URL: a real S3 server on loopback, fsspec's memory, the web."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+import soundfile
+from moto.server import ThreadedMotoServer
+
+from demucs_infer.api import Output, Separator
+from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
+from demucs_infer.separate import main
+from demucs_infer.storage import Url, place
+from demucs_infer.tracks import find_tracks, plan_jobs, read_list
+
+from .helpers import ENVIRONMENT, SOURCES, noise, run, separate
+from .test_separate import assert_one_line, stems_of
+from .web import serving
+
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def wav(seconds: float = 1.0, seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    samples = noise(2, int(8000 * seconds), seed).T.numpy()
+    soundfile.write(file, samples, 8000, subtype="FLOAT", format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[s3fs.S3FileSystem]:
+    """An empty s3://bucket, for this process and those that it starts."""
+    for name in CREDENTIALS:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.setitem(ENVIRONMENT, name, "x")
+    settings = {
+        "AWS_ENDPOINT_URL": s3_url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = s3fs.S3FileSystem(use_listings_cache=False)
+    store.mkdir("bucket")
+    yield store
+    store.rm("bucket", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the command line with the tiny model in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--repo", str(repo), "-n", "tiny", "--seed", "1"]
+    return lambda *more: main([*options, *map(str, more)])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "folder", "suffix"),
+    [
+        ("s3://bucket/in/song.mp3", "song.mp3", "in", ".mp3"),
+        ("s3://bucket/in/100%25 ?#.Wav", "100%25 ?#.Wav", "in", ".Wav"),
+        ("gs://bucket/song", "song", "bucket", ""),
+        ("memory://a.b/c/", "c", "a.b", ""),
+        ("https://host/a%20b/s%C3%B6ng%2F1.mp3?key=a/b.c#d", "söng_1.mp3", "a b", ".mp3"),
+    ],
+)
+def test_names_of_urls(text: str, name: str, folder: str, suffix: str) -> None:
+    url = place(text)
+    assert isinstance(url, Url)
+    assert (url.name, url.folder_name, url.suffix) == (name, folder, suffix)
+
+
+@pytest.mark.parametrize("text", ["a.wav", "C://a.wav", "c:\\a.wav", "a/s3:/b", "/s3://b", "1://a"])
+def test_what_is_a_path(text: str) -> None:
+    assert place(text) == Path(text)
+
+
+def test_paths_do_not_import_fsspec(repo: Path, track: Path) -> None:
+    code = "import sys; from demucs_infer.separate import main; main(sys.argv[1:]);"
+    code += "assert not {'fsspec', 'ray'} & set(sys.modules)"
+    result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", track.parent / "out", track)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_bucket_into_a_bucket(
+    bucket: s3fs.S3FileSystem,
+    command: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The stems are those of local files, and a second run has nothing to do."""
+    for number, name in enumerate(["a", "b [live]", "deep/c", ".hidden/d", "stems/e"]):
+        content = wav(seed=number)
+        bucket.pipe(f"bucket/in/{name}.wav", content)
+        path = tmp_path / "in" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    bucket.pipe("bucket/in/cover.jpg", b"no music")
+    command("in", "-o", "in/stems", "--flac", "-q")
+    urls = ["-o", "s3://bucket/in/stems", "--flac", "--skip-existing", "--json", "s3://bucket/in/"]
+    command(*urls)
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert results[0]["input"] == "s3://bucket/in/a.wav"
+    assert results[0]["stems"]["bass"]["path"] == "s3://bucket/in/stems/tiny/a/bass.flac"
+    expected = {f"tiny/{name}" for name in stems_of(tmp_path / "in/stems/tiny")}
+    assert {name.removeprefix("bucket/in/stems/") for name in bucket.find("bucket/in/stems")} == {
+        *expected,
+        "e.wav",
+    }
+    for name in expected:
+        assert (
+            bucket.cat_file(f"bucket/in/stems/{name}")
+            == (tmp_path / "in/stems" / name).read_bytes()
+        )
+    before = bucket.find("bucket", detail=True)
+    command(*urls)
+    output = capsys.readouterr()
+    assert [json.loads(line)["skipped"] for line in output.out.splitlines()] == [True] * 3
+    assert bucket.find("bucket", detail=True) == before
+
+
+def test_patterns_and_lists_of_urls(
+    bucket: s3fs.S3FileSystem, memory: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
+    for name in ("x/a.wav", "x/b.wav", "y/c.wav", "y/d [1].wav", "y/notes.txt", "y/song"):
+        bucket.pipe(f"bucket/{name}", b"x")
+        memory.pipe(f"/bucket/{name}", b"x")
+    (tmp_path / "list.txt").write_bytes(
+        "\ufeff# two\r\n\r\n  s3://bucket/x/*.wav \r\nmemory://bucket/y\n"
+        "s3://bucket/y/d [1].wav\n/local/é.wav\ns3://bucket/y/song\ns3://bucket/none/*".encode()
+    )
+    listed = read_list(tmp_path / "list.txt")
+    assert list(map(str, find_tracks(listed))) == [
+        "s3://bucket/x/a.wav",
+        "s3://bucket/x/b.wav",
+        "memory://bucket/y/c.wav",
+        "memory://bucket/y/d [1].wav",
+        "s3://bucket/y/d [1].wav",
+        str(Path("/local/é.wav")),
+        "s3://bucket/y/song",
+        "s3://bucket/none/*",
+    ]
+    memory.pipe("/list.txt", b"a.wav")
+    assert list(read_list(Url("memory://list.txt"))) == [Path("a.wav")]
+    with pytest.raises(LoadAudioError, match="no such file"):
+        next(read_list(Url("memory://none.txt")))
+    assert list(find_tracks([Url("s3://bucket")], leave_out=Url("s3://bucket/x"))) == [
+        Url("s3://bucket/y/c.wav"),
+        Url("s3://bucket/y/d [1].wav"),
+    ]
+
+
+def test_a_list_on_standard_input(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    options = ["--repo", repo, "-n", "tiny", "--from-file", "-"]
+    result = separate(*options, cwd=tmp_path, input="# one\n\na.wav\nnone.wav\n")
+    assert result.returncode == 1
+    assert "none.wav: no such file" in result.stderr
+    assert len(stems_of(tmp_path / "separated/tiny/a")) == 4
+    assert_one_line(separate(*options, cwd=tmp_path, input="# none\n"), "names no track")
+    assert_one_line(separate(*options, "-", cwd=tmp_path, input="a.wav"), "standard input")
+    result = separate("--repo", repo, "-n", "tiny", "--from-file", "none.txt", cwd=tmp_path)
+    assert_one_line(result, "none.txt: cannot be read")
+
+
+def test_from_the_web(command: Callable[..., None], tmp_path: Path) -> None:
+    with serving() as web:
+        web.others["söng.wav"] = web.others["s%C3%B6ng.wav"] = wav()
+        command(f"{web.url}/in/s%C3%B6ng.wav", "-o", tmp_path / "out")
+    expected = {f"tiny/söng/{name}.wav" for name in SOURCES}
+    assert stems_of(tmp_path / "out") == expected
+    assert not list((tmp_path / "out/tiny").glob(".*"))
+
+
+def test_in_python(repo: Path, memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    memory.pipe("/in/a.wav", wav())
+    (tmp_path / "a.wav").write_bytes(wav())
+    separator = Separator("tiny", repo, device="cpu", shifts=0)
+    here = separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
+    there = separator.separate_to_files("memory://in/a.wav", "memory://out [x]/*")
+    for name, stem in there.stems.items():
+        assert str(stem.path) == f"memory://out [x]/*/a/{name}.wav"
+        local: Path = here.stems[name].path
+        assert memory.cat_file(f"/out [x]/*/a/{name}.wav") == local.read_bytes()
+    _, stems = separator.separate_audio_file("memory://in/a.wav")
+    assert stems.keys() == there.stems.keys()
+    with pytest.raises(LoadAudioError, match=r"memory://in/none\.wav: no such file"):
+        separator.separate_audio_file("memory://in/none.wav")
+
+
+def test_a_stem_appears_whole_or_not_at_all(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload that breaks off leaves what was there before, and nothing beside it."""
+    memory.pipe("/out/a.wav", b"before")
+    (tmp_path / "stem").write_bytes(b"whole")
+    put = type(memory).put_file
+
+    def broken(store: fsspec.AbstractFileSystem, source: str, path: str, **options: object) -> None:
+        put(store, source, path, **options)
+        raise OSError("broken pipe")
+
+    monkeypatch.setattr(type(memory), "put_file", broken)
+    with pytest.raises(SaveAudioError, match=r"a\.wav: cannot be written \(broken pipe\)"):
+        Url("memory://out/a.wav").publish(tmp_path / "stem")
+    assert memory.find("/out") == ["/out/a.wav"]
+    assert memory.cat_file("/out/a.wav") == b"before"
+    monkeypatch.setattr(type(memory), "put_file", put)
+    Url("memory://out/a.wav").publish(tmp_path / "stem")
+    assert memory.find("/out") == ["/out/a.wav"]
+    assert memory.cat_file("/out/a.wav") == b"whole"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
+def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
+    """Whatever is seen under a key is whole; what is there is not made again."""
+    names = "abcd"
+    for name in names:
+        bucket.pipe(f"bucket/in/{name}.wav", wav(20, ord(name)))
+    options = ["--repo", str(repo), "-n", "tiny", "--seed", "1", "--skip-existing"]
+    command = [sys.executable, "-m", "demucs_infer", *options, "-o", "s3://bucket/out"]
+    seen: dict[str, set[str]] = {}
+
+    def watch() -> int:
+        objects = bucket.find("bucket/out", detail=True)
+        for key, info in objects.items():
+            seen.setdefault(key, set()).add(info["ETag"])
+        return len(objects)
+
+    process = subprocess.Popen(
+        [*command, "s3://bucket/in"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    while process.poll() is None and watch() < 5:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = bucket.find("bucket/out", detail=True)
+    done = threading.Event()
+    watcher = threading.Thread(target=lambda: [watch() for _ in iter(done.is_set, True)])
+    watcher.start()
+    result = subprocess.run([*command, "s3://bucket/in/*.wav"], env=ENVIRONMENT, check=False)
+    done.set()
+    watcher.join()
+    watch()
+    assert result.returncode == 0
+    stems = {f"bucket/out/tiny/{track}/{stem}.wav" for track in names for stem in SOURCES}
+    assert seen.keys() == stems
+    assert all(len(tags) == 1 for tags in seen.values())  # one content, as the seed is the same
+    after = bucket.find("bucket/out", detail=True)
+    first = {key for key in made if "/a/" in key}
+    assert len(first) == 4
+    assert all(after[key] == made[key] for key in first)
+
+
+@pytest.mark.parametrize(
+    ("track", "options", "words"),
+    [
+        ("s3://nobucket/a.wav", [], ["s3://nobucket/a.wav: no such file"]),
+        ("s3://nobucket", [], ["nobucket"]),
+        ("s3://nobucket/*.wav", [], ["s3://nobucket"]),
+        ("s3://bucket/none.wav", [], ["no such file"]),
+        ("a.wav", ["-o", "s3://nobucket/out"], ["s3://nobucket/out/tiny", "no such bucket"]),
+        ("a.wav", ["-o", "https://host/out"], ["can only be read"]),
+        ("nothing://bucket/a.wav", [], ["nothing"]),
+        ("a.wav", ["-o", "nothing://bucket"], ["nothing"]),
+        ("a.wav", ["-o", "s3://bucket", "--filename", "../../{stem}"], ["outside"]),
+        ("a.wav", ["-o", "s3://bucket", "--filename", "/{stem}"], ["outside"]),
+        ("s3://bucket/tiny/a/bass.wav", ["-o", "s3://bucket", "a.wav"], ["would replace"]),
+    ],
+    ids=str,
+)
+def test_one_line_says_what_is_wrong(
+    track: str,
+    options: list,
+    words: list,
+    bucket: s3fs.S3FileSystem,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("a.wav").write_bytes(wav(0.1))
+    with pytest.raises(SystemExit):
+        command(track, *options, "-q")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demucs-infer: error: ")
+    for word in words:
+        assert word in line
+    assert not bucket.find("bucket")
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_no_credentials(
+    side: str,
+    bucket: s3fs.S3FileSystem,
+    command: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    Path("a.wav").write_bytes(wav(0.1))
+    with pytest.raises(SystemExit):
+        command(*(["s3://bucket/a.wav"] if side == "in" else ["a.wav", "-o", "s3://bucket/out"]))
+    errors = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("Separating")]
+    assert len(errors) == 1
+    assert "s3://bucket/" in errors[0]
+    assert "credentials" in errors[0]
+
+
+def test_a_back_end_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['s3fs'] = None;"
+    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    result = run("-c", code, "--repo", repo, "-n", "tiny", "s3://bucket/a.wav", cwd=tmp_path)
+    assert_one_line(result, "s3://bucket/a.wav needs s3fs: pip install s3fs")
+
+
+def test_stems_stay_below_their_url() -> None:
+    output = Output("s3://bucket/out", "{parent}/{track}/{stem}")
+    (job,) = plan_jobs([Url("s3://in/../..wav")], output, "m", ["bass"])
+    assert job.paths["bass"] == Url("s3://bucket/out/_/..wav/bass")
+    tracks = [Url("s3://x/a.wav"), Url("s3://y/a.wav")]
+    with pytest.raises(OptionError, match="would both become s3://bucket/out/a/bass"):
+        plan_jobs(tracks, Output("s3://bucket/out"), "m", ["bass"])
