@@ -111,7 +111,12 @@ def noise(channels: int, length: int, seed: int = 0) -> Tensor:
 
 
 # Sums depend on the number of threads in their last bits.
-ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
+SETTINGS = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
+
+
+def environment() -> dict[str, str]:
+    """That of the processes that the tests start."""
+    return {**os.environ, **SETTINGS}
 
 
 def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -120,7 +125,7 @@ def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=ENVIRONMENT,
+        env=environment(),
         **kwargs,
     )
 

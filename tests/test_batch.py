@@ -30,9 +30,9 @@ from demucs_infer.pcm import prevent_clip
 from demucs_infer.separate import main
 
 from .helpers import (
-    ENVIRONMENT,
     SOURCES,
     assert_close,
+    environment,
     noise,
     pair,
     run,
@@ -315,7 +315,7 @@ def test_pipes(format: str, repo: Path, tmp_path: Path) -> None:
     options = ["--repo", repo, "-n", "tiny", "--stems", "vocals", "--seed", 1, "--format", format]
     command = [sys.executable, "-m", "demucs_infer", *map(str, options), "-o", "-", "-"]
     result = subprocess.run(
-        command, input=track.read_bytes(), capture_output=True, cwd=tmp_path, env=ENVIRONMENT
+        command, input=track.read_bytes(), capture_output=True, cwd=tmp_path, env=environment()
     )
     assert result.returncode == 0, result.stderr
     assert separate(*options, track, cwd=tmp_path).returncode == 0
@@ -388,7 +388,7 @@ def test_killed_at_any_time_and_resumed(repo: Path, tmp_path: Path) -> None:
     assert separate(*options, "-o", tmp_path / "whole").returncode == 0
     command = [sys.executable, "-m", "demucs_infer", *map(str, options), "-o", tmp_path / "out"]
     for kill_after in (1, 2, 6, 11):  # stems
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
         while process.poll() is None and len(list(tmp_path.glob("out/tiny/*/*"))) < kill_after:
             time.sleep(0.001)
         process.kill()

@@ -20,7 +20,7 @@ import soundfile
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import OptionError
 
-from .helpers import ENVIRONMENT, SOURCES, noise, run, separate
+from .helpers import SETTINGS, SOURCES, environment, noise, run, separate
 from .test_separate import assert_one_line, stems_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -97,7 +97,7 @@ def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("job")
     write_tracks(folder / "in", 40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
+        patch.setitem(SETTINGS, "OMP_NUM_THREADS", "1")
         result = separate(*options(repo), "in", "-o", "plain", cwd=folder)
         assert result.returncode == 0, result.stderr
         yield folder
@@ -107,7 +107,7 @@ def options(repo: Path) -> list[object]:
     return ["--repo", repo, "-n", "tiny", "--seed", 1, "-d", "cpu"]
 
 
-def on_ray(repo: Path, *more: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+def on_ray(repo: Path, *more: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     """Our command line with a Ray of two CPUs, and a worker on each."""
     code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
@@ -115,7 +115,7 @@ def on_ray(repo: Path, *more: object, cwd: Path, **environment: str) -> subproce
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)],
         cwd=cwd,
-        env={**ENVIRONMENT, "RAY_ADDRESS": "", **environment},
+        env={**environment(), "RAY_ADDRESS": "", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

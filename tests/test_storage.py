@@ -23,7 +23,7 @@ from demucs_infer.separate import main
 from demucs_infer.storage import Url, place
 from demucs_infer.tracks import find_tracks, plan_jobs, read_list
 
-from .helpers import ENVIRONMENT, SOURCES, noise, run, separate
+from .helpers import SOURCES, environment, noise, run, separate
 from .test_separate import assert_one_line, stems_of
 from .web import serving
 
@@ -53,7 +53,6 @@ def bucket(
     """An empty s3://bucket, for this process and those that it starts."""
     for name in CREDENTIALS:
         monkeypatch.setenv(name, "x")
-        monkeypatch.setitem(ENVIRONMENT, name, "x")
     settings = {
         "AWS_ENDPOINT_URL": s3_url,
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -64,7 +63,6 @@ def bucket(
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-        monkeypatch.setitem(ENVIRONMENT, name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem(use_listings_cache=False)
     store.mkdir("bucket")
@@ -263,7 +261,7 @@ def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
         return len(objects)
 
     process = subprocess.Popen(
-        [*command, "s3://bucket/in"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        [*command, "s3://bucket/in"], stderr=subprocess.DEVNULL, env=environment()
     )
     while process.poll() is None and watch() < 5:
         pass
@@ -273,7 +271,7 @@ def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
     done = threading.Event()
     watcher = threading.Thread(target=lambda: [watch() for _ in iter(done.is_set, True)])
     watcher.start()
-    result = subprocess.run([*command, "s3://bucket/in/*.wav"], env=ENVIRONMENT, check=False)
+    result = subprocess.run([*command, "s3://bucket/in/*.wav"], env=environment(), check=False)
     done.set()
     watcher.join()
     watch()
