@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,8 +112,10 @@ def appearing(path: Path) -> Iterator[Path]:
     # Opened as any file is, so that it gets the rights of any file.
     temporary = path.with_name(f".{path.stem[:100]}-{secrets.token_hex(4)}.part")
     temporary.open("xb").close()
+    rights = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        temporary.chmod(rights)  # safetensors makes the file anew, for its owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
