@@ -224,9 +224,14 @@ class OpenVINO:
         shapes = [tuple(x.shape) for x in inputs]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shapes are fixed, and how is OpenVINO's choice
-            return self._openvino.convert_model(
-                NetworkModule(self._model), example_input=tuple(inputs), input=shapes
-            )
+            try:
+                return self._openvino.convert_model(
+                    NetworkModule(self._model), example_input=tuple(inputs), input=shapes
+                )
+            except Exception as exc:  # OpenVINO has a tree of its own for each of its parts
+                raise OptionError(
+                    "OpenVINO cannot convert this model: leave engine at 'torch'"
+                ) from exc
 
     def _cached_file(self, core: Any, inputs: Sequence[Tensor]) -> Path | None:
         """Where the compiled network is kept: a name for all that it depends on."""

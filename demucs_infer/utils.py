@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,7 +46,9 @@ def unfold(a: Tensor, kernel_size: int, stride: int) -> Tensor:
     *_, length = a.shape
     frames = -(-length // stride)
     padded = F.pad(a, (0, (frames - 1) * stride + kernel_size - length))
-    return padded.unfold(-1, kernel_size, stride)
+    starts = torch.arange(frames, device=a.device) * stride
+    # By indices, as OpenVINO does not convert `Tensor.unfold` here.
+    return padded[..., starts[:, None] + torch.arange(kernel_size, device=a.device)]
 
 
 def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
