@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import av
 import torch
@@ -315,13 +315,9 @@ def _write(wav: Tensor, path: Path, samplerate: int, encoding: Encoding) -> None
     rate = encoding.samplerate(samplerate)
     wav = resample(f32_pcm(wav.cpu()), samplerate, rate)
     with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
-        _encode(wav, file, rate, encoding)
-
-
-def _encode(wav: Tensor, file: IO[bytes], samplerate: int, encoding: Encoding) -> None:
-    sink = encoder(file, encoding, samplerate, wav.shape[0])
-    sink.write(wav)
-    sink.close()
+        sink = encoder(file, encoding, rate, wav.shape[0])
+        sink.write(wav)
+        sink.close()
 
 
 @contextmanager

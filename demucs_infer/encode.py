@@ -128,14 +128,20 @@ class Encoding:
 
 
 def check_encoder(encoding: Encoding) -> None:
-    """Raise `MissingDependencyError`, before any work is done, if the encoder is not there."""
+    """Raise, before any work is done, if the encoder is not there.
+
+    `MissingDependencyError` without its package, `OptionError` if PyAV was built without it.
+    """
     if encoding.codec == "vorbis":
         _soundfile()
         return
     try:
         av.Codec(encoding.codec, "w")
     except ValueError as exc:
-        raise MissingDependencyError("av", f"writing {encoding.format.upper()}", "all") from exc
+        raise OptionError(
+            f"this PyAV was built without {encoding.codec}, which {encoding.format.upper()} needs:"
+            " install the one of PyPI, or choose another format"
+        ) from exc
 
 
 def _soundfile() -> Any:
@@ -171,25 +177,31 @@ def encoder(
     if channels not in LAYOUTS or channels > encoding.kind.channels:
         raise SaveAudioError(f"{encoding.format.upper()}: cannot hold {channels} channels")
     kind = _VorbisEncoder if encoding.codec == "vorbis" else _FFmpegEncoder
-    return kind(file, encoding, samplerate, channels, tags or {})
+    return kind(_Request(file, encoding, samplerate, channels, tags or {}))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `encoder` was asked for."""
+
+    file: IO[bytes]
+    encoding: Encoding
+    samplerate: int
+    channels: int
+    tags: Mapping[str, str]
 
 
 class _FFmpegEncoder:
-    def __init__(
-        self,
-        file: IO[bytes],
-        encoding: Encoding,
-        samplerate: int,
-        channels: int,
-        tags: Mapping[str, str],
-    ) -> None:
-        self.encoding, self.rate, self.layout = encoding, samplerate, LAYOUTS[channels]
-        options = {key: text.format(rate=samplerate) for key, text in encoding.kind.options.items()}
-        self.container = av.open(file, "w", format=encoding.kind.container, options=options)
-        self.container.metadata.update(tags)
+    def __init__(self, request: _Request) -> None:
+        self.encoding = encoding = request.encoding
+        self.rate, self.layout = request.samplerate, LAYOUTS[request.channels]
+        options = {key: text.format(rate=self.rate) for key, text in encoding.kind.options.items()}
+        kind = encoding.kind.container
+        self.container = av.open(request.file, "w", format=kind, options=options)
+        self.container.metadata.update(request.tags)
         self.position = 0
         codec = {"compression_level": str(encoding.preset)} if encoding.format == "mp3" else {}
-        stream: Any = self.container.add_stream(encoding.codec, rate=samplerate, options=codec)
+        stream: Any = self.container.add_stream(encoding.codec, rate=self.rate, options=codec)
         self.stream = stream
         stream.layout = self.layout
         if encoding.kind.bitrate:
@@ -226,25 +238,18 @@ class _VorbisEncoder:
         name: name for name in "title artist album comment copyright date genre license".split()
     } | {"track": "tracknumber"}
 
-    def __init__(
-        self,
-        file: IO[bytes],
-        encoding: Encoding,
-        samplerate: int,
-        channels: int,
-        tags: Mapping[str, str],
-    ) -> None:
-        self.target = _Kept(file)
+    def __init__(self, request: _Request) -> None:
+        self.target = _Kept(request.file)
         self.file = _soundfile().SoundFile(
             self.target,
             "w",
-            samplerate,
-            channels,
+            request.samplerate,
+            request.channels,
             format="OGG",
             subtype="VORBIS",
             compression_level=VORBIS_COMPRESSION,
         )
-        for name, value in tags.items():
+        for name, value in request.tags.items():
             if name in self.TAGS:
                 setattr(self.file, self.TAGS[name], value)
 

@@ -119,9 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="a .th or .safetensors file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .onnx file to write")
     args = parser.parse_args(arguments)
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it misses packages that it can do without
+    # It warns of packages that it can do without.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         if args.out.suffix != ".onnx":
             raise OptionError(f"{args.out}: the name must end with .onnx")

@@ -123,10 +123,12 @@ class Decoder:
 def _gathered(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """`blocks` joined to larger ones, which take fewer calls."""
     waiting: list[Tensor] = []
+    length = 0
     for block in blocks:
         waiting.append(block)
-        if sum(item.shape[-1] for item in waiting) >= BLOCK:
+        length += block.shape[-1]
+        if length >= BLOCK:
             yield torch.cat(waiting, dim=-1)
-            waiting.clear()
+            waiting, length = [], 0
     if waiting:
         yield torch.cat(waiting, dim=-1)

@@ -120,6 +120,7 @@ def get_parser() -> argparse.ArgumentParser:
     _add_model_options(parser)
     _add_output_options(parser)
     _add_separation_options(parser)
+    _add_engine_options(parser)
     _add_stem_options(parser)
     _add_format_options(parser)
     _add_cluster_options(parser)
@@ -159,35 +160,6 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 def _add_separation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to separate")
     group.add_argument(
-        "-d",
-        "--device",
-        help="cpu, cuda, cuda:1, mps, openvino:GPU … (default: a GPU if there is one)",
-    )
-    group.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="torch",
-        help="what runs the network; openvino is faster on a CPU (default: torch)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs;"
-        " the error stays far below what is heard (default: float32)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_whole,
-        metavar="N",
-        help="windows in one batch (default: on a GPU what its memory holds, else 1)",
-    )
-    group.add_argument(
         "--shifts",
         type=_count,
         default=1,
@@ -220,6 +192,39 @@ def _add_separation_options(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         metavar="SECONDS",
         help="length of a window: less needs less memory (default: the model's)",
+    )
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what runs the model")
+    group.add_argument(
+        "-d",
+        "--device",
+        help="cpu, cuda, cuda:1, mps, openvino:GPU … (default: a GPU if there is one)",
+    )
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="torch",
+        help="what runs the network; openvino is faster on a CPU (default: torch)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs;"
+        " the error stays far below what is heard (default: float32)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="windows in one batch (default: on a GPU what its memory holds, else 1)",
     )
     group.add_argument(
         "-j",

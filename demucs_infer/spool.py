@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .errors import SaveAudioError
+from .storage import TEMPORARY
 
-PREFIX = ".demucs-infer-"
 LOCK = "lock"
 IN_MEMORY = 2**22  # bytes: what a spool keeps in memory, 12 s of stereo at 44.1 kHz
 SAMPLE = 4  # bytes of a float32
@@ -31,22 +31,20 @@ SAMPLE = 4  # bytes of a float32
 class Spool:
     """Samples `[C, T]` in the order in which they come: in memory while they are few, then on disk.
 
-    The file has no name, or one that vanishes with the process. `peak` is the largest magnitude so
-    far. Raises `SaveAudioError` if the disk is full.
+    The file has no name, or one that vanishes with the process. Raises `SaveAudioError` if the disk
+    is full.
     """
 
     def __init__(self, folder: Path, channels: int) -> None:
         self.folder = folder
         self.channels = channels
         self.length = 0
-        self.peak = 0.0
         self._file: Any = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(folder))  # noqa: SIM115
 
     def write(self, block: Tensor) -> None:
         """Append `block` `[C, n]`."""
         if not block.shape[-1]:
             return
-        self.peak = max(self.peak, block.abs().max().item())
         try:
             self._file.seek(self.length * self.channels * SAMPLE)
             self._file.write(block.float().t().contiguous().numpy().tobytes())
@@ -96,7 +94,7 @@ class Workspace:
 
     def _make(self) -> None:
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
+            self.path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
             self._lock = FileLock(self.path / LOCK)
             try:
                 self._lock.acquire()
@@ -107,7 +105,7 @@ class Workspace:
             self._lock.release()
 
     def _remove_abandoned(self) -> None:
-        for path in self.folder.glob(f"{PREFIX}*"):
+        for path in self.folder.glob(f"{TEMPORARY}*"):
             with contextlib.suppress(Timeout, OSError, NotImplementedError):
                 with FileLock(path / LOCK, timeout=0):
                     shutil.rmtree(path, ignore_errors=True)

@@ -25,7 +25,7 @@ WEB = frozenset({"http", "https"})
 # Stores in which an object appears when its upload is complete, with options of their uploads: what
 # is read into memory at once. Elsewhere a file is uploaded under another name, and then moved.
 WHOLE = {scheme: {"chunksize": 2**23} for scheme in ("s3", "s3a", "gs", "gcs")}
-TEMPORARY = ".demucs-infer-"
+TEMPORARY = ".demucs-infer-"  # starts the name of what is not finished, here and on disk
 
 
 @dataclass(frozen=True)

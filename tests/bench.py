@@ -200,9 +200,9 @@ def main() -> None:
     else:
         print("| model | network | seconds | ratio | error below | of matrix rate |")
         print("|---|---|---|---|---|---|")
+        device, batch = ("cuda", 8) if args.cuda else ("cpu", 1)
         for label in labels:
-            on_cuda = args.cuda
-            compare_windows(label, args.windows, "cuda" if on_cuda else "cpu", 8 if on_cuda else 1)
+            compare_windows(label, args.windows, device, batch)
 
 
 if __name__ == "__main__":

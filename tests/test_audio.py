@@ -20,12 +20,13 @@ from demucs_infer.audio import (
     prevent_clip,
     save_audio,
 )
-from demucs_infer.choices import FORMAT_NAMES
+from demucs_infer.choices import CLIP_MODE_NAMES, FORMAT_NAMES
 from demucs_infer.errors import (
     LoadAudioError,
     OptionError,
     SaveAudioError,
 )
+from demucs_infer.pcm import CLIP_MODES
 
 from .helpers import assert_close, noise
 
@@ -227,6 +228,10 @@ def test_pcm_conversions() -> None:
 def test_clip_modes_equal_the_reference(mode: str, gain: float) -> None:
     wav = torch.linspace(-gain, gain, 101)[None]
     assert_close(prevent_clip(wav, mode), demucs.audio.prevent_clip(wav, mode), 1e-7)
+
+
+def test_the_clip_modes_are_those_of_the_command_line() -> None:
+    assert tuple(CLIP_MODES) == CLIP_MODE_NAMES
 
 
 def test_unknown_clip_mode() -> None:
