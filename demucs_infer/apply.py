@@ -500,8 +500,8 @@ class _Job:
     def blocks(
         self, outputs: Iterable[tuple[Step, Tensor]], progress: Callable[[], Any]
     ) -> Iterator[Tensor]:
-        """Overlap-add the outputs of `run`, where they are, and yield finished blocks."""
-        length, home = self.source.length, self.source.read(0, 0).device
+        """Overlap-add the outputs of `run`, and yield finished blocks, where the outputs are."""
+        length = self.source.length
         total = OverlapAdd(_capacity(self.steps, length))
         for step, output in outputs:
             start, stop = step.window
@@ -512,7 +512,7 @@ class _Job:
             del output  # the next window needs the room
             progress()
             if step.complete > total.start:
-                yield total.take(min(step.complete, length)).to(home)
+                yield total.take(min(step.complete, length))
 
     def _share(self, step: Step) -> Tensor:
         longest = max(w.stop - w.start for w in step.task.windows)
@@ -556,7 +556,7 @@ def separate_blocks(
     passes: Sequence[Pass] | None = None,
     batch_size: int | None = None,
 ) -> Iterator[Tensor]:
-    """Separate `source` and yield its stems block by block, `[B, S, C, n]`, in order.
+    """Separate `source` and yield its stems block by block, `[B, S, C, n]` on `device`, in order.
 
     With `in_lockstep`, the passes of a bag and of shifts advance together, and what is kept is a
     window or two of each; otherwise they run one after the other, as in the reference, and blocks

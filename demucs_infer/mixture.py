@@ -84,10 +84,11 @@ class Mixture:
         return F.pad(inside, (max(0, first - start), max(0, stop - max(last, start))))[None]
 
     def restored(self, stems: Tensor) -> Tensor:
-        """`stems` at the level of the mixture.
+        """`stems` at the level of the mixture, on the CPU like it.
 
         What a network makes of silence is tiny after scaling, but it is not silence.
         """
+        stems = stems.cpu()
         if not self.moments.peak:
             return stems.zero_()
         return stems.mul_(self._std).add_(self.moments.mean)
