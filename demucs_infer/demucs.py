@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from julius.resample import resample_frac
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
 from .layout import Conv1d, ConvTranspose1d, GroupNorm, channels_last
+from .resample import resample
 from .utils import (
     capture_init,
     center_trim,
@@ -179,12 +179,12 @@ class Demucs(nn.Module):
         x, mean, std = self._normalized(mix)
         x = F.pad(x, (delta // 2, delta - delta // 2))
         if self.options.resample:
-            x = resample_frac(x, 1, 2)
+            x = resample(x, 1, 2)
         (x,) = run_network(network or self.network, self, x)
         x = x.unflatten(1, (len(self.sources), self.audio_channels))
         x = x if stems is None else x[:, list(stems)]
         if self.options.resample:
-            x = resample_frac(x, 2, 1)
+            x = resample(x, 2, 1)
         return center_trim(x, length) * std + mean
 
     def network(self, x: Tensor) -> tuple[Tensor]:

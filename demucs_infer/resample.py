@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 ZEROS, ROLLOFF = 24, 0.945  # of julius: zero crossings of the filter's sinc, and its cutoff
 LARGEST_KERNEL = 2**24  # coefficients
+AT_ONCE = 16  # samples that a kernel gives, at least
 
 
 class _Filters:
@@ -39,9 +40,22 @@ class _Filters:
         self.kernel: Tensor | None = None  # [new, 1, width + old + width]
         if self.new * (self.old + 2 * self.width) <= LARGEST_KERNEL:
             filters: Any = ResampleFrac(self.old, self.new, ZEROS, ROLLOFF)
-            self.kernel = filters.kernel
+            self.kernel = self._side_by_side(filters.kernel)
         else:
             self.taps = self._taps()  # [new, 2 width + 1]
+
+    def _side_by_side(self, kernel: Tensor) -> Tensor:
+        """The filters of as many frames as give `AT_ONCE` samples.
+
+        So a convolution becomes a product of matrices, which for factors of 2 is three times as fast.
+        """
+        self.frames = -(-AT_ONCE // self.new)
+        return torch.cat(
+            [
+                F.pad(kernel, (index * self.old, (self.frames - 1 - index) * self.old))
+                for index in range(self.frames)
+            ]
+        )
 
     def _taps(self) -> Tensor:
         around = torch.arange(-self.width, self.width + 1)
@@ -59,8 +73,10 @@ class _Filters:
     def __call__(self, x: Tensor) -> Tensor:
         """The frames in `x` `[N, width + frames * old + width]`, as `[N, frames * new]`."""
         if self.kernel is not None:
-            y = F.conv1d(x[:, None], self.kernel.to(x), stride=self.old)
-            return y.transpose(1, 2).flatten(1)
+            frames = (x.shape[-1] - 2 * self.width) // self.old
+            x = F.pad(x, (0, -frames % self.frames * self.old))
+            y = F.conv1d(x[:, None], self.kernel.to(x), stride=self.frames * self.old)
+            return y.transpose(1, 2).flatten(1)[:, : frames * self.new]
         windows = x.unfold(-1, self.taps.shape[1], 1)
         starts = range(0, x.shape[-1] - 2 * self.width, self.old)
         at = self._positions.to(x.device)

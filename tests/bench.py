@@ -1,8 +1,10 @@
 """Speed, error and memory beside the reference: python -m tests.bench [--help].
 
 All sides run the same window with the same random weights, alternating in one process after a
-warm-up; seconds are medians. Peak memory is that of a process of its own for each side. With --song
-the two commands separate a made song, everything counted; with --cuda the windows run on a GPU.
+warm-up; seconds are medians. A window is as long as the model is run at (7.8 s for htdemucs, 40 s
+for the others), unless --seconds is given. Peak memory is that of a process of its own for each
+side. With --song the two commands separate a made song, everything counted; with --cuda the windows
+run on a GPU. Each time goes to standard error when it is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +34,13 @@ from demucs_infer.layout import packed
 
 from .helpers import noise, released_pair, run, save_package
 
-WINDOW = 343_980  # samples: 7.8 s at 44.1 kHz
 MODELS = {
     "htdemucs": "955717e8",
     "hdemucs_mmi": "75fc33f5",
     "mdx, spectral": "a1d90b5c",
     "mdx, time": "0d19c1c6",
 }
+TRACKS, TRACK_SECONDS = 8, 30  # of each process with --ray
 ON_CPU = {
     "float32": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -51,11 +54,11 @@ ON_CUDA = {
 }
 PEAK = """
 import resource, sys, torch
-from tests.bench import WINDOW, on_engine, EngineOptions
-from tests.helpers import noise, released_pair
+from tests.bench import EngineOptions, make_window, on_engine
+from tests.helpers import released_pair
 theirs, ours = released_pair(sys.argv[1])
 side = theirs if sys.argv[2] == "demucs" else on_engine(ours, EngineOptions(**eval(sys.argv[3])))
-mix = noise(2, WINDOW)[None]
+mix = make_window(ours, eval(sys.argv[4]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
     side(mix)
@@ -71,14 +74,23 @@ def medians(sides: Mapping[str, Callable[[], object]], count: int) -> dict[str, 
             start = time.perf_counter()
             with torch.no_grad():
                 function()
+            taken = time.perf_counter() - start
+            print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
             if index:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_megabytes(signature: str, side: str, options: Mapping[str, Any]) -> float:
+def make_window(model: nn.Module, seconds: float | None) -> Tensor:
+    """Noise `[1, 2, T]` of `seconds`, or of the length that `model` is run at."""
+    return noise(2, int(44_100 * (seconds or model.segment)))[None]
+
+
+def peak_megabytes(
+    signature: str, side: str, options: Mapping[str, Any], seconds: float | None
+) -> float:
     """What a window adds to the peak memory of a process that has the models."""
-    result = run("-c", PEAK, signature, side, dict(options))
+    result = run("-c", PEAK, signature, side, dict(options), seconds)
     result.check_returncode()
     per_megabyte = 1024 * 1024 if sys.platform == "darwin" else 1024  # bytes there, else KiB
     return int(result.stdout) / per_megabyte
@@ -106,12 +118,12 @@ def decibels(ours: Tensor, theirs: Tensor) -> float:
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
-def compare_windows(label: str, count: int, device: str, batch: int) -> None:
+def compare_windows(label: str, count: int, seconds: float | None, device: str, batch: int) -> None:
     """A line of the table for each side of one model."""
     signature = MODELS[label]
     variants = ON_CPU if device == "cpu" else ON_CUDA
     theirs, ours = (model.to(device) for model in released_pair(signature))
-    mix = noise(2, WINDOW)[None].to(device).expand(batch, -1, -1)
+    mix = make_window(ours, seconds).to(device).expand(batch, -1, -1)
     models = {
         name: on_engine(ours, EngineOptions(**kw, device=device)) for name, kw in variants.items()
     }
@@ -124,19 +136,19 @@ def compare_windows(label: str, count: int, device: str, batch: int) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    seconds = medians({name: partial(window, m) for name, m in models.items()}, count)
+    times = medians({name: partial(window, m) for name, m in models.items()}, count)
     rate, work = matrix_rate(), gigaflops(theirs.cpu(), mix[:1].cpu())
-    for name, value in seconds.items():
-        ratio, error = seconds["demucs"] / value, decibels(results[name], results["demucs"])
+    for name, value in times.items():
+        ratio, error = times["demucs"] / value, decibels(results[name], results["demucs"])
         cells = [label, name, f"{value / batch:.3f}", f"{ratio:.2f}", f"{error:.0f} dB"]
         if device == "cpu":
             cells.append(f"{work / value / rate:.0%}")
         print("|", " | ".join(cells), "|", flush=True)
 
 
-def compare_memory(label: str) -> None:
+def compare_memory(label: str, seconds: float | None) -> None:
     sides: dict[str, dict[str, str]] = {**ON_CPU, "demucs": {}}
-    peaks = {name: peak_megabytes(MODELS[label], name, kw) for name, kw in sides.items()}
+    peaks = {name: peak_megabytes(MODELS[label], name, kw, seconds) for name, kw in sides.items()}
     for name, value in peaks.items():
         print(f"| {label} | {name} | {value:.0f} | {value / peaks['demucs']:.2f} |", flush=True)
 
@@ -173,6 +185,41 @@ def compare_commands(seconds: float, count: int) -> None:
             print(f"| {side} | {value:.1f} | {times['demucs'] / value:.2f} |", flush=True)
 
 
+def compare_ray(count: int) -> None:
+    """Ray beside as many plain processes, on the same tracks: a process and a thread per core.
+
+    Both start up, too: what counts is what the tracks take beyond the first of each process.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    processes = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tracks = [folder / f"{index}.wav" for index in range(TRACKS * processes)]
+        for track in tracks:
+            save_audio(noise(2, 44_100 * TRACK_SECONDS), track, 44_100)
+        command = ["-m", "demucs_infer", "-n", "demo", "-d", "cpu", "-q", "-o", folder]
+        on_ray = ["--ray", "--cpus-per-worker", 1]
+
+        def plain(songs: Sequence[Path]) -> None:
+            with ThreadPoolExecutor(processes) as pool:
+                shares = [songs[index::processes] for index in range(processes)]
+                list(pool.map(lambda share: _checked(*command, *share), shares))
+
+        sides = {
+            f"{side}, {len(songs)} tracks": partial(function, songs)
+            for songs in (tracks[:processes], tracks)
+            for side, function in {
+                "plain": plain,
+                "ray": lambda songs: _checked(*command, *on_ray, "--", *songs),
+            }.items()
+        }
+        plain_start, ray_start, plain_all, ray_all = medians(sides, count).values()
+        ratio = (ray_all - ray_start) / (plain_all - plain_start)
+        print(f"start: {plain_start:.1f} s, on Ray {ray_start:.1f} s")
+        print(f"{len(tracks)} tracks: {plain_all:.1f} s, on Ray {ray_all:.1f} s", end=" ")
+        print(f"(beyond the start {ratio - 1:+.0%})")
+
+
 def _checked(*arguments: object) -> None:
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
@@ -182,9 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=5, help="windows per side (default: 5)")
     parser.add_argument("--model", choices=MODELS, action="append", help="(default: all)")
+    parser.add_argument("--seconds", type=float, help="length of a window (default: the model's)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU, in batches of 8 windows")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead")
     parser.add_argument("--loading", action="store_true", help="compare loading instead")
+    parser.add_argument("--ray", action="store_true", help="compare Ray with processes instead")
     parser.add_argument("--song", type=float, metavar="SECONDS", help="compare commands instead")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
@@ -194,15 +243,17 @@ def main() -> None:
         compare_loading(args.windows)
     elif args.memory:
         for label in labels:
-            compare_memory(label)
+            compare_memory(label, args.seconds)
     elif args.song:
         compare_commands(args.song, args.windows)
+    elif args.ray:
+        compare_ray(args.windows)
     else:
         print("| model | network | seconds | ratio | error below | of matrix rate |")
         print("|---|---|---|---|---|---|")
         device, batch = ("cuda", 8) if args.cuda else ("cpu", 1)
         for label in labels:
-            compare_windows(label, args.windows, device, batch)
+            compare_windows(label, args.windows, args.seconds, device, batch)
 
 
 if __name__ == "__main__":
