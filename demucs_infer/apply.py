@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from .batches import Batches
 from .errors import ModelLoadingError, OptionError
+from .memory import kept_memory
 from .utils import center_trim
 
 MAX_SHIFT = 0.5  # seconds: the largest random offset of a shift
@@ -584,6 +585,7 @@ def separate_blocks(
     seconds = source.length / bag.samplerate * len(wanted)
     with (
         own,
+        kept_memory(),
         tqdm(
             total=len(steps), unit_scale=seconds / len(steps), unit="s", disable=not progress
         ) as bar,

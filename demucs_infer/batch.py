@@ -26,6 +26,7 @@ from . import __version__
 from .audio import AudioFile, encoding_errors
 from .errors import DemucsInferError, LoadAudioError, OptionError
 from .log import logger
+from .memory import kept_memory
 from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
 from .spool import Spool, Workspace
@@ -120,7 +121,7 @@ class Batch:
         if any(job.track == PIPE for job in jobs):
             self._keep_standard_input()
         wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        with kept_memory(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             behind: Future[None] | None = None
             try:
                 for job, decoded in self._read_ahead(reader, wanted):

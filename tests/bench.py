@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import demucs_infer.states
 from demucs_infer.audio import save_audio
 from demucs_infer.engines import EngineOptions, on_engine
 from demucs_infer.layout import packed
+from demucs_infer.memory import kept_memory
 
 from .helpers import noise, released_pair, run, save_package
 
@@ -54,13 +56,13 @@ ON_CUDA = {
 }
 PEAK = """
 import resource, sys, torch
-from tests.bench import EngineOptions, make_window, on_engine
+from tests.bench import EngineOptions, kept_memory, make_window, nullcontext, on_engine
 from tests.helpers import released_pair
 theirs, ours = released_pair(sys.argv[1])
 side = theirs if sys.argv[2] == "demucs" else on_engine(ours, EngineOptions(**eval(sys.argv[3])))
 mix = make_window(ours, eval(sys.argv[4]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with torch.no_grad():
+with torch.no_grad(), nullcontext() if side is theirs else kept_memory():
     side(mix)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -132,7 +134,8 @@ def compare_windows(label: str, count: int, seconds: float | None, device: str, 
         results = {name: model(mix[:1]).cpu() for name, model in models.items()}
 
     def window(model: nn.Module) -> None:
-        model(mix)
+        with nullcontext() if model is theirs else kept_memory():  # as the engine does
+            model(mix)
         if device == "cuda":
             torch.cuda.synchronize()
 
