@@ -16,8 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
+from .threads import worker_pool
 from .tracks import Job, plan_jobs
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
     `announce` is called before a track is separated; `report` with what became of it, from any
-    thread, but for one track at a time. Batches that share a model share a lock `turn`, which is
-    held while a track is separated.
+    thread, but for one track at a time. `call` calls a function with arguments where the model may
+    be run: batches that share a model share a thread for it.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class Batch:
         *,
         announce: Callable[[Place], None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
-        turn: AbstractContextManager[Any] | None = None,
+        call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
         self.separator = separator
         self.output = output
         self.space = space
         self._announce, self._report = announce, report
-        self._turn = turn or contextlib.nullcontext()
+        self._call = call
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -121,7 +121,7 @@ class Batch:
         if any(job.track == PIPE for job in jobs):
             self._keep_standard_input()
         wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
-        with kept_memory(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        with kept_memory(), worker_pool(1) as reader, worker_pool(1) as writer:
             behind: Future[None] | None = None
             try:
                 for job, decoded in self._read_ahead(reader, wanted):
@@ -147,7 +147,7 @@ class Batch:
         return True
 
     def _read_ahead(
-        self, reader: ThreadPoolExecutor, jobs: Iterable[Job]
+        self, reader: Executor, jobs: Iterable[Job]
     ) -> Iterator[tuple[Job, Future[_Decoded]]]:
         ahead: deque[tuple[Job, Future[_Decoded]]] = deque()
         for job in jobs:
@@ -190,8 +190,8 @@ class Batch:
         begin = time.monotonic()
         try:
             track = decoded.result()
-            with self._turn, contextlib.closing(track.spool):
-                return self._separate(job, track, begin)
+            with contextlib.closing(track.spool):
+                return self._call(self._separate, job, track, begin)
         except Exception as exc:
             self._fail(job, exc)
             return None
@@ -204,7 +204,7 @@ class Batch:
             for stems in self.separator.blocks(track.mixture, passes):
                 start, position = position, position + stems.shape[-1]
                 mixture = partial(track.mixture.samples, start, position)
-                writer.write(self.output.pick(mixture, dict(zip(names, stems[0].cpu()))))
+                writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
                 del stems  # the next window needs the room
         except BaseException:
             writer.discard()

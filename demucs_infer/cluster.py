@@ -14,10 +14,10 @@ import logging
 import os
 import socket
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,9 +48,9 @@ class SeparateTracks:
         )
 
     It returns the row with what `TrackResult.as_json` gives; what goes wrong with a track is in
-    `error`. The model is loaded once, when this is made. Threads may call it: they take turns at
-    the model, while others read and write. Pickled, it carries its arguments, and loads the model
-    where it is unpickled.
+    `error`. The model is loaded once, when this is made. Threads may call it: the model runs in a
+    thread of its own, for one of them at a time, while others read and write. Pickled, it carries
+    its arguments, and loads the model where it is unpickled.
 
     Args:
         output: the output folder, its URL, or an `Output`.
@@ -66,10 +66,10 @@ class SeparateTracks:
         self._arguments = {"output": output, "skip_existing": skip_existing, **options}
         self.output = output if isinstance(output, Output) else Output(output)
         self.skip_existing = skip_existing
-        self.separator = Separator(**options)
-        self._stems = checked_stems(self.separator, self.output)
-        self._turn = threading.Lock()
         stack = contextlib.ExitStack()
+        self._model_thread = stack.enter_context(ThreadPoolExecutor(1))
+        self.separator = self._in_turn(partial(Separator, **options))
+        self._stems = checked_stems(self.separator, self.output)
         self._space = stack.enter_context(self.output.workspace())
         weakref.finalize(self, stack.close)
 
@@ -82,7 +82,7 @@ class SeparateTracks:
     def _separate(self, track: Place) -> TrackResult:
         name, results = self.separator.name, list[TrackResult]()
         batch = Batch(
-            self.separator, self.output, self._space, report=results.append, turn=self._turn
+            self.separator, self.output, self._space, report=results.append, call=self._in_turn
         )
         try:
             jobs = plan_jobs([track], self.output, name, self._stems)
@@ -90,6 +90,9 @@ class SeparateTracks:
         except DemucsInferError as exc:
             return TrackResult(track, name, error=exc)
         return results[0]
+
+    def _in_turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self._model_thread.submit(function, *arguments).result()
 
 
 class _Worker:

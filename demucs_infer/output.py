@@ -31,6 +31,7 @@ from .pcm import RESCALING, check_clip_mode, prevent_clip, rescale_divisor
 from .resample import Resampler
 from .spool import Spool, Workspace
 from .storage import Place, Url, place
+from .threads import worker_pool
 
 PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
@@ -268,10 +269,12 @@ class _StemWriter:
         else:
             self._encoder.write(prevent_clip(block, self.target.output.clip))
 
-    def encode(self) -> None:
-        """Encode what is in the spool, and make the file whole."""
+    def encode(self, check: Callable[[], None]) -> None:
+        """Encode what is in the spool, and make the file whole; `check` may end that at a block."""
+        check()
         if self._spool is not None:
             for block in self._spool.blocks(BLOCK):
+                check()
                 self._encoder.write(block / self.divisor)
         self._encoder.close()
         self.close()
@@ -313,15 +316,16 @@ class TrackWriter:
                 writer.write(block)
 
     def finish(self, check: Callable[[], None]) -> dict[str, StemFile]:
-        """Encode what is left and let the files appear; `check` is called between the stems."""
+        """Encode what is left and let the files appear; what `check` raises ends that."""
         for name, writer in self._writers.items():
             with self._writing(self.paths[name]):
                 writer.flush()
         self._choose_divisors()
-        for name, writer in self._writers.items():
+        with worker_pool(min(len(self._writers), os.cpu_count() or 1)) as pool:
+            encoded = [pool.submit(writer.encode, check) for writer in self._writers.values()]
+        for name, future in zip(self._writers, encoded):
             with self._writing(self.paths[name]):
-                check()
-                writer.encode()
+                future.result()
         for name, writer in self._writers.items():
             with self._writing(self.paths[name]):
                 _publish(writer.file, self.paths[name])

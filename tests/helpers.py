@@ -125,8 +125,7 @@ def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment(),
-        **kwargs,
+        **{"env": environment(), **kwargs},
     )
 
 
