@@ -17,11 +17,14 @@ PROLOGUE = """
 import resource, torch
 from demucs_infer.memory import kept_memory
 
-def faults():
-    "Pages that the system has to give for a large tensor."
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**25)
+def faults(times=1):
+    "Pages that the system has to give for the last of some large tensors."
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+MANY = 20  # the first ones may leave gaps that are a little too small for the next
 
 def megabytes():
     "What the process has of the system."
@@ -38,31 +41,30 @@ def printed(script: str) -> list[float]:
 
 
 def test_memory_is_kept_within_the_block_and_given_back_after_it() -> None:
-    outside, first, again, kept, still_kept, given_back, after = printed(
+    outside, within, kept, still_kept, given_back = printed(
         """
-print(faults())
+print(faults(MANY))
 with kept_memory():
     with kept_memory():
-        print(faults(), faults(), megabytes())
+        print(faults(MANY), megabytes())
     print(megabytes())
-print(megabytes(), faults())
+print(megabytes())
 """
     )
-    assert again < min(outside, first, after) / 8
-    assert still_kept > given_back + 100
-    assert kept > given_back + 100
+    assert within < outside / 8
+    assert min(kept, still_kept) > given_back + 50
 
 
 def test_who_has_chosen_how_memory_is_kept_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "with kept_memory(): print(faults(), faults())"
+    script = "with kept_memory(): print(faults(), faults(MANY))"
     for name, value in {
         "MALLOC_MMAP_THRESHOLD_": "100000",
         "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=100000",
     }.items():
         with monkeypatch.context() as patch:
             patch.setitem(os.environ, name, value)
-            first, again = printed(script)
-        assert again > first / 2
+            first, last = printed(script)
+        assert last > first / 2
 
 
 def test_a_separation_keeps_memory_between_windows_and_gives_it_back() -> None:
@@ -76,7 +78,7 @@ class Wide(torch.nn.Module):
     faults = []
 
     def forward(self, x):
-        self.faults.append(faults())
+        self.faults.append(faults(MANY if self.faults else 1))
         return x[:, None]
 
 print(megabytes())
@@ -84,5 +86,5 @@ apply_model(Wide(), noise(2, 30_000)[None])
 print(megabytes(), Wide.faults[0], Wide.faults[-1])
 """
     )
-    assert after < before + 100
+    assert after < before + 50
     assert last < first / 8
