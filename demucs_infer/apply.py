@@ -23,7 +23,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
@@ -36,7 +36,6 @@ from tqdm import tqdm
 from .batches import Batches
 from .errors import ModelLoadingError, OptionError
 from .memory import kept_memory
-from .threads import worker_pool
 from .utils import center_trim
 
 MAX_SHIFT = 0.5  # seconds: the largest random offset of a shift
@@ -582,9 +581,8 @@ def separate_blocks(
     extra = {**(callback_arg or {}), "audio_length": source.length, "models": len(bag.models)}
     report = _Reporter(callback, extra, lock or nullcontext())
     ahead = num_workers or (os.cpu_count() or 1 if pool else 0) if device.type == "cpu" else 0
-    own: Executor = _DirectExecutor()
-    if ahead and pool is None:
-        own = worker_pool(ahead, max(1, torch.get_num_threads() // ahead))
+    # Each has all cores: sums over fewer threads would have other bits.
+    own = ThreadPoolExecutor(ahead) if ahead and pool is None else _DirectExecutor()
     seconds = source.length / bag.samplerate * len(wanted)
     with (
         own,
