@@ -67,7 +67,9 @@ class SeparateTracks:
         self.output = output if isinstance(output, Output) else Output(output)
         self.skip_existing = skip_existing
         stack = contextlib.ExitStack()
-        self._model_thread = stack.enter_context(ThreadPoolExecutor(1))
+        self._model_thread = ThreadPoolExecutor(1)
+        # It may be the one that lets go of this last, and cannot wait for itself.
+        stack.callback(self._model_thread.shutdown, wait=False)
         self.separator = self._in_turn(partial(Separator, **options))
         self._stems = checked_stems(self.separator, self.output)
         self._space = stack.enter_context(self.output.workspace())

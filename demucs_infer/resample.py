@@ -37,7 +37,8 @@ class _Filters:
         self.old, self.new = from_samplerate // divisor, to_samplerate // divisor
         self.cutoff = min(self.old, self.new) * ROLLOFF
         self.width = math.ceil(ZEROS * self.old / self.cutoff)
-        self.kernel: Tensor | None = None  # [new, 1, width + old + width]
+        self.frames = -(-AT_ONCE // self.new)  # in a kernel
+        self.kernel: Tensor | None = None  # [frames * new, 1, width + frames * old + width]
         if self.new * (self.old + 2 * self.width) <= LARGEST_KERNEL:
             filters: Any = ResampleFrac(self.old, self.new, ZEROS, ROLLOFF)
             self.kernel = self._side_by_side(filters.kernel)
@@ -45,11 +46,10 @@ class _Filters:
             self.taps = self._taps()  # [new, 2 width + 1]
 
     def _side_by_side(self, kernel: Tensor) -> Tensor:
-        """The filters of as many frames as give `AT_ONCE` samples.
+        """The filters of several frames at once, from those of one.
 
         A convolution with them is a product of matrices: three times as fast for factors of 2.
         """
-        self.frames = -(-AT_ONCE // self.new)
         return torch.cat(
             [
                 F.pad(kernel, (index * self.old, (self.frames - 1 - index) * self.old))

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def worker_pool(workers: int, cores: int = 1) -> ThreadPoolExecutor:
-    """A pool of `workers` threads, each with `cores` cores for its tensors."""
-    return ThreadPoolExecutor(workers, initializer=_take_cores, initargs=(cores,))
+def worker_pool(workers: int) -> ThreadPoolExecutor:
+    """A pool of threads that work on their tensors alone, without a team."""
+    return ThreadPoolExecutor(workers, initializer=_work_alone)
 
 
-def _take_cores(cores: int) -> None:
+def _work_alone() -> None:
     usual = torch.get_num_threads()
-    torch.set_num_threads(cores)
+    torch.set_num_threads(1)
     # This is also what threads that start from now on begin with: only another one can put it back.
     other = threading.Thread(target=torch.set_num_threads, args=(usual,))
     other.start()

@@ -1,9 +1,10 @@
-"""Cores of worker threads, and how little they change elsewhere."""
+"""Worker threads that work alone, and how little that changes elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,26 +14,27 @@ from demucs_infer.threads import worker_pool
 from .helpers import run
 
 
-def test_workers_have_their_cores_and_nobody_else_is_touched() -> None:
+def test_workers_work_alone_and_nobody_else_does() -> None:
     usual = torch.get_num_threads()
-    with worker_pool(2, usual + 3) as pool:
-        both = threading.Barrier(2)
+    torch.set_num_threads(3)
+    try:
+        with worker_pool(2) as pool:
+            both = threading.Barrier(2)
 
-        def cores() -> int:
-            both.wait()
-            return torch.get_num_threads()
+            def cores() -> int:
+                both.wait()
+                return torch.get_num_threads()
 
-        assert [job.result() for job in [pool.submit(cores) for _ in "ab"]] == [usual + 3] * 2
-        assert torch.get_num_threads() == usual
-        later: list[int] = []
-        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert later == [usual]
+            assert [job.result() for job in [pool.submit(cores) for _ in "ab"]] == [1, 1]
+            assert torch.get_num_threads() == 3
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(usual)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_a_worker_with_one_core_has_no_team() -> None:
+def test_a_worker_has_no_team() -> None:
     script = """
 import os, sys, torch
 from concurrent.futures import ThreadPoolExecutor
