@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from .apply import ApplyOptions, Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
-from .batch import TrackResult, separate_file
-from .engines import EngineOptions, on_engine
+from .engine.backends import EngineOptions, on_engine
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
-from .mixture import Decoder, Mixture
-from .output import Output
-from .pcm import as_samples
+from .hub.registry import cache_folder
+from .io.batch import TrackResult, separate_file
+from .io.mixture import Decoder, Mixture
+from .io.output import Output
+from .io.pcm import as_samples
+from .io.storage import local_copy, place
 from .pretrained import DEFAULT_MODEL, get_model, list_models
-from .registry import cache_folder
-from .storage import local_copy, place
 
 __all__ = [
     "LoadAudioError",

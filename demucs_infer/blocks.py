@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, in_bands, rows
 from .errors import OptionError
-from .layout import Conv1d, ConvTranspose1d, GroupNorm, in_bands, rows
 from .utils import unfold
 
 LSTM_FRAME = 200  # steps: longer inputs go through the LSTM in overlapping frames

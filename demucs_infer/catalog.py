@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
+from .hub.registry import MEGABYTE, bags, cache_folder, checkpoints, is_community
 from .pretrained import open_remote, open_repo
-from .registry import MEGABYTE, bags, cache_folder, checkpoints, is_community
 from .repo import RemoteRepo
 
 # The sections of the listing, by group and kind.

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch import Batch, TrackResult, checked_stems
 from .errors import DemucsInferError, MissingDependencyError, OptionError
-from .output import Output
-from .storage import Place, place
-from .tracks import plan_jobs
+from .io.batch import Batch, TrackResult, checked_stems
+from .io.output import Output
+from .io.storage import Place, place
+from .io.tracks import plan_jobs
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
 RETRIES = 1  # of a track whose worker dies, among others and then alone

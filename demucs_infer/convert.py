@@ -29,7 +29,7 @@ def main(opts: Sequence[str] | None = None) -> None:
 def convert(checkpoint: Path, target: Path) -> None:
     """Convert a checkpoint file. Raises `ModelLoadingError`, or `OSError` if writing fails."""
     from .errors import OptionError
-    from .packages import read_package, write_safetensors
+    from .hub.packages import read_package, write_safetensors
     from .states import load_model
 
     if target.suffix != ".safetensors":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
-from .layout import Conv1d, ConvTranspose1d, GroupNorm, channels_last
+from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, channels_last
 from .resample import resample
 from .utils import (
     capture_init,

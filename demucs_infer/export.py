@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines import NetworkModule
+from .engine.backends import NetworkModule
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .log import fatal
 from .states import load_model

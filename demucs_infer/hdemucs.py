@@ -27,8 +27,8 @@ from .blocks import (
     MultiEncoder,
     ScaledEmbedding,
 )
+from .engine.cpu_kernels import channels_last
 from .errors import MissingDependencyError, OptionError
-from .layout import channels_last
 from .spec import (
     channels_as_complex,
     complex_as_channels,

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .engine.cpu_kernels import Conv1d
 from .errors import OptionError
 from .hdemucs import HybridUNet
-from .layout import Conv1d
 from .transformer import CrossTransformerEncoder
 from .utils import capture_init, check_architecture, signature_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ModelLoadingError
-from .registry import REMOTE_ROOT, bags, checkpoint_urls, checkpoints
+from .hub.registry import REMOTE_ROOT, bags, checkpoint_urls, checkpoints
 from .repo import AnyModelRepo, BagOnlyRepo, LocalRepo, RegistryBagRepo, RemoteRepo
 
 if TYPE_CHECKING:

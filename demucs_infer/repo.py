@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from .download import fetch, file_digest, shown
 from .errors import DownloadError, ModelLoadingError
-from .registry import Checkpoint, cache_folder, is_offline
+from .hub.download import fetch, file_digest, shown
+from .hub.registry import Checkpoint, cache_folder, is_offline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -177,7 +177,7 @@ def _build(path: Path, architecture: Mapping[str, Any] | None = None) -> nn.Modu
 
     if architecture is None:
         return load_model(path)
-    from .packages import ClassName, read_state
+    from .hub.packages import ClassName, read_state
 
     package = {**architecture, "klass": ClassName(architecture["klass"])}
     return load_model({**package, "state": read_state(path)})

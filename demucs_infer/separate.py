@@ -28,17 +28,17 @@ from .choices import (
     PRECISIONS,
 )
 from .errors import DemucsInferError, OptionError
+from .io.storage import Place, place
 from .log import bold, fatal, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
-from .storage import Place, place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .api import Separator
-    from .batch import TrackResult
-    from .output import Output
-    from .tracks import Job
+    from .io.batch import TrackResult
+    from .io.output import Output
+    from .io.tracks import Job
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -383,8 +383,8 @@ def _take_address(args: argparse.Namespace) -> None:
 def _separate_tracks(args: argparse.Namespace) -> int:
     """Separate every track and return how many failed."""
     from .api import Separator
-    from .batch import checked_stems
-    from .tracks import plan_jobs
+    from .io.batch import checked_stems
+    from .io.tracks import plan_jobs
 
     output = _make_output(args)
     options = _separator_options(args, output)
@@ -408,7 +408,7 @@ def _separate_here(
     jobs: Sequence[Job],
     console: _Console,
 ) -> None:
-    from .batch import Batch
+    from .io.batch import Batch
 
     def report(result: TrackResult) -> None:
         console.report(result.as_json())
@@ -426,7 +426,7 @@ def _separate_on_ray(
     console: _Console,
 ) -> None:
     from .cluster import separate_on_ray
-    from .output import PIPE
+    from .io.output import PIPE
 
     if output.is_pipe or any(job.track == PIPE for job in jobs):
         raise OptionError("--ray takes no standard input and no standard output")
@@ -442,7 +442,7 @@ def _separate_on_ray(
 
 def _find_tracks(args: argparse.Namespace) -> Iterator[Place]:
     """The tracks that the command line and its list name. Raises `OptionError` if none is."""
-    from .tracks import find_tracks, read_list
+    from .io.tracks import find_tracks, read_list
 
     listed = () if args.from_file is None else read_list(args.from_file)
     found = find_tracks(itertools.chain(args.tracks, listed), leave_out=args.out)
@@ -457,7 +457,7 @@ def _model_name(args: argparse.Namespace) -> str:
 
 
 def _make_output(args: argparse.Namespace) -> Output:
-    from .output import PIPE, Output
+    from .io.output import PIPE, Output
 
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")

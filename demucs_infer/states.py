@@ -20,8 +20,8 @@ from .demucs import Demucs
 from .errors import MissingDependencyError, ModelLoadingError, OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
+from .hub.packages import ClassName, read_package, write_safetensors
 from .log import logger
-from .packages import ClassName, read_package, write_safetensors
 from .utils import appearing, capture_init
 
 __all__ = [

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import LayerScale
+from .engine.cpu_kernels import attention, packed, unpacked
 from .errors import OptionError
-from .layout import attention, packed, unpacked
 from .utils import capture_init, signature_of
 
 

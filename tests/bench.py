@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 import demucs_infer.states
 from demucs_infer.audio import save_audio
-from demucs_infer.engines import EngineOptions, on_engine
-from demucs_infer.layout import packed
-from demucs_infer.memory import kept_memory
+from demucs_infer.engine.backends import EngineOptions, on_engine
+from demucs_infer.engine.cpu_kernels import packed
+from demucs_infer.engine.memory import kept_memory
 
 from .helpers import environment, noise, released_pair, run, save_package
 

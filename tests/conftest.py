@@ -9,9 +9,9 @@ import pytest
 import soundfile
 import torch
 
-from demucs_infer import download, registry
-from demucs_infer.download import Patience
 from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.hub import download, registry
+from demucs_infer.hub.download import Patience
 
 from .helpers import TINY, noise, publish, save_package, shake
 from .web import Web, serving
@@ -55,7 +55,7 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         web.content, web.others = checkpoint, {"weights.ckpt": weights.getvalue()}
         publish(tmp_path, web.url, checkpoint, weights.getvalue())
         web.code = (
-            "from pathlib import Path; from demucs_infer import registry;"
+            "from pathlib import Path; from demucs_infer.hub import registry;"
             f"registry.REMOTE_ROOT = Path({str(tmp_path)!r});"
         )
         monkeypatch.setenv("DEMUCS_INFER_CACHE", str(tmp_path / "cache"))

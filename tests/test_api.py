@@ -13,7 +13,7 @@ import yaml
 from demucs_infer.api import LoadAudioError, LoadModelError, Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.registry import registry
+from demucs_infer.hub.registry import registry
 
 from .helpers import SOURCES, TINY, assert_close, noise, save_package, shake
 

@@ -26,7 +26,7 @@ from demucs_infer.errors import (
     OptionError,
     SaveAudioError,
 )
-from demucs_infer.pcm import CLIP_MODES
+from demucs_infer.io.pcm import CLIP_MODES
 
 from .helpers import assert_close, noise
 
@@ -63,7 +63,7 @@ def encode(path: Path, codec: str, rate: int, layout: str, seconds: float = 1.0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.layout = layout
-        channels = stream.layout.nb_channels
+        channels = stream.cpu_kernels.nb_channels
         samples = tone(rate, seconds, channels).reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(samples, "flt", layout)
         frame.sample_rate = rate

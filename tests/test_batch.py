@@ -20,13 +20,13 @@ import pytest
 import soundfile
 import torch
 
-from demucs_infer import spool
 from demucs_infer.api import Output, Separator, TrackResult, save_audio
 from demucs_infer.audio import AudioFile
 from demucs_infer.choices import FORMAT_NAMES
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.pcm import prevent_clip
+from demucs_infer.io import spool
+from demucs_infer.io.pcm import prevent_clip
 from demucs_infer.separate import main
 
 from .helpers import (

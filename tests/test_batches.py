@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
-from demucs_infer.batches import Batches
+from demucs_infer.engine.batches import Batches
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -90,7 +90,9 @@ def test_the_first_window_shows_how_many_fit(
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr("demucs_infer.batches._run", lambda model, windows, stems, device: windows)
+    monkeypatch.setattr(
+        "demucs_infer.engine.batches._run", lambda model, windows, stems, device: windows
+    )
     batches = Batches(torch.device("cuda"))
     assert (batches.size, batches.most) == (1, 32)
     batches.run(model, [torch.zeros(1, 2, 4)], [0])

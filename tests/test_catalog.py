@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from demucs_infer import registry
 from demucs_infer.api import list_models
 from demucs_infer.catalog import catalog
+from demucs_infer.hub import registry
 from demucs_infer.separate import main
 
 from . import web as answers
@@ -164,7 +164,9 @@ def test_the_model_in_the_package(
 def test_a_damaged_package(damage, words: str, options: list, tmp_path: Path) -> None:
     package = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
     damage(package / "demo.safetensors")
-    elsewhere = f"from demucs_infer import registry; registry.REMOTE_ROOT = Path({str(package)!r});"
+    elsewhere = (
+        f"from demucs_infer.hub import registry; registry.REMOTE_ROOT = Path({str(package)!r});"
+    )
     result = run(
         "-c", f"from pathlib import Path; {elsewhere}{MAIN}", "--download", "demo", *options
     )

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from demucs_infer import download
-from demucs_infer.download import Patience, fetch
 from demucs_infer.errors import DownloadError
+from demucs_infer.hub import download
+from demucs_infer.hub.download import Patience, fetch
 
 from . import web as answers
 from .web import CONTENT, DIGEST, HALF, Web, breaks_at, serving, stalls_at, status
@@ -34,7 +34,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 # Fetches argv[1] as argv[2], with messages on standard error.
 SCRIPT = f"""
 import logging, pathlib, signal, sys
-from demucs_infer.download import Patience, fetch
+from demucs_infer.hub.download import Patience, fetch
 logging.basicConfig(format="%(message)s")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}", patience=Patience(timeout=600))

@@ -10,8 +10,9 @@ import soundfile
 import torch
 
 from demucs_infer.choices import FORMAT_NAMES
-from demucs_infer.encode import FORMATS, Encoding, encoder
 from demucs_infer.errors import OptionError, SaveAudioError
+from demucs_infer.io.encode import encoder
+from demucs_infer.io.formats import FORMATS, Encoding
 
 from .helpers import noise
 

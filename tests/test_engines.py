@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
-from demucs_infer.engines import EngineOptions, on_engine
+from demucs_infer.engine.backends import EngineOptions, on_engine
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demucs_infer import layout
+from demucs_infer.engine import cpu_kernels
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -85,8 +85,8 @@ def test_layers_in_bands_equal_the_reference(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large models are cut along frequency on a CPU; here, in bands of a few rows."""
-    monkeypatch.setattr(layout, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(layout, "BAND_BYTES", 2**13)
+    monkeypatch.setattr(cpu_kernels, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(cpu_kernels, "BAND_BYTES", 2**13)
     theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])
     with torch.no_grad():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 PROLOGUE = """
 import resource, torch
-from demucs_infer.memory import kept_memory
+from demucs_infer.engine.memory import kept_memory
 
 def faults(times=1):
     "Pages that the system has to give for the last of some large tensors."

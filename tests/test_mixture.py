@@ -9,7 +9,7 @@ import torch
 
 from demucs_infer.audio import AudioFile, convert_audio
 from demucs_infer.errors import LoadAudioError
-from demucs_infer.mixture import BLOCK, Decoder, Mixture, Moments
+from demucs_infer.io.mixture import BLOCK, Decoder, Mixture, Moments
 
 from .helpers import assert_close, noise
 

@@ -8,7 +8,7 @@ import torch
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.registry import registry
+from demucs_infer.hub.registry import registry
 
 from .helpers import RELEASED, assert_close, noise, released_pair
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import demucs.htdemucs
 import pytest
 
-from demucs_infer import registry
-from demucs_infer.download import file_digest
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.hub import registry
+from demucs_infer.hub.download import file_digest
 
 # The SHA-256 of names, addresses, digests and weights as they were published.
 FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from demucs_infer import registry
 from demucs_infer.api import Separator
 from demucs_infer.apply import BagOfModels
 from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.packages import read_state
+from demucs_infer.hub import registry
+from demucs_infer.hub.packages import read_state
 from demucs_infer.pretrained import (
     add_model_flags,
     demucs_unittest,

@@ -26,7 +26,7 @@ from demucs_infer import separate
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.packages import read_package
+from demucs_infer.hub.packages import read_package
 from demucs_infer.states import (
     get_state,
     load_model,

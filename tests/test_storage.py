@@ -19,9 +19,9 @@ from moto.server import ThreadedMotoServer
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
+from demucs_infer.io.storage import Url, place
+from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
 from demucs_infer.separate import main
-from demucs_infer.storage import Url, place
-from demucs_infer.tracks import find_tracks, plan_jobs, read_list
 
 from .helpers import SOURCES, environment, noise, run, separate
 from .test_separate import assert_one_line, stems_of

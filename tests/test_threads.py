@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from demucs_infer.threads import worker_pool
+from demucs_infer.engine.threads import worker_pool
 
 from .helpers import run
 
@@ -38,7 +38,7 @@ def test_a_worker_has_no_team() -> None:
     script = """
 import os, sys, torch
 from concurrent.futures import ThreadPoolExecutor
-from demucs_infer.threads import worker_pool
+from demucs_infer.engine.threads import worker_pool
 
 def work():
     before = len(os.listdir("/proc/self/task"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from demucs_infer.errors import OptionError
-from demucs_infer.output import PIPE, Output
-from demucs_infer.tracks import find_tracks, plan_jobs
+from demucs_infer.io.output import PIPE, Output
+from demucs_infer.io.tracks import find_tracks, plan_jobs
 
 from .helpers import SOURCES
 

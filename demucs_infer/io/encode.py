@@ -2,129 +2,34 @@
 
 FFmpeg's libraries (PyAV) encode every format but Ogg Vorbis, for which the wheels of PyAV have no
 good encoder: libsndfile (soundfile, an extra) does that. Shapes: `[C, n]` samples between -1 and 1.
+A file that is written appears under its name only when it is whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
 
 import av
 import numpy as np
 from torch import Tensor
 
-from .errors import MissingDependencyError, OptionError, SaveAudioError
-from .pcm import i16_pcm, i24_pcm
+from ..errors import MissingDependencyError, OptionError, SaveAudioError
+from ..resample import resample
+from ..utils import appearing
+from .decode import AV_ERRORS, _reason
+from .formats import DEFAULT_BITS, LAYOUTS, Encoding
+from .pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
 
-LAYOUTS = {
-    1: "mono",
-    2: "stereo",
-    3: "2.1",
-    4: "4.0",
-    5: "5.0",
-    6: "5.1",
-    7: "6.1",
-    8: "7.1",
-}
-MP3_PRESETS = range(2, 8)  # of lame: 2 is the best quality, 7 the fastest
+ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
 VORBIS_COMPRESSION = 0.2  # of libsndfile: quality 8 of 10, about 256 kbit/s
 BLOCK = 2**16  # samples that one frame for an encoder has at most
-
-
-@dataclass(frozen=True)
-class Format:
-    """A file format: FFmpeg's container, and its encoder for each number of bits.
-
-    A format whose encoder has the key 0 is lossy. `rates` are the sample rates that it has
-    (hertz; none: any), `bitrate` is its usual one in kbit/s, with the range that there is.
-    """
-
-    container: str
-    codecs: Mapping[int, str]
-    rates: tuple[int, ...] = ()
-    bitrate: int = 0
-    bitrates: tuple[int, int] = (0, 0)
-    channels: int = len(LAYOUTS)
-    options: Mapping[str, str] = field(default_factory=dict)  # of FFmpeg's muxer
-
-    @property
-    def is_lossy(self) -> bool:
-        return 0 in self.codecs
-
-
-BEYOND_4_GIB = {"rf64": "auto"}
-EXACT_LENGTH = {"movie_timescale": "{rate}"}  # else it is rounded to milliseconds
-MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
-AAC_RATES = (7350, *MP3_RATES, 64000, 88200, 96000)
-FORMATS = {
-    "wav": Format("wav", {16: "pcm_s16le", 24: "pcm_s24le", 32: "pcm_f32le"}, options=BEYOND_4_GIB),
-    "flac": Format("flac", {16: "flac", 24: "flac"}),
-    "mp3": Format("mp3", {0: "libmp3lame"}, MP3_RATES, 320, (8, 320), channels=2),
-    "ogg": Format("ogg", {0: "vorbis"}),
-    "opus": Format("ogg", {0: "libopus"}, (48000,), 192, (6, 510)),
-    "m4a": Format("ipod", {0: "aac"}, AAC_RATES, 256, (8, 512), options=EXACT_LENGTH),
-}
-DEFAULT_BITS = 16
 SAMPLE_FORMATS = {0: "flt", 16: "s16", 24: "s32", 32: "flt"}  # FFmpeg's, of the frames, by depth
 PLANAR = {"libmp3lame": "fltp", "aac": "fltp"}  # encoders that want a plane per channel
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a file is encoded. Raises `OptionError` for what its format does not have.
-
-    Args:
-        format: a key of `FORMATS`.
-        bits: 16, 24 or 32 (float32), for the lossless formats.
-        bitrate: kbit/s, for MP3, M4A and Opus (default: the format's usual one).
-        preset: of MP3, from 2 (best quality) to 7 (fastest).
-    """
-
-    format: str = "wav"
-    bits: int = DEFAULT_BITS
-    bitrate: int | None = None
-    preset: int = 2
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise OptionError(
-                f"cannot write {self.format or 'a file without suffix'!r}: use {', '.join(FORMATS)}"
-            )
-        kind, name = FORMATS[self.format], self.format.upper()
-        if kind.is_lossy and self.bits != DEFAULT_BITS:
-            raise OptionError(f"{name} has no {self.bits} bits: use wav or flac for that")
-        if not kind.is_lossy and self.bits not in kind.codecs:
-            has = " or ".join(map(str, kind.codecs))
-            raise OptionError(f"{name} has {has} bits, not {self.bits}")
-        low, high = kind.bitrates
-        if self.bitrate is not None and kind.bitrate and not low <= self.bitrate <= high:
-            raise OptionError(f"{name} has {low} to {high} kbit/s, not {self.bitrate}")
-        if self.preset not in MP3_PRESETS:
-            raise OptionError(
-                f"MP3 preset {self.preset} is not within 2 (best quality) to 7 (fastest)"
-            )
-
-    @property
-    def kind(self) -> Format:
-        return FORMATS[self.format]
-
-    @property
-    def depth(self) -> int:
-        """The bits of a sample, or 0 if the format is lossy."""
-        return 0 if self.kind.is_lossy else self.bits
-
-    @property
-    def codec(self) -> str:
-        """FFmpeg's name of the encoder."""
-        return self.kind.codecs[self.depth]
-
-    def samplerate(self, wanted: int) -> int:
-        """The rate that a file gets for `wanted` hertz: the next one that the format has."""
-        rates = self.kind.rates
-        if not rates or wanted in rates:
-            return wanted
-        return min((rate for rate in rates if rate > wanted), default=max(rates))
 
 
 def check_encoder(encoding: Encoding) -> None:
@@ -282,3 +187,74 @@ class _Kept:
         """Raise what was kept."""
         if self.error is not None:
             raise self.error
+
+
+def encode_mp3(
+    wav: Tensor,
+    path: str | os.PathLike[str],
+    samplerate: int = 44100,
+    bitrate: int = 320,
+    quality: int = 2,
+    verbose: bool = False,
+) -> None:
+    """Write `wav` `[C, T]` as MP3.
+
+    `bitrate` is in kbit/s, `quality` lame's preset from 2 (best) to 7 (fastest). `verbose` is
+    accepted, and changes nothing. Raises `SaveAudioError` if the file cannot be written.
+    """
+    _write(wav, Path(path), samplerate, Encoding("mp3", bitrate=bitrate, preset=quality))
+
+
+def save_audio(
+    wav: Tensor,
+    path: str | os.PathLike[str],
+    samplerate: int,
+    bitrate: int = 320,
+    clip: ClipMode | str | None = "rescale",
+    bits_per_sample: int = DEFAULT_BITS,
+    as_float: bool = False,
+    preset: int = 2,
+) -> None:
+    """Write `wav` `[C, T]` as the suffix of `path` says: .wav, .flac, .mp3, .ogg, .opus or .m4a.
+
+    Args:
+        wav: samples, on any device.
+        path: the file; it appears only when it is whole.
+        samplerate: in hertz; converted to the next one that the format has (Opus: 48000).
+        bitrate: of MP3, in kbit/s.
+        clip: what happens to samples beyond ±1, see `prevent_clip`.
+        bits_per_sample: 16 or 24, or 32 for float32 (WAV only).
+        as_float: write WAV as float32.
+        preset: of MP3, from 2 (best quality) to 7 (fastest).
+
+    Raises `OptionError` for a format, depth or clip mode that cannot be had, `SaveAudioError` if
+    the file cannot be written.
+    """
+    path = Path(path)
+    name = path.suffix.lower()[1:]
+    encoding = Encoding(
+        name,
+        bits=32 if as_float and name == "wav" else bits_per_sample,
+        bitrate=bitrate if name == "mp3" else None,
+        preset=preset,
+    )
+    check_encoder(encoding)
+    _write(prevent_clip(wav.detach().float(), clip), path, samplerate, encoding)
+
+
+def _write(wav: Tensor, path: Path, samplerate: int, encoding: Encoding) -> None:
+    rate = encoding.samplerate(samplerate)
+    wav = resample(f32_pcm(wav.cpu()), samplerate, rate)
+    with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
+        sink = encoder(file, encoding, rate, wav.shape[0])
+        sink.write(wav)
+        sink.close()
+
+
+@contextmanager
+def encoding_errors(path: object) -> Iterator[None]:
+    """Raise `SaveAudioError` for what the system, FFmpeg or libsndfile objects to."""
+    try:
+        yield
+    except (*AV_ERRORS, RuntimeError) as exc:
+        raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc

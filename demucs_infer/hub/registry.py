@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from .errors import ModelLoadingError
+from ..errors import ModelLoadingError
 
-REMOTE_ROOT = Path(__file__).parent / "remote"
+REMOTE_ROOT = Path(__file__).parent.parent / "remote"
 CACHE_VARIABLE = "DEMUCS_INFER_CACHE"  # the folder of checkpoints
 MIRROR_VARIABLE = "DEMUCS_INFER_MIRROR"  # an address to fetch them from
 OFFLINE_VARIABLE = "DEMUCS_INFER_OFFLINE"  # never fetch them

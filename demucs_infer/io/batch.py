@@ -21,20 +21,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .audio import AudioFile, encoding_errors
-from .errors import DemucsInferError, LoadAudioError, OptionError
-from .log import logger
-from .memory import kept_memory
+from .. import __version__
+from ..engine.memory import kept_memory
+from ..engine.threads import worker_pool
+from ..errors import DemucsInferError, LoadAudioError, OptionError
+from ..log import logger
+from .decode import AudioFile
+from .encode import encoding_errors
 from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
-from .threads import worker_pool
 from .tracks import Job, plan_jobs
 
 if TYPE_CHECKING:
-    from .api import Separator
+    from ..api import Separator
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Samples as integers, and what happens to those that are too loud for them."""
+"""Samples of other types, channels and rates, and what happens to those that are too loud."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from ..errors import OptionError
+from ..resample import resample
 
 CLAMP_LIMIT = 0.99
 RESCALE_MARGIN = 1.01
@@ -88,3 +89,26 @@ def check_clip_mode(mode: str | None) -> None:
     """Raise `OptionError` if there is no such clip mode."""
     if mode not in CLIP_MODES and mode is not None:
         raise OptionError(f"clip mode {mode!r} is unknown: choose among {', '.join(CLIP_MODES)}")
+
+
+def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
+    """Convert `wav` `[*, C, T]` to `[*, channels, T]`.
+
+    One channel is repeated; more than are wanted are cut to the first ones, except that one
+    channel is the mean of all. Raises `OptionError` if there are too few otherwise.
+    """
+    *_, present, _ = wav.shape
+    if present == channels:
+        return wav
+    if channels == 1:
+        return wav.mean(dim=-2, keepdim=True)
+    if present == 1:
+        return wav.expand(*wav.shape[:-2], channels, -1)
+    if present > channels:
+        return wav[..., :channels, :]
+    raise OptionError(f"cannot make {channels} channels of {present}")
+
+
+def convert_audio(wav: Tensor, from_samplerate: int, to_samplerate: int, channels: int) -> Tensor:
+    """Convert `wav` `[*, C, T]` to `channels` channels at `to_samplerate` hertz."""
+    return resample(convert_audio_channels(wav, channels), from_samplerate, to_samplerate)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from . import __version__
-from .errors import DownloadError
-from .log import logger
+from .. import __version__
+from ..errors import DownloadError
+from ..log import logger
 
 if TYPE_CHECKING:
     from requests import Response

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from ..errors import OptionError
 
 MOST = 32  # windows at once: by then a GPU is busy
 SHARE = 0.8  # of the free memory that may be taken

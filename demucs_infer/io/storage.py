@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import AudioError, LoadAudioError, MissingDependencyError, SaveAudioError
-from .log import logger
+from ..errors import AudioError, LoadAudioError, MissingDependencyError, SaveAudioError
+from ..log import logger
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters and more: no drive
 WEB = frozenset({"http", "https"})

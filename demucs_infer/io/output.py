@@ -23,15 +23,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .audio import encoding_errors
-from .choices import DEFAULT_FILENAME, OTHER_METHODS
-from .encode import DEFAULT_BITS, Encoding, check_encoder, encoder
-from .errors import OptionError
+from ..choices import DEFAULT_FILENAME, OTHER_METHODS
+from ..engine.threads import worker_pool
+from ..errors import OptionError
+from ..resample import Resampler
+from .encode import check_encoder, encoder, encoding_errors
+from .formats import DEFAULT_BITS, Encoding
 from .pcm import RESCALING, check_clip_mode, prevent_clip, rescale_divisor
-from .resample import Resampler
 from .spool import Spool, Workspace
 from .storage import Place, Url, place
-from .threads import worker_pool
 
 PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called

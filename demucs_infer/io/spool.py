@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import SaveAudioError
+from ..errors import SaveAudioError
 from .storage import TEMPORARY
 
 LOCK = "lock"

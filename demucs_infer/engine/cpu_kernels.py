@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
+from ..compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
 
 BAND_BYTES = 2**21  # of the widest result within a band: the cache of a core holds it
 WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each band

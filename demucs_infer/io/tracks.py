@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from .errors import LoadAudioError, OptionError
+from ..errors import LoadAudioError, OptionError
 from .output import PIPE, Output
 from .storage import Place, Url, place
 

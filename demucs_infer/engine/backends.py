@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import BagOfModels
-from .blocks import HDecLayer, MultiDecoder
-from .choices import ENGINES, PRECISIONS
-from .errors import MissingDependencyError, OptionError
-from .log import logger
-from .utils import appearing
+from ..blocks import HDecLayer, MultiDecoder
+from ..choices import ENGINES, PRECISIONS
+from ..errors import MissingDependencyError, OptionError
+from ..log import logger
+from ..utils import appearing
+from .bag import BagOfModels
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names of them
 

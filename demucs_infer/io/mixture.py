@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .audio import AudioFile, convert_audio_channels
-from .errors import LoadAudioError
-from .resample import Resampler
+from ..errors import LoadAudioError
+from ..resample import Resampler
+from .decode import AudioFile
+from .pcm import convert_audio_channels
 
 NORMALIZATION_EPSILON = 1e-8  # added to the deviation of a track
 BLOCK = 2**16  # samples that are converted at once

@@ -29,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ModelLoadingError
-from .utils import appearing
+from ..errors import ModelLoadingError
+from ..utils import appearing
 
 # Every class that a checkpoint may name.
 CLASS_NAMES = (

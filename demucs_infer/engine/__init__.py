@@ -1,0 +1,1 @@
+"""What works on windows of samples: bags, the plan, overlap-add, batches, backends."""

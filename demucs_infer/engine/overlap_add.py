@@ -1,0 +1,83 @@
+"""Windows are weighted and summed, and what is finished is taken off.
+
+Shapes: `[B, S, C, n]` windows of stems (batch, sources, channels, samples).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import Step, Window
+
+
+def fade(length: int, transition_power: float) -> Tensor:
+    """Weights of a window: up from its start to its middle, and down again, at most 1.
+
+    1 ┤    /\\
+      │  /    \\
+    0 ┤/        \\
+    """
+    half = length // 2
+    up = torch.arange(1, half + 1, dtype=torch.float64)
+    down = torch.arange(length - half, 0, -1, dtype=torch.float64)
+    weight = torch.cat([up, down])
+    smallest = torch.finfo(torch.float64).tiny  # a large power must not leave zero
+    return (weight / weight.max()).pow(transition_power).clamp_min(smallest)
+
+
+def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tensor:
+    """What window `index` contributes at each of its samples, `[n]`: shares of a pass sum to 1.
+
+    `weight` is `fade` for a whole window; shorter windows use its first part.
+    """
+    start, stop = windows[index]
+    total = torch.zeros(stop - start, dtype=weight.dtype)
+    before = itertools.takewhile(lambda w: w.stop > start, reversed(windows[:index]))
+    after = itertools.takewhile(lambda w: w.start < stop, windows[index:])
+    for other in itertools.chain(before, after):
+        low, high = max(start, other.start), min(stop, other.stop)
+        total[low - start : high - start] += weight[low - other.start : high - other.start]
+    return (weight[: stop - start] / total).float()
+
+
+class OverlapAdd:
+    """A sum of windows of which the finished front is taken off.
+
+    `capacity` is the number of samples that are unfinished at any time, at most.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.start = 0
+        self.sum: Tensor | None = None
+
+    def add(self, start: int, x: Tensor) -> None:
+        """Add `x` `[..., n]` at sample `start` of the track."""
+        if self.sum is None:
+            self.sum = x.new_zeros(*x.shape[:-1], self.capacity)
+        at = start - self.start
+        self.sum[..., at : at + x.shape[-1]] += x
+
+    def take(self, stop: int) -> Tensor:
+        """Remove and return the samples up to `stop`."""
+        assert self.sum is not None
+        count = stop - self.start
+        block = self.sum[..., :count].clone()
+        rest = self.sum[..., count:].clone()
+        self.sum[..., : rest.shape[-1]] = rest
+        self.sum[..., rest.shape[-1] :] = 0
+        self.start = stop
+        return block
+
+
+def _capacity(steps: Sequence[Step], length: int) -> int:
+    """How many samples an `OverlapAdd` of `steps` has to hold."""
+    finished = largest = 0
+    for step in steps:
+        largest = max(largest, min(step.window.stop, length) - finished)
+        finished = max(finished, min(step.complete, length))
+    return largest

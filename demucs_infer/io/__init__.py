@@ -1,0 +1,1 @@
+"""What works on audio files: reading, writing, formats, places, tracks and batches of them."""

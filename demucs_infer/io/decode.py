@@ -1,0 +1,218 @@
+"""Reading audio files.
+
+Shapes: `[C, T]` samples between -1 and 1, as float32. FFmpeg's libraries, which PyAV brings along,
+decode files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from av.audio.resampler import AudioResampler
+from torch import Tensor
+
+from ..errors import LoadAudioError
+from ..log import logger
+from .pcm import convert_audio
+
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+# What an input's tags say of its file and not of its music.
+FILE_TAGS = (
+    "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
+    " creation_time handler_name vendor_id language itunsmpb bps duration".split()
+)
+SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
+MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
+
+
+class AudioFile:
+    """The audio streams of a file; `name` is what messages call it.
+
+    Raises `LoadAudioError` if it cannot be read or has no audio, when that is first noticed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+
+    def __repr__(self) -> str:
+        return f"AudioFile({str(self.path)!r})"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the file says of itself: `format` (with `duration`) and `streams`."""
+        with self._open() as container:
+            duration = container.duration
+            return {
+                "format": {
+                    "filename": str(self.path),
+                    "format_name": container.format.name,
+                    "duration": None if duration is None else duration / av.time_base,
+                    "tags": dict(container.metadata),
+                },
+                "streams": [
+                    {
+                        "index": stream.index,
+                        "codec_type": stream.type,
+                        "codec_name": stream.codec_context.name if stream.codec_context else None,
+                        "sample_rate": getattr(stream, "rate", None),
+                        "channels": getattr(stream, "channels", None),
+                    }
+                    for stream in container.streams
+                ],
+            }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Title, artist and what else the file says of its music, under FFmpeg's names."""
+        with self._open() as container:
+            streams: Mapping[str, str] = {}
+            if container.streams.audio:
+                streams = container.streams.audio[0].metadata  # where Ogg keeps them
+            tags = {name.lower(): text for name, text in {**streams, **container.metadata}.items()}
+        music = {name: text for name, text in tags.items() if _is_of_the_music(name, text)}
+        return dict(list(music.items())[:MAX_TAGS])
+
+    @property
+    def duration(self) -> float:
+        """Seconds, as the file states them."""
+        return float(self.info["format"]["duration"] or 0.0)
+
+    @property
+    def _audio_streams(self) -> list[int]:
+        return [s["index"] for s in self.info["streams"] if s["codec_type"] == "audio"]
+
+    def __len__(self) -> int:
+        """The number of audio streams."""
+        return len(self._audio_streams)
+
+    def channels(self, stream: int = 0) -> int:
+        """Channels of an audio stream."""
+        return int(self._stream_info(stream)["channels"])
+
+    def samplerate(self, stream: int = 0) -> int:
+        """Sample rate of an audio stream, in hertz."""
+        return int(self._stream_info(stream)["sample_rate"])
+
+    def _stream_info(self, stream: int) -> dict[str, Any]:
+        audio = [s for s in self.info["streams"] if s["codec_type"] == "audio"]
+        if not 0 <= stream < len(audio):
+            raise LoadAudioError(f"{self.name}: there is no audio stream {stream}")
+        rate = audio[stream]["sample_rate"]
+        if rate not in SAMPLE_RATES:
+            raise LoadAudioError(f"{self.name}: a sample rate of {rate} Hz is not one of music")
+        return audio[stream]
+
+    def read(
+        self,
+        seek_time: float | None = None,
+        duration: float | None = None,
+        streams: int | slice | Sequence[int] = slice(None),
+        samplerate: int | None = None,
+        channels: int | None = None,
+    ) -> Tensor:
+        """Decode audio, as `[C, T]` for a stream given by its number, else `[S, C, T]`.
+
+        Args:
+            seek_time: start here, in seconds.
+            duration: stop after this many seconds.
+            streams: number of one audio stream, several numbers, or a slice (default: all).
+            samplerate: convert to this rate, in hertz.
+            channels: convert to this many channels (see `convert_audio_channels`).
+
+        A file that breaks off gives what can be decoded, with a warning.
+        """
+        if isinstance(streams, int):
+            return self._read_stream(streams, seek_time, duration, samplerate, channels)
+        numbers = range(len(self))[streams] if isinstance(streams, slice) else streams
+        waves = [
+            self._read_stream(number, seek_time, duration, samplerate, channels)
+            for number in numbers
+        ]
+        if not waves:
+            raise LoadAudioError(f"{self.name}: there is no audio in this file")
+        shortest = min(wave.shape[-1] for wave in waves)
+        return torch.stack([wave[..., :shortest] for wave in waves])
+
+    def _read_stream(
+        self,
+        stream: int,
+        seek_time: float | None,
+        duration: float | None,
+        samplerate: int | None,
+        channels: int | None,
+    ) -> Tensor:
+        rate = self.samplerate(stream)
+        first = round((seek_time or 0.0) * rate)
+        last = None if duration is None else first + round(duration * rate)
+        blocks, position = [], 0
+        for block in self.blocks(stream):
+            blocks.append(block[:, max(0, first - position) :])
+            position += block.shape[-1]
+            if last is not None and position >= last:
+                break
+        wav = torch.cat(blocks, dim=-1)[:, : None if last is None else last - first]
+        if not wav.shape[-1]:
+            raise LoadAudioError(f"{self.name}: there are no samples in this part of the file")
+        return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
+
+    def blocks(self, stream: int = 0) -> Iterator[Tensor]:
+        """Decode an audio stream frame by frame, as float32 `[C, n]`."""
+        decoded = 0
+        with self._open() as container:
+            if not 0 <= stream < len(container.streams.audio):
+                raise LoadAudioError(f"{self.name}: there is no audio in this file")
+            resampler = AudioResampler(format="flt")  # interleaved: PyAV crashes on 8 planes
+            try:
+                for frame in container.decode(container.streams.audio[stream]):
+                    for converted in resampler.resample(frame):
+                        decoded += converted.samples
+                        samples = converted.to_ndarray().reshape(converted.samples, -1)
+                        yield torch.from_numpy(samples.T.copy())
+            except AV_ERRORS as exc:
+                if not decoded:
+                    raise LoadAudioError(
+                        f"{self.name}: cannot be decoded ({_reason(exc)})"
+                    ) from exc
+                logger.warning(
+                    "%s: is damaged or cut off after %.1f s (%s): the part before that is used",
+                    self.name,
+                    decoded / self.samplerate(stream),
+                    _reason(exc),
+                )
+        if not decoded:
+            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        if not self.path.exists():
+            raise LoadAudioError(f"{self.name}: no such file")
+        if self.path.is_dir():
+            raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
+        if not self.path.stat().st_size:
+            raise LoadAudioError(f"{self.name}: the file is empty")
+        try:
+            # "file:" keeps names such as "concat:a|b" or "http://…" from being taken for protocols.
+            container = av.open(f"file:{self.path}", metadata_errors="replace")
+        except AV_ERRORS as exc:
+            raise LoadAudioError(
+                f"{self.name}: is no audio file that can be read ({_reason(exc)})"
+            ) from exc
+        with container:
+            yield container
+
+
+def _is_of_the_music(name: str, text: str) -> bool:
+    of_the_file = name in FILE_TAGS or name.startswith(("replaygain_", "id3v2_priv"))
+    return not of_the_file and len(text) <= MAX_TAG
+
+
+def _reason(exc: BaseException) -> str:
+    """What FFmpeg or the system says, without the error number and the path."""
+    return str(getattr(exc, "strerror", None) or exc)
