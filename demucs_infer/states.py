@@ -22,7 +22,7 @@ from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
 from .hub.packages import ClassName, read_package, write_safetensors
 from .log import logger
-from .utils import appearing, capture_init
+from .utils import Uninitialized, appearing, capture_init
 
 __all__ = [
     "capture_init",
@@ -89,7 +89,7 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     model_class, state = _model_class(package["klass"]), package["state"]
     kwargs = _known_options(model_class, dict(package.get("kwargs", {})), strict)
     # Without memory: the weights are about to be replaced, and any size may be asked for.
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         model = model_class(*package.get("args", ()), **kwargs)
     if state.get(QUANTIZED):
         _import_diffq()

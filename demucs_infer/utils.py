@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .errors import OptionError
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
+DRAWING = frozenset(("normal_", "uniform_", "trunc_normal_", "bernoulli_", "random_"))
 MAX_LAYERS = 64  # repetitions of one kind of layer
 FILE_NAME = r"""(?!\.)[^\x00-\x1f/\\:*?"<>|]+"""  # may be part of a file's name on every system
 
@@ -78,6 +80,22 @@ def capture_init(init: Init) -> Init:
         init(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+class Uninitialized(TorchFunctionMode):
+    """Leaves weights as they come while models are built that are given others.
+
+    On PyTorch's device `meta`, drawing them would import its compiler, which takes a second and a
+    folder for temporary files.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__ or func.__name__ in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def signature_of(options: type) -> inspect.Signature:

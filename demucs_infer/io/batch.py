@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from ..engine.memory import kept_memory
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from .console import standard_input
 from .decode import AudioFile
 from .encode import encoding_errors
 from .mixture import Decoder, Mixture, Moments
@@ -162,7 +162,7 @@ class Batch:
         """Most formats have to be sought in, and a pipe cannot be."""
         self._input = self.space.file()
         with encoding_errors(self._input), self._input.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            shutil.copyfileobj(standard_input(), file)
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:

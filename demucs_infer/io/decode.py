@@ -20,15 +20,10 @@ from torch import Tensor
 from ..errors import LoadAudioError
 from ..log import logger
 from .pcm import convert_audio
+from .tags import clean_tags
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-# What an input's tags say of its file and not of its music.
-FILE_TAGS = (
-    "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
-    " creation_time handler_name vendor_id language itunsmpb bps duration".split()
-)
 SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
-MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
 
 
 class AudioFile:
@@ -75,9 +70,7 @@ class AudioFile:
             streams: Mapping[str, str] = {}
             if container.streams.audio:
                 streams = container.streams.audio[0].metadata  # where Ogg keeps them
-            tags = {name.lower(): text for name, text in {**streams, **container.metadata}.items()}
-        music = {name: text for name, text in tags.items() if _is_of_the_music(name, text)}
-        return dict(list(music.items())[:MAX_TAGS])
+            return clean_tags({**streams, **container.metadata})
 
     @property
     def duration(self) -> float:
@@ -206,11 +199,6 @@ class AudioFile:
             ) from exc
         with container:
             yield container
-
-
-def _is_of_the_music(name: str, text: str) -> bool:
-    of_the_file = name in FILE_TAGS or name.startswith(("replaygain_", "id3v2_priv"))
-    return not of_the_file and len(text) <= MAX_TAG
 
 
 def _reason(exc: BaseException) -> str:
