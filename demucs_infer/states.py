@@ -70,9 +70,12 @@ def load_model(
     does not fit; `MissingDependencyError` for a quantized state without diffq.
     """
     if isinstance(path_or_package, Mapping):
-        package, label = path_or_package, "the package"
-    else:
-        package, label = read_package(path_or_package), str(path_or_package)
+        return build_model(path_or_package, "the package", strict)
+    return build_model(read_package(path_or_package), str(path_or_package), strict)
+
+
+def build_model(package: Mapping[str, Any], label: str, strict: bool = False) -> nn.Module:
+    """Build the model of a package that was read, as `load_model` does; `label` is for errors."""
     try:
         return _build(package, strict).eval()
     except MissingDependencyError:

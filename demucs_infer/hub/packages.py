@@ -24,13 +24,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelLoadingError
 from ..utils import appearing
+from .content import Content
+
+LENGTH_BYTES = 8  # that tell the length of a safetensors file's header
 
 # Every class that a checkpoint may name.
 CLASS_NAMES = (
@@ -139,12 +141,12 @@ class _PackageUnpickler(pickle.Unpickler):
         return self.storages[key]
 
 
-def _read_pickled(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
+def _read_pickled(data: bytes) -> Any:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         # What PyTorch writes is not compressed: no entry can be larger than the file.
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if packed or sum(entry.file_size for entry in entries) > len(data):
             raise _Refused("compressed or overlapping entries")
         roots = [
             e.filename[: -len("/data.pkl")] for e in entries if e.filename.endswith("/data.pkl")
@@ -157,10 +159,10 @@ def _read_pickled(path: Path) -> Any:
         return _PackageUnpickler(archive, roots[0]).load()
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+def _read_safetensors(data: bytes) -> dict[str, Any]:
+    tensors = safetensors.torch.load(data)
+    header = int.from_bytes(data[:LENGTH_BYTES], "little")
+    metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header]).get("__metadata__") or {}
     if "klass" not in metadata:
         raise _Refused("no klass in the metadata")
     state: Any = tensors
@@ -207,31 +209,33 @@ def _unfold_structure(node: Any, tensors: Mapping[str, Tensor]) -> Any:
 READERS = {".th": _read_pickled, ".safetensors": _read_safetensors}
 
 
-def read_package(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a checkpoint file as a dictionary, with `klass` as a name and not as a class.
 
     Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
     """
-    path = Path(path)
+    path = file.path if isinstance(file, Content) else Path(file)
     if path.suffix not in READERS:
         raise ModelLoadingError(f"{path}: a checkpoint is a {' or '.join(READERS)} file")
-    return _read_with(READERS[path.suffix], path)
+    return _read_with(READERS[path.suffix], file)
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_state(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a PyTorch file that holds a model's weights and nothing else, whatever its suffix.
 
     Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
     """
-    return _read_with(_read_pickled, Path(path))
+    return _read_with(_read_pickled, file)
 
 
-def _read_with(reader: Callable[[Path], Any], path: Path) -> dict[str, Any]:
-    """The dictionary that `reader` makes of a file, or one kind of error."""
+def _read_with(
+    reader: Callable[[bytes], Any], file: str | os.PathLike[str] | Content
+) -> dict[str, Any]:
+    """The dictionary that `reader` makes of a file's bytes, or one kind of error."""
+    content = file if isinstance(file, Content) else Content.read(file)
+    path = content.path
     try:
-        package = reader(path)
-    except FileNotFoundError as exc:
-        raise ModelLoadingError(f"{path}: no such checkpoint") from exc
+        package = reader(content.data)
     except _Refused as exc:
         raise ModelLoadingError(
             f"{path}: refused, it holds {exc}, which is no part of a Demucs checkpoint"
@@ -266,7 +270,7 @@ def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) 
         for name, t in tensors.items()
     }
     with appearing(path) as temporary:
-        save_file(copies, temporary, metadata)
+        safetensors.torch.save_file(copies, temporary, metadata)
     return path
 
 
