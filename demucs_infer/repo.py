@@ -178,7 +178,8 @@ def _build(
 
     The file is read here, so that its bytes are not kept while the model is built.
     """
-    from .hub.packages import ClassName, read_package, read_state
+    from .hub.packages import read_package, read_state
+    from .hub.pickles import ClassName
     from .states import build_model
 
     if architecture is None:
