@@ -18,21 +18,21 @@ import av
 DEMUXERS = " ".join(
     [
         # music and speech
-        "aa aac aax ac3 ac4 act adx aea aiff alaw amr amrnb amrwb apac ape aptx aptx_hd ast",
-        "au avr bit bonk caf codec2 daud dfpwm dsf dss dts dtshd eac3 epaf flac g722 g723_1 g726",
+        "aa aac aax ac3 ac4 act adx aea aiff alaw amr amrnb amrwb apac ape aptx aptx_hd ast au",
+        "avr bit bonk caf codec2 daud dfpwm dsf dss dts dtshd eac3 epaf flac g722 g723_1 g726",
         "g726le g728 g729 gsm hca hcom iamf iff ilbc ircam kvag laf lc3 loas mlp mmf mp3 mpc",
         "mpc8 mtaf mulaw nistsphere oma osq pvf qcp qoa rka rso s337m s8 s16le sbc sds sdx shn",
         "sln sox spdif tak truehd tta u8 u16le voc vqf w64 wav wavarc wsd wv wve xwma",
         # films, radio and television
-        "asf asf_o avi av1 cavsvideo dhav dv dxa flv gxf hxvs ivf ivr kux live_flv lmlm4 lvf lxf matroska mov",
-        "mpeg mpegts mpegvideo mxf nsv nut nuv ogg pva rm swf ty webm wtv",
+        "asf asf_o avi av1 cavsvideo dhav dv dxa flv gxf hxvs ivf ivr kux live_flv lmlm4 lvf",
+        "lxf matroska mov mpeg mpegts mpegvideo mxf nsv nut nuv ogg pva rm swf ty webm wtv",
         # the sound of games
-        "3dostr 4xm acm adf adp ads afc aix alp apc apm argo_asf argo_brp argo_cvg avs bethsoftvid bfi bfstm bink",
-        "binka bmv boa brstm c93 cdxl dcstr derf dsicin ea ea_cdata film_cpk frm fsb fwse gdv genh hnm",
-        "idcin ipmovie iss jv luodat mca mgsts mm moflex msf msp mtv musx mv mvi mxg nsp paf pmp",
-        "pp_bnk psxstr redspark rl2 roq rpl rsd scd sdns sdr2 sga siff simbiosis_imx smjpeg smk",
-        "smush sol svag svs thp tiertexseq tmv txd usm vag vividas vivo vmd vpk wady wc3movie wsaud wsvqa xa",
-        "xmd xmv xvag yop",
+        "3dostr 4xm acm adf adp ads afc aix alp apc apm argo_asf argo_brp argo_cvg avs",
+        "bethsoftvid bfi bfstm bink binka bmv boa brstm c93 cdxl dcstr derf dsicin ea ea_cdata",
+        "film_cpk frm fsb fwse gdv genh hnm idcin ipmovie iss jv luodat mca mgsts mm moflex msf",
+        "msp mtv musx mv mvi mxg nsp paf pmp pp_bnk psxstr redspark rl2 roq rpl rsd scd sdns",
+        "sdr2 sga siff simbiosis_imx smjpeg smk smush sol svag svs thp tiertexseq tmv txd usm",
+        "vag vividas vivo vmd vpk wady wc3movie wsaud wsvqa xa xmd xmv xvag yop",
     ]
 ).split()
 WALLS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "none"}
