@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import logger
+from .demuxers import open_audio
 from .pcm import convert_audio
 from .tags import clean_tags
 
@@ -190,14 +191,14 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
         if not self.path.stat().st_size:
             raise LoadAudioError(f"{self.name}: the file is empty")
-        try:
-            # "file:" keeps names such as "concat:a|b" or "http://…" from being taken for protocols.
-            container = av.open(f"file:{self.path}", metadata_errors="replace")
-        except AV_ERRORS as exc:
-            raise LoadAudioError(
-                f"{self.name}: is no audio file that can be read ({_reason(exc)})"
-            ) from exc
-        with container:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(self.path.open("rb"))
+                container = stack.enter_context(open_audio(file, self.path.name))
+            except AV_ERRORS as exc:
+                raise LoadAudioError(
+                    f"{self.name}: is no audio file that can be read ({_reason(exc)})"
+                ) from exc
             yield container
 
 
