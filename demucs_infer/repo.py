@@ -124,7 +124,7 @@ class RemoteRepo(ModelOnlyRepo):
         """Fetch a checkpoint's file, which has a `problem`. Raises as `read` does."""
         path, checkpoint = self.path(sig), self._checkpoints[sig]
         if checkpoint.embedded:
-            raise ModelLoadingError(f"{problem}: install demucs-infer again")
+            raise ModelLoadingError(f"{problem}: install this package again")
         if is_offline(self._offline):
             raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand([sig])}")
         try:

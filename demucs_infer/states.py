@@ -239,7 +239,7 @@ def _import_diffq() -> Any:
     try:
         import diffq
     except ImportError as exc:
-        raise MissingDependencyError("diffq", "a quantized model", "quantized") from exc
+        raise MissingDependencyError("diffq", "a quantized model") from exc
     return diffq
 
 

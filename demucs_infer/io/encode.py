@@ -55,7 +55,7 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as exc:  # OSError: without its library
-        raise MissingDependencyError("soundfile", "writing Ogg Vorbis", "ogg") from exc
+        raise MissingDependencyError("soundfile", "writing Ogg Vorbis") from exc
     return soundfile
 
 
