@@ -21,7 +21,7 @@ from .hub.registry import Checkpoint, cache_folder, is_offline
 if TYPE_CHECKING:
     from torch import nn
 
-    from .apply import BagOfModels
+    from .engine.bag import BagOfModels
 
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
 MANY = 20  # names, more than which are not spelled out in a message
@@ -243,7 +243,7 @@ class BagOnlyRepo:
         """Build the bag of this name with its models. Raises `ModelLoadingError`."""
         if not self.has_model(name):
             _unknown("bag", name, self.list_model())
-        from .apply import BagOfModels
+        from .engine.bag import BagOfModels
 
         members, bag = self.members(name), self._definition(name)
         self.model_repo.require(members)
