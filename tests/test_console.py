@@ -131,9 +131,9 @@ def test_names_of_any_bytes(settings: dict[str, str], song: Path) -> None:
         Path(os.fsdecode(bytes(song / "in") + b"/" + name)).write_bytes(
             (song / "a.wav").read_bytes()
         )
-    options = ["--json", "--flac", "in", b"in/miss\xed\x1bng.wav"]
+    options: list[str | bytes] = [*DEMO, "--json", "--flac", "in", b"in/miss\xed\x1bng.wav"]
     env = {**environment(), **settings}
-    result = subprocess.run([*DEMO, *options], cwd=song, env=env, capture_output=True)
+    result = subprocess.run(options, cwd=song, env=env, capture_output=True)
     assert result.returncode == 1
     folders = {os.fsencode(path.name) for path in (song / "separated/demo").iterdir()}
     assert folders == {name.removesuffix(b".wav") for name in NAMES}
