@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import tqdm
 
 from demucs_infer.errors import DemucsInferError
 from demucs_infer.io.console import Ended, command, json_text, put, signals_raise
@@ -36,7 +37,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", "-c", f"{shlex.join(DEMO)} {line}"],
         cwd=folder,
-        env=environment(),
+        env={**environment(), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
     )
@@ -65,6 +66,7 @@ def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
         ("--list-models >&-", 1, 1, 0),
         ("--help >/dev/full", 1, 1, 0),
         ("--version >&-", 1, 1, 0),
+        ("--version >/dev/full", 1, 1, 0),
         ("--help 2>&-", 0, 0, 0),
     ],
 )
@@ -103,6 +105,19 @@ def test_no_file_takes_the_number_of_a_closed_stream(song: Path) -> None:
     line = f"exec {sys.executable} -c {shlex.quote(code)} <&- 2>&-"
     result = subprocess.run(["sh", "-c", line], cwd=song, capture_output=True, text=True)
     assert int(result.stdout) > 2
+
+
+@needs_linux
+@pytest.mark.parametrize("path", [None, "/dev/full"])
+def test_what_libraries_write_stops_nothing(
+    path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = path and open(path, "w")  # noqa: PTH123, SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    with command():
+        assert list(tqdm.tqdm(range(3), desc="bar")) == [0, 1, 2]
+        print("text", file=sys.stderr, flush=True)
+    assert sys.stderr is stream
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -230,3 +245,9 @@ def test_without_a_temporary_folder(song: Path) -> None:
     result = run("-c", code, *arguments, "--stems", "bass", "-o", "-", cwd=song, env=env)
     assert result.returncode == 1
     assert "set TMPDIR" in result.stderr
+
+
+def test_a_module_without_a_command() -> None:
+    result = run("-m", "demucs_infer.api")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "run demucs-infer" in result.stderr
