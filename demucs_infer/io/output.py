@@ -18,7 +18,7 @@ from ..engine.options import STEMS, number, option
 from ..errors import OptionError
 from .console import check_standard_output
 from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
-from .storage import LocalPath, Place, Url, place
+from .storage import LocalPath, Named, Place, Url, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ class Output:
         others = (other for name, other in stems.items() if name != self.two_stems)
         return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
-    def paths(self, track: Place, model: str, stems: Sequence[str]) -> dict[str, Place]:
+    def paths(self, track: Named, model: str, stems: Sequence[str]) -> dict[str, Place]:
         """The file of each stem of `track`; all are within the folder, whatever the names are."""
         track = place(track)
         if self.is_pipe:

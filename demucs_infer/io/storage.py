@@ -393,6 +393,7 @@ class Url:
 
 
 Place = LocalPath | Url
+Named = str | os.PathLike[str] | Url  # what a place is made of
 
 
 def _protocols() -> frozenset[str]:
@@ -400,7 +401,7 @@ def _protocols() -> frozenset[str]:
     return PROTOCOLS | set(filter(None, more))
 
 
-def place(text: str | os.PathLike[str] | Url) -> Place:
+def place(text: Named) -> Place:
     """What `text` names: a URL, or else a local path. Raises `OptionError` for an empty name."""
     if isinstance(text, (LocalPath, Url)):
         return text
@@ -411,7 +412,7 @@ def place(text: str | os.PathLike[str] | Url) -> Place:
 
 
 @contextlib.contextmanager
-def local_copy(source: os.PathLike[str] | Place, folder: Path | None = None) -> Iterator[Path]:
+def local_copy(source: Named, folder: Path | None = None) -> Iterator[Path]:
     """A local file with what is in `source`: itself, or a copy in `folder` while the block runs."""
     with place(source).local_copy(folder) as file:
         yield file

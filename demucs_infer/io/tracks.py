@@ -17,7 +17,7 @@ from typing import IO, Any
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from .console import standard_input
 from .output import PIPE, Output
-from .storage import LocalPath, Place, Url, place
+from .storage import LocalPath, Named, Place, Url, place
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(
@@ -67,9 +67,9 @@ def _raise(name: Place, error: DemucsInferError) -> None:
 
 
 def find_tracks(
-    names: Iterable[str | os.PathLike[str] | Place],
+    names: Iterable[Named],
     *,
-    leave_out: Place | None = None,
+    leave_out: Named | None = None,
     expand: bool = os.name == "nt",
     report: Report = _raise,
 ) -> Iterator[Place]:
@@ -91,27 +91,27 @@ def find_tracks(
                 yield track
 
 
-def read_list(source: os.PathLike[str] | Place, report: Report = _raise) -> Iterator[Place]:
+def read_list(source: Named, report: Report = _raise) -> Iterator[Place]:
     """The paths and URLs in a text file, or "-" for standard input: one a line, `#` for comments.
 
     The text is UTF-8, or what its byte-order mark says. What cannot be read is told to `report`:
     all of it, or a line that is no name.
     """
-    source = place(source)
+    listed = place(source)
     try:
-        with _open(source) as file:
+        with _open(listed) as file:
             for number, line in enumerate(_lines(file), 1):
                 name = line.strip()
                 if len(line) > MAX_LINE or "\0" in name:
                     fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
-                    report(source, LoadAudioError(f"{source}: line {number} {fault}: no name"))
+                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
                 elif name and not name.startswith("#"):
                     yield place(name)
     except (LoadAudioError, MissingDependencyError) as exc:
-        report(source, exc)
+        report(listed, exc)
     except OSError as exc:
         reason = exc.strerror or exc
-        report(source, LoadAudioError(f"{source}: cannot be read ({reason})"))
+        report(listed, LoadAudioError(f"{listed}: cannot be read ({reason})"))
 
 
 def _open(source: Place) -> AbstractContextManager[IO[bytes]]:
@@ -229,7 +229,7 @@ def _is_audio(name: str) -> bool:
 
 
 def plan_jobs(
-    tracks: Iterable[Place], output: Output, model: str, sources: Sequence[str]
+    tracks: Iterable[Named], output: Output, model: str, sources: Sequence[str]
 ) -> list[TrackJob]:
     """The jobs for `tracks`, of whose stems none is in another's way.
 
