@@ -359,7 +359,8 @@ class Url:
 
     def _base(self, store: Any) -> str:
         """The root as the paths of `store` begin with it."""
-        return "" if self.scheme == "file" else store._strip_protocol(self._root).rstrip("/")
+        hostless = self._root.endswith("://")
+        return "" if hostless else store._strip_protocol(self._root).rstrip("/")
 
     def _store(self) -> tuple[Any, str]:
         """The file system of the root, and the path in it, which nothing parses as an address."""
