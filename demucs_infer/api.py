@@ -226,7 +226,7 @@ class Separator:
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
-        with local_copy(place(os.fspath(track))) as path:
+        with local_copy(place(track)) as path:
             audio = AudioFile(path, name=str(track))
             decoder = Decoder(audio, self.samplerate, self.audio_channels)
             return torch.cat(list(decoder.blocks()), dim=-1)
@@ -258,7 +258,7 @@ class Separator:
         written, `OptionError` for options that cannot be had.
         """
         output = out if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self, place(os.fspath(file)), output)
+        return separate_file(self, place(file), output)
 
     @property
     def stems(self) -> list[str]:

@@ -28,7 +28,7 @@ from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.batch import Batch, TrackResult, checked_stems
 from .io.console import signals_kept
 from .io.output import Output
-from .io.storage import Place, place
+from .io.storage import LocalPath, Place, place
 from .io.tracks import plan_jobs
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
@@ -81,7 +81,12 @@ class SeparateTracks:
         return partial(type(self), **self._arguments), ()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **self._separate(place(str(row["input"]))).as_json()}
+        try:
+            track = place(str(row["input"]))
+        except DemucsInferError as exc:
+            nowhere = TrackResult(LocalPath(), self.separator.name, error=exc)
+            return {**nowhere.as_json(), **row, "error": str(exc)}
+        return {**row, **self._separate(track).as_json()}
 
     def _separate(self, track: Place) -> TrackResult:
         name, results = self.separator.name, list[TrackResult]()

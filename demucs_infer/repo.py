@@ -15,8 +15,9 @@ import yaml
 
 from .errors import DownloadError, ModelLoadingError
 from .hub.content import Content
-from .hub.download import fetch, shown
+from .hub.download import fetch
 from .hub.registry import Checkpoint, cache_folder, is_offline
+from .hub.web import shown
 
 if TYPE_CHECKING:
     from torch import nn

@@ -119,11 +119,21 @@ def _lists(folder: Path) -> Sequence[bytes]:
     return [LIST.encode(), LIST.encode("utf-16"), b"\xef\xbb\xbfa.wav\r\n", LIST.encode("utf-32")]
 
 
+def _is_outside(name: object) -> bool:
+    """Tell whether a name is a folder of this machine, which is too large to be searched."""
+    try:
+        text = str(name).removeprefix("file://")
+        return Path(text).is_dir() and not Path(text).resolve().is_relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return False
+
+
 def _read_list(path: Path) -> None:
     from demucs_infer.io.output import Output
     from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
 
-    tracks = list(itertools.islice(find_tracks(read_list(path)), 1000))
+    names = (name for name in read_list(path) if not _is_outside(name))
+    tracks = list(itertools.islice(find_tracks(names), 1000))
     plan_jobs(tracks, Output("out", "{parent}/{track}-{trackext}-{stem}"), "model", ["drums"])
 
 

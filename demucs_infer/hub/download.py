@@ -20,39 +20,19 @@ from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from .. import __version__
 from ..errors import DownloadError
 from ..log import logger, printable
+from .web import Broken, Patience, innermost, one_line, received, shown, status_line
 
 if TYPE_CHECKING:
     from requests import Response
 
 READ_BLOCK = 2**20  # bytes of a file
-RECEIVE_BLOCK = 2**16  # bytes of a connection
 MARGIN = 2**20  # bytes that a file may have more than its rounded size, and a quarter of it
 LARGEST = 2**32  # bytes of a file of unknown size
 TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))  # answers that may change soon
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How much to put up with; times are in seconds.
-
-    An attempt fails that cannot connect or gets no byte within `timeout`, or gets fewer than
-    `slowest` bytes per second over `span`. After `attempts` in a row that brought less than `gain`
-    bytes the download fails. Before the second attempt there is a pause of `backoff`, before each
-    further one twice the last, or what the server asks for; neither longer than `longest_wait`.
-    """
-
-    attempts: int = 5
-    gain: int = 2**20
-    backoff: float = 1.0
-    longest_wait: float = 60.0
-    timeout: float = 20.0
-    slowest: float = 1000.0
-    span: float = 30.0
 
 
 PATIENCE = Patience()
@@ -75,14 +55,6 @@ class _Job:
     @property
     def limit(self) -> int:
         return LARGEST if self.size is None else self.size + self.size // 4 + MARGIN
-
-
-class _Broken(Exception):
-    """An attempt failed in a way that another one may not; `wait` is what the server asks for."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
 
 
 class _WrongContent(Exception):
@@ -134,12 +106,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(READ_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def shown(url: str) -> str:
-    """The address without a name and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -214,7 +180,7 @@ def _persist(job: _Job) -> None:
         try:
             _attempt(job)
             return
-        except _Broken as exc:
+        except Broken as exc:
             gained = _size(job.part) - reached >= job.patience.gain
             failures = 1 if gained else failures + 1
             reached = max(reached, _size(job.part))
@@ -226,7 +192,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _pause(job: _Job, broken: _Broken, failures: int) -> float:
+def _pause(job: _Job, broken: Broken, failures: int) -> float:
     """The seconds to wait before the next attempt. Raises `DownloadError` for none."""
     patience = job.patience
     if failures >= patience.attempts:
@@ -301,13 +267,13 @@ def _receive(job: _Job, part: _Part) -> bool:
             raise _WrongContent(f"it has {total} bytes, and may have {job.limit}", whole)
         limit = job.limit if total is None else total
         with _progress_bar(job.target.name, part.size, total) as bar:
-            for block in _blocks(response, job.patience):
+            for block in received(response, job.patience):
                 if part.size + len(block) > limit:
                     raise _WrongContent(f"it goes on after the expected {limit} bytes", whole)
                 part.write(block)
                 bar.update(len(block))
     if total is not None and part.size < total:
-        raise _Broken(f"{part.size} of {total} bytes came")
+        raise Broken(f"{part.size} of {total} bytes came")
     return whole and total is not None
 
 
@@ -330,26 +296,13 @@ def _answer(job: _Job, start: int) -> Response:
     try:
         return requests.get(job.url, headers=headers, stream=True, timeout=job.patience.timeout)
     except (requests.RequestException, ValueError) as exc:
-        cause = _innermost(exc)
+        cause = innermost(exc)
         if isinstance(cause, ssl.SSLCertVerificationError):
             hint = "REQUESTS_CA_BUNDLE can name a file of certificates"
-            raise DownloadError(f"{shown(job.url)}: {_text(cause)} ({hint})") from exc
+            raise DownloadError(f"{shown(job.url)}: {one_line(cause)} ({hint})") from exc
         if isinstance(exc, (ValueError, requests.TooManyRedirects)):  # what is no address
-            raise DownloadError(f"{shown(job.url)}: {_text(exc)}") from exc
-        raise _Broken(_text(cause)) from exc
-
-
-def _innermost(exc: BaseException) -> BaseException:
-    """What the operating system said, which HTTP clients wrap several times."""
-    while inner := exc.__cause__ or exc.__context__:
-        exc = inner
-    return exc
-
-
-def _text(exc: BaseException) -> str:
-    """An exception as one line."""
-    text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-    return " ".join(text.split())
+            raise DownloadError(f"{shown(job.url)}: {one_line(exc)}") from exc
+        raise Broken(one_line(cause)) from exc
 
 
 def _place(response: Response, part: _Part) -> int | None:
@@ -361,11 +314,11 @@ def _place(response: Response, part: _Part) -> int | None:
             return total
     if status in (206, 416) and part.size:  # another range, or none since the file is shorter
         part.restart()
-        raise _Broken("the server has other parts of the file than those asked for")
+        raise Broken("the server has other parts of the file than those asked for")
     if status in TRANSIENT:
-        raise _Broken(_status_line(response), _retry_after(response))
+        raise Broken(status_line(response), _retry_after(response))
     if status != 200:
-        raise DownloadError(f"{shown(response.url)}: {_status_line(response)}")
+        raise DownloadError(f"{shown(response.url)}: {status_line(response)}")
     part.restart()
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
@@ -381,10 +334,6 @@ def _content_range(response: Response) -> tuple[int | None, int | None]:
     return int(start), int(last) + 1 if total == "*" else int(total)
 
 
-def _status_line(response: Response) -> str:
-    return f"the server answers {response.status_code} {response.reason or ''}".strip()
-
-
 def _retry_after(response: Response) -> float | None:
     """The seconds that a server asks to wait, which it writes as such or as a date."""
     text = response.headers.get("Retry-After", "").strip()
@@ -395,24 +344,6 @@ def _retry_after(response: Response) -> float | None:
     except ValueError:
         return None
     return max(0.0, date.timestamp() - time.time())
-
-
-def _blocks(response: Response, patience: Patience) -> Iterator[bytes]:
-    """The body as it comes in, and not in blocks of one size: those hide how slow it comes."""
-    from urllib3.exceptions import HTTPError
-
-    start, count = time.monotonic(), 0
-    try:
-        while block := response.raw.read1(RECEIVE_BLOCK):
-            yield block
-            count += len(block)
-            elapsed = time.monotonic() - start
-            if elapsed >= patience.span:
-                if count < patience.slowest * elapsed:
-                    raise _Broken(f"only {count} bytes came in {elapsed:.0f} s")
-                start, count = time.monotonic(), 0
-    except (HTTPError, OSError) as exc:
-        raise _Broken(f"the connection broke: {_text(_innermost(exc))}") from exc
 
 
 def _sync_folder(folder: Path) -> None:

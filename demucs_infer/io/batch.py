@@ -35,7 +35,7 @@ from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
-from .tracks import Job, plan_jobs
+from .tracks import TrackJob, plan_jobs
 from .writer import StemFile, Target, TrackWriter
 
 
@@ -139,7 +139,7 @@ class Batch:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job], *, skip_existing: bool = False) -> None:
+    def run(self, jobs: Sequence[TrackJob], *, skip_existing: bool = False) -> None:
         """Separate every track. Raises nothing for a track that fails: it is reported.
 
         With `skip_existing`, tracks whose stems are all there are reported as skipped.
@@ -161,7 +161,7 @@ class Batch:
             finally:
                 self._stop.set()
 
-    def _skipped(self, job: Job) -> bool:
+    def _skipped(self, job: TrackJob) -> bool:
         try:
             if not job.is_done:
                 return False
@@ -173,11 +173,11 @@ class Batch:
         return True
 
     def _read_ahead(
-        self, reader: Executor, jobs: Iterable[Job]
-    ) -> Iterator[tuple[Job, Future[_Decoded]]]:
-        ahead: deque[tuple[Job, Future[_Decoded]]] = deque()
+        self, reader: Executor, jobs: Iterable[TrackJob]
+    ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
+        ahead: deque[tuple[TrackJob, Future[_Decoded]]] = deque()
         for job in jobs:
-            ahead.append((job, reader.submit(self._decode, job.track)))
+            ahead.append((job, reader.submit(self._decode_job, job)))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
@@ -187,6 +187,10 @@ class Batch:
         self._input = self.space.file()
         with encoding_errors(self._input), self._input.open("wb") as file:
             shutil.copyfileobj(standard_input(), file)
+
+    def _decode_job(self, job: TrackJob) -> _Decoded:
+        job.check_targets()
+        return self._decode(job.track)
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
@@ -211,7 +215,7 @@ class Batch:
         tags = {"title": self.output.track_name(track), **file.tags}
         return _Decoded(Mixture(spool.read, moments), spool, decoder.rate, decoder.length, tags)
 
-    def _separated(self, job: Job, decoded: Future[_Decoded]) -> Callable[[], None] | None:
+    def _separated(self, job: TrackJob, decoded: Future[_Decoded]) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
         try:
@@ -222,7 +226,7 @@ class Batch:
             self._fail(job, exc)
             return None
 
-    def _separate(self, job: Job, track: _Decoded, begin: float) -> Callable[[], None]:
+    def _separate(self, job: TrackJob, track: _Decoded, begin: float) -> Callable[[], None]:
         writer = TrackWriter(job.paths, self._target(track))
         passes = self.separator.plan(track.mixture.length)
         names, position = self.separator.stems, 0
@@ -256,7 +260,9 @@ class Batch:
             track.tags,
         )
 
-    def _finish(self, job: Job, writer: TrackWriter, result: TrackResult, begin: float) -> None:
+    def _finish(
+        self, job: TrackJob, writer: TrackWriter, result: TrackResult, begin: float
+    ) -> None:
         try:
             stems = writer.finish(self._check_stop)
         except Exception as exc:
@@ -268,7 +274,7 @@ class Batch:
         if self._stop.is_set():
             raise _Stopped
 
-    def _fail(self, job: Job, exc: Exception) -> None:
+    def _fail(self, job: TrackJob, exc: Exception) -> None:
         if isinstance(exc, _Stopped):
             return
         logger.debug("", exc_info=exc)
