@@ -199,6 +199,11 @@ class Demucs(nn.Module):
             x = decoder(x + center_trim(skips.pop(), x))
         return (x,)
 
+    def exact_layers(self) -> list[nn.Module]:
+        """The output, which stays in float32 when the network is cast: nothing averages its noise."""
+        (*_, last) = self.decoder[-1].children()
+        return [last]
+
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""
         if not self.options.normalize:

@@ -1,8 +1,0 @@
-"""What options choose among, for modules that answer before PyTorch is imported."""
-
-FORMAT_NAMES = ("wav", "flac", "mp3", "ogg", "opus", "m4a")
-CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
-OTHER_METHODS = ("none", "add", "minus")
-DEFAULT_FILENAME = "{track}/{stem}.{ext}"
-ENGINES = ("torch", "openvino")
-PRECISIONS = ("float32", "bfloat16", "float16")
