@@ -1,0 +1,249 @@
+"""Packets of a file to samples: what is damaged is skipped, and what comes after keeps its time.
+
+    container ──demux──▶ packets ──decode──▶ frames ──convert──▶ samples, and silence for gaps
+
+Shapes: `[C, n]` samples as float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+import torch
+from av.audio.resampler import AudioResampler
+from torch import Tensor
+
+from .mending import late_samples
+
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+# Streams without a clock: FFmpeg counts their packets, so that times tell nothing of a gap.
+CLOCKLESS = frozenset(
+    "aac ac3 ac4 act adx amr amrnb amrwb aptx aptx_hd dfpwm dts dtshd eac3 flac g722 g723_1 g726"
+    " g726le g728 g729 gsm loas mlp mp3 mpc sbc spdif s337m shn tak truehd".split()
+)
+# Readers that get the length of a stream from its header and not from the bytes that are there.
+DECLARING = frozenset("aiff ape caf dsf flac mov tta w64 wav".split())
+MIN_GAP = 0.01  # seconds: less is how a file's clock trembles
+SURE_GAP = 0.9  # of the longest frame: times of Vorbis are half a frame off where blocks change
+MIN_LOSS = 0.002  # seconds, where packets are known to be lost
+ROUNDING = 0.002  # seconds that times are rounded to
+MAX_BREAK = 10  # seconds: more is another clock, in formats whose clock may jump
+MAX_SILENCE = 60  # seconds of silence more than there is sound: times are a stranger's, too
+END_MARGIN = 0.25  # seconds that a header may say too much, for what an encoder pads
+MAX_CHANNELS = 24
+RETRIES = 8  # for packets that cannot be found, before the rest is given up
+SILENCE_BLOCK = 2**16  # samples
+
+
+@dataclass
+class Damage:
+    """What of a track could not be read: at how many places, how many seconds, and the end.
+
+    `end_missing` is also set where the header says that there is more.
+    """
+
+    places: int = 0
+    seconds: float = 0.0
+    end_missing: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.places or self.end_missing)
+
+    def __str__(self) -> str:
+        places = f"{self.places} place{'s' * (self.places != 1)}"
+        parts = [f"damaged at {places}"] if self.places else []
+        parts += ["cut off at the end"] if self.end_missing else []
+        return f"{' and '.join(parts)}, {self.seconds:.2f} s of sound lost"
+
+    def as_json(self) -> dict[str, Any]:
+        """The damage as plain values."""
+        return vars(self).copy()
+
+
+@dataclass
+class Converter:
+    """Converts frames to float32 at the rate and with the channels of the first one."""
+
+    rate: int = 0
+    samples: int = 0  # how many have been made
+    _layout: Any = None
+    _source: Any = None
+    _resampler: Any = None
+
+    def adapt(self, frame: Any) -> Iterator[Tensor]:
+        """Get ready for `frame`; the samples are what the last rate's conversion kept back."""
+        source = (frame.format.name, frame.layout.name, frame.rate)
+        if source != self._source:
+            yield from self.flush()
+            if self._layout is None:
+                self._layout, self.rate = frame.layout, frame.rate
+            # Interleaved: PyAV crashes on 8 planes.
+            self._resampler = AudioResampler("flt", self._layout, self.rate)
+            self._source = source
+
+    def convert(self, frame: Any) -> Iterator[Tensor]:
+        """The samples of `frame`, or with `None` the last ones."""
+        for converted in self._resampler.resample(frame):
+            if converted.samples:
+                self.samples += converted.samples
+                samples = converted.to_ndarray().reshape(converted.samples, -1)
+                yield torch.from_numpy(samples.T.copy())
+
+    def flush(self) -> Iterator[Tensor]:
+        """What has been kept back."""
+        if self._resampler is not None:
+            yield from self.convert(None)
+            self._resampler = self._source = None
+
+    def silence(self, seconds: float) -> Iterator[Tensor]:
+        """So much silence."""
+        left = round(seconds * self.rate)
+        self.samples += left
+        while left > 0:
+            length = min(left, SILENCE_BLOCK)
+            yield torch.zeros(self._layout.nb_channels, length)
+            left -= length
+
+
+@dataclass
+class Tally:
+    """Counts packets over all parts of a file, and what was wrong with them."""
+
+    damage: Damage
+    good: int = 0
+    bad: int = 0
+    waiting: list[float] = field(default_factory=list)  # seconds of packets lost since a good one
+
+    def lose(self, seconds: float) -> None:
+        """A packet cannot be decoded."""
+        self.bad += 1
+        self.waiting.append(seconds)
+
+    def settle(self, seconds: float | None) -> None:
+        """A frame came: `seconds` are missing before it, or (`None`) what lost packets had."""
+        lost = sum(self.waiting) if seconds is None else seconds
+        if self.waiting or lost:
+            self.damage.places += 1
+            self.damage.seconds += lost
+        self.waiting = []
+
+    def finish(self) -> None:
+        """There is no further frame."""
+        if self.waiting:
+            self.settle(None)
+            self.damage.end_missing = True
+
+
+class StreamDecoder:
+    """One audio stream of an open container; `tally` and `converter` go on to the next part."""
+
+    def __init__(self, container: Any, stream: Any, tally: Tally, converter: Converter) -> None:
+        self.container, self.stream = container, stream
+        self.tally, self.converter = tally, converter
+        self._names = frozenset(container.format.name.split(","))
+        self._end: float | None = None  # seconds: where the last frame ended, by the file's clock
+        self._silent = self._sounding = self._longest = 0.0  # seconds
+        self._late: int | None = None  # samples that are still to be dropped
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Samples `[C, n]`."""
+        for packet in self._packets():
+            frames = self._decoded(packet)
+            for frame in frames or ():
+                yield from self._placed(frame)
+        self._check_end()
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets, and at last `None`, which lets the decoder give what it has kept back."""
+        failures = 0
+        while failures < RETRIES:
+            try:
+                for packet in self.container.demux(self.stream):
+                    if packet.size:
+                        failures = 0
+                        yield packet
+                break
+            except AV_ERRORS:
+                failures += 1
+        if failures:
+            self.tally.lose(0.0)
+        yield None
+
+    def _decoded(self, packet: Any) -> list[Any] | None:
+        try:
+            frames: list[Any] = self.stream.codec_context.decode(packet)
+            for frame in frames:
+                if not 0 < frame.layout.nb_channels <= MAX_CHANNELS or frame.rate <= 0:
+                    raise ValueError("no frame of music")
+        except AV_ERRORS:
+            if packet is not None:
+                self.tally.lose(float((packet.duration or 0) * (packet.time_base or 0)))
+            return None
+        self.tally.good += packet is not None
+        return frames
+
+    def _placed(self, frame: Any) -> Iterator[Tensor]:
+        """The samples of `frame`, after the silence of what is missing before it."""
+        gap = self._gap(frame)
+        self.tally.settle(gap)
+        yield from self.converter.adapt(frame)
+        if gap:
+            self._silent += gap
+            yield from self.converter.silence(gap)
+        if self._late is None:
+            self._late = late_samples(self.container, frame)
+        for block in self.converter.convert(frame):
+            yield block[:, self._late :]
+            self._late -= min(self._late, block.shape[-1])
+
+    def _gap(self, frame: Any) -> float | None:
+        """Seconds that are missing before `frame`; `None` if there is no clock to tell."""
+        length = frame.samples / frame.rate
+        self._sounding += length
+        if frame.pts is None or self._names & CLOCKLESS:
+            return None
+        time, expected = float(frame.pts * frame.time_base), self._expected()
+        self._end = time + length
+        if expected is None:
+            return 0.0
+        return self._bounded(_in_frames(time - expected, self.stream, frame), length)
+
+    def _expected(self) -> float | None:
+        if self._end is None and self.tally.waiting and self.stream.start_time is not None:
+            return float(self.stream.start_time * self.stream.time_base)
+        return self._end
+
+    def _bounded(self, gap: float, length: float) -> float:
+        self._longest = max(self._longest, length)
+        least = max(MIN_GAP, SURE_GAP * self._longest)
+        if self.tally.waiting:
+            least = self._longest / 2 if self.stream.codec_context.frame_size <= 1 else MIN_LOSS
+        most = MAX_SILENCE + self._sounding - self._silent
+        if self.container.format.flags & av.format.Flags.ts_discont.value:
+            most = min(most, MAX_BREAK)
+        return gap if least < gap < most else 0.0
+
+    def _check_end(self) -> None:
+        missing = self._declared() - self.converter.samples / (self.converter.rate or 1)
+        self.tally.finish()
+        if missing > END_MARGIN:
+            self.tally.damage.seconds += missing
+            self.tally.damage.end_missing = True
+
+    def _declared(self) -> float:
+        """Seconds that the header says there are."""
+        if not self._names & DECLARING or self.stream.duration is None:
+            return 0.0
+        return float(self.stream.duration * self.stream.time_base)
+
+
+def _in_frames(gap: float, stream: Any, frame: Any) -> float:
+    """`gap` in whole frames, if it is about that: clocks are coarser than samples."""
+    size = stream.codec_context.frame_size
+    if size <= 1:
+        return gap
+    whole = round(gap * frame.rate / size) * size / frame.rate
+    return whole if abs(gap - whole) <= ROUNDING else gap
