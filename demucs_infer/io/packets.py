@@ -27,7 +27,7 @@ CLOCKLESS = frozenset(
 # Readers that get the length of a stream from its header and not from the bytes that are there.
 DECLARING = frozenset("aiff ape caf dsf flac mov tta w64 wav".split())
 MIN_GAP = 0.01  # seconds: less is how a file's clock trembles
-SURE_GAP = 0.9  # of the longest frame: times of Vorbis are half a frame off where blocks change
+SURE_GAP = 0.9  # of the longest frame
 MIN_LOSS = 0.002  # seconds, where packets are known to be lost
 ROUNDING = 0.002  # seconds that times are rounded to
 MAX_BREAK = 10  # seconds: more is another clock, in formats whose clock may jump
@@ -115,25 +115,29 @@ class Tally:
     damage: Damage
     good: int = 0
     bad: int = 0
-    waiting: list[float] = field(default_factory=list)  # seconds of packets lost since a good one
+    lost: list[float] = field(default_factory=list)  # seconds of bad packets since a good one
 
     def lose(self, seconds: float) -> None:
         """A packet cannot be decoded."""
         self.bad += 1
-        self.waiting.append(seconds)
+        self.lost.append(seconds)
 
-    def settle(self, seconds: float | None) -> None:
-        """A frame came: `seconds` are missing before it, or (`None`) what lost packets had."""
-        lost = sum(self.waiting) if seconds is None else seconds
-        if self.waiting or lost:
+    def taken(self) -> list[float]:
+        """The packets that are lost before the frame that comes now."""
+        lost, self.lost = self.lost, []
+        return lost
+
+    def settle(self, lost: list[float], gap: float | None) -> None:
+        """A frame is placed behind a gap of so many seconds; `None` if there is no clock."""
+        seconds = sum(lost) if gap is None else gap
+        if lost or seconds:
             self.damage.places += 1
-            self.damage.seconds += lost
-        self.waiting = []
+            self.damage.seconds += seconds
 
     def finish(self) -> None:
         """There is no further frame."""
-        if self.waiting:
-            self.settle(None)
+        if self.lost:
+            self.settle(self.taken(), None)
             self.damage.end_missing = True
 
 
@@ -150,10 +154,15 @@ class StreamDecoder:
 
     def blocks(self) -> Iterator[Tensor]:
         """Samples `[C, n]`."""
+        held: tuple[Any, list[float]] | None = None
         for packet in self._packets():
-            frames = self._decoded(packet)
-            for frame in frames or ():
-                yield from self._placed(frame)
+            for frame in self._decoded(packet):
+                lost = self.tally.taken()
+                if held is not None:
+                    yield from self._placed(*held, frame)
+                held = frame, lost
+        if held is not None:
+            yield from self._placed(*held, None)
         self._check_end()
 
     def _packets(self) -> Iterator[Any]:
@@ -172,7 +181,7 @@ class StreamDecoder:
             self.tally.lose(0.0)
         yield None
 
-    def _decoded(self, packet: Any) -> list[Any] | None:
+    def _decoded(self, packet: Any) -> list[Any]:
         try:
             frames: list[Any] = self.stream.codec_context.decode(packet)
             for frame in frames:
@@ -181,14 +190,14 @@ class StreamDecoder:
         except AV_ERRORS:
             if packet is not None:
                 self.tally.lose(float((packet.duration or 0) * (packet.time_base or 0)))
-            return None
+            return []
         self.tally.good += packet is not None
         return frames
 
-    def _placed(self, frame: Any) -> Iterator[Tensor]:
+    def _placed(self, frame: Any, lost: list[float], following: Any) -> Iterator[Tensor]:
         """The samples of `frame`, after the silence of what is missing before it."""
-        gap = self._gap(frame)
-        self.tally.settle(gap)
+        gap = self._gap(frame, lost, following)
+        self.tally.settle(lost, gap)
         yield from self.converter.adapt(frame)
         if gap:
             self._silent += gap
@@ -199,28 +208,28 @@ class StreamDecoder:
             yield block[:, self._late :]
             self._late -= min(self._late, block.shape[-1])
 
-    def _gap(self, frame: Any) -> float | None:
+    def _gap(self, frame: Any, lost: list[float], following: Any) -> float | None:
         """Seconds that are missing before `frame`; `None` if there is no clock to tell."""
-        length = frame.samples / frame.rate
-        self._sounding += length
+        self._sounding += frame.samples / frame.rate
         if frame.pts is None or self._names & CLOCKLESS:
             return None
-        time, expected = float(frame.pts * frame.time_base), self._expected()
-        self._end = time + length
+        expected, self._end = self._expected(lost), _end(frame)
         if expected is None:
             return 0.0
-        return self._bounded(_in_frames(time - expected, self.stream, frame), length)
+        gap = _in_frames(_time(frame) - expected, self.stream, frame)
+        if following is None or following.pts is None:
+            return self._bounded(gap, frame, lost)
+        # A clock that takes back what it has skipped trembles: in MPEG-PS, and Vorbis' blocks.
+        return self._bounded(min(gap, gap + _time(following) - self._end), frame, lost)
 
-    def _expected(self) -> float | None:
-        if self._end is None and self.tally.waiting and self.stream.start_time is not None:
+    def _expected(self, lost: list[float]) -> float | None:
+        if self._end is None and lost and self.stream.start_time is not None:
             return float(self.stream.start_time * self.stream.time_base)
         return self._end
 
-    def _bounded(self, gap: float, length: float) -> float:
-        self._longest = max(self._longest, length)
-        least = max(MIN_GAP, SURE_GAP * self._longest)
-        if self.tally.waiting:
-            least = self._longest / 2 if self.stream.codec_context.frame_size <= 1 else MIN_LOSS
+    def _bounded(self, gap: float, frame: Any, lost: list[float]) -> float:
+        self._longest = max(self._longest, frame.samples / frame.rate)
+        least = MIN_LOSS if lost else max(MIN_GAP, SURE_GAP * self._longest)
         most = MAX_SILENCE + self._sounding - self._silent
         if self.container.format.flags & av.format.Flags.ts_discont.value:
             most = min(most, MAX_BREAK)
@@ -238,6 +247,14 @@ class StreamDecoder:
         if not self._names & DECLARING or self.stream.duration is None:
             return 0.0
         return float(self.stream.duration * self.stream.time_base)
+
+
+def _time(frame: Any) -> float:
+    return float(frame.pts * frame.time_base)
+
+
+def _end(frame: Any) -> float:
+    return _time(frame) + frame.samples / frame.rate
 
 
 def _in_frames(gap: float, stream: Any, frame: Any) -> float:
