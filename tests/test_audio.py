@@ -136,7 +136,7 @@ def test_a_file_that_breaks_off_is_read_with_a_warning(
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     wav = AudioFile(path).read(streams=0)
     assert 100_000 < wav.shape[1] < 300_000
-    assert "damaged or cut off" in caplog.text
+    assert "cut off at the end" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,17 @@ from ..errors import LoadAudioError
 from ..log import logger
 from .demuxers import open_audio
 from .mending import parts
-from .packets import AV_ERRORS, MAX_CHANNELS, Converter, Damage, StreamDecoder, Tally
+from .packets import (
+    AV_ERRORS,
+    MAX_CHANNELS,
+    SAMPLE_RATES,
+    Converter,
+    Damage,
+    StreamDecoder,
+    Tally,
+)
 from .pcm import convert_audio
 from .tags import clean_tags
-
-SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
 
 
 class AudioFile:

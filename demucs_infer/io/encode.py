@@ -23,8 +23,8 @@ from ..errors import MissingDependencyError, OptionError, SaveAudioError
 from ..resample import resample
 from ..utils import appearing
 from .decode import _reason
-from .packets import AV_ERRORS
 from .formats import DEFAULT_BITS, LAYOUTS, Encoding
+from .packets import AV_ERRORS
 from .pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
 from .tags import clean_tags
 

@@ -25,7 +25,8 @@ CLOCKLESS = frozenset(
     " g726le g728 g729 gsm loas mlp mp3 mpc sbc spdif s337m shn tak truehd".split()
 )
 # Readers that get the length of a stream from its header and not from the bytes that are there.
-DECLARING = frozenset("aiff ape caf dsf flac mov tta w64 wav".split())
+DECLARING = frozenset("avi mov rm".split())
+EXACT = frozenset("aiff ape caf dsf flac tta w64 wav".split())
 MIN_GAP = 0.01  # seconds: less is how a file's clock trembles
 SURE_GAP = 0.9  # of the longest frame
 MIN_LOSS = 0.002  # seconds, where packets are known to be lost
@@ -33,7 +34,9 @@ ROUNDING = 0.002  # seconds that times are rounded to
 MAX_BREAK = 10  # seconds: more is another clock, in formats whose clock may jump
 MAX_SILENCE = 60  # seconds of silence more than there is sound: times are a stranger's, too
 END_MARGIN = 0.25  # seconds that a header may say too much, for what an encoder pads
+EXACT_MARGIN = 0.01  # seconds, where it does not
 MAX_CHANNELS = 24
+SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
 RETRIES = 8  # for packets that cannot be found, before the rest is given up
 SILENCE_BLOCK = 2**16  # samples
 
@@ -134,6 +137,14 @@ class Tally:
             self.damage.places += 1
             self.damage.seconds += seconds
 
+    def miss(self, seconds: float) -> None:
+        """The header says that there are so many more."""
+        self.damage.seconds = max(seconds, self.damage.seconds)
+        if seconds > END_MARGIN:
+            self.damage.end_missing = True
+        else:
+            self.damage.places = max(1, self.damage.places)
+
     def finish(self) -> None:
         """There is no further frame."""
         if self.lost:
@@ -185,7 +196,7 @@ class StreamDecoder:
         try:
             frames: list[Any] = self.stream.codec_context.decode(packet)
             for frame in frames:
-                if not 0 < frame.layout.nb_channels <= MAX_CHANNELS or frame.rate <= 0:
+                if not _is_of_music(frame):
                     raise ValueError("no frame of music")
         except AV_ERRORS:
             if packet is not None:
@@ -216,7 +227,7 @@ class StreamDecoder:
         expected, self._end = self._expected(lost), _end(frame)
         if expected is None:
             return 0.0
-        gap = _in_frames(_time(frame) - expected, self.stream, frame)
+        gap = _in_frames(_time(frame) - expected, frame)
         if following is None or following.pts is None:
             return self._bounded(gap, frame, lost)
         # A clock that takes back what it has skipped trembles: in MPEG-PS, and Vorbis' blocks.
@@ -238,15 +249,24 @@ class StreamDecoder:
     def _check_end(self) -> None:
         missing = self._declared() - self.converter.samples / (self.converter.rate or 1)
         self.tally.finish()
-        if missing > END_MARGIN:
-            self.tally.damage.seconds += missing
-            self.tally.damage.end_missing = True
+        if missing > (EXACT_MARGIN if self._names & EXACT else END_MARGIN):
+            self.tally.miss(missing)
 
     def _declared(self) -> float:
         """Seconds that the header says there are."""
-        if not self._names & DECLARING or self.stream.duration is None:
-            return 0.0
-        return float(self.stream.duration * self.stream.time_base)
+        if not self.stream.duration:
+            return self._matroska_length()
+        declares = self._names & (EXACT | DECLARING)
+        return float(self.stream.duration * self.stream.time_base) if declares else 0.0
+
+    def _matroska_length(self) -> float:
+        """Of a Matroska file with nothing but this stream, which has no length of its own."""
+        alone = len(self.container.streams) == 1 and "matroska" in self._names
+        return float((self.container.duration or 0) / av.time_base) if alone else 0.0
+
+
+def _is_of_music(frame: Any) -> bool:
+    return 0 < frame.layout.nb_channels <= MAX_CHANNELS and frame.rate in SAMPLE_RATES
 
 
 def _time(frame: Any) -> float:
@@ -257,10 +277,8 @@ def _end(frame: Any) -> float:
     return _time(frame) + frame.samples / frame.rate
 
 
-def _in_frames(gap: float, stream: Any, frame: Any) -> float:
+def _in_frames(gap: float, frame: Any) -> float:
     """`gap` in whole frames, if it is about that: clocks are coarser than samples."""
-    size = stream.codec_context.frame_size
-    if size <= 1:
-        return gap
-    whole = round(gap * frame.rate / size) * size / frame.rate
-    return whole if abs(gap - whole) <= ROUNDING else gap
+    length = frame.samples / frame.rate
+    whole = round(gap / length) * length
+    return whole if abs(gap - whole) <= min(ROUNDING, length / 4) else gap
