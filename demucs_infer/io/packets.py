@@ -25,8 +25,8 @@ CLOCKLESS = frozenset(
     " g726le g728 g729 gsm loas mlp mp3 mpc sbc spdif s337m shn tak truehd".split()
 )
 # Readers that get the length of a stream from its header and not from the bytes that are there.
-DECLARING = frozenset("avi mov rm".split())
-EXACT = frozenset("aiff ape caf dsf flac tta w64 wav".split())
+DECLARING = frozenset("avi caf mov rm".split())
+EXACT = frozenset("aiff ape dsf flac tta w64 wav".split())
 MIN_GAP = 0.01  # seconds: less is how a file's clock trembles
 SURE_GAP = 0.9  # of the longest frame
 MIN_LOSS = 0.002  # seconds, where packets are known to be lost
