@@ -228,10 +228,11 @@ class StreamDecoder:
         if expected is None:
             return 0.0
         gap = _in_frames(_time(frame) - expected, frame)
-        if following is None or following.pts is None:
-            return self._bounded(gap, frame, lost)
-        # A clock that takes back what it has skipped trembles: in MPEG-PS, and Vorbis' blocks.
-        return self._bounded(min(gap, gap + _time(following) - self._end), frame, lost)
+        if following is not None and following.pts is not None:
+            taken_back = self._end - _time(following)
+            # Clocks tremble so in MPEG-PS, and where Vorbis' blocks change.
+            gap -= taken_back if taken_back > ROUNDING else 0.0
+        return self._bounded(gap, frame, lost)
 
     def _expected(self, lost: list[float]) -> float | None:
         if self._end is None and lost and self.stream.start_time is not None:
