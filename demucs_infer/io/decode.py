@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import LoadAudioError
 from ..log import logger
 from .demuxers import open_audio
-from .mending import parts
+from .mending import missing_bytes, parts
 from .packets import (
     AV_ERRORS,
     MAX_CHANNELS,
@@ -50,7 +50,7 @@ class AudioFile:
     def info(self) -> dict[str, Any]:
         """What the file says of itself: `format` (with `duration`) and `streams`."""
         with self._open() as container:
-            duration = container.duration
+            duration = self._whole_duration(container)
             return {
                 "format": {
                     "filename": str(self.path),
@@ -69,6 +69,15 @@ class AudioFile:
                     for stream in container.streams
                 ],
             }
+
+    def _whole_duration(self, first: Any) -> int | None:
+        """Of all links of a chained stream, in FFmpeg's unit; `first` is the open one."""
+        durations = [first.duration]
+        with self._opened() as pieces:
+            for piece in pieces[1:]:
+                with self._container(piece) as container:
+                    durations.append(container.duration)
+        return None if None in durations else sum(durations)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -176,10 +185,17 @@ class AudioFile:
                     with self._container(piece) as container:
                         found = self._stream(container, stream)
                         yield from StreamDecoder(container, found, tally, converter).blocks()
+                        self._check_size(piece, found, tally)
             yield from converter.flush()
         except AV_ERRORS as exc:
             raise LoadAudioError(f"{self.name}: cannot be decoded ({_reason(exc)})") from exc
         self._judge(tally, converter.samples)
+
+    @staticmethod
+    def _check_size(piece: BinaryIO, stream: Any, tally: Tally) -> None:
+        missing = missing_bytes(piece)
+        if missing and stream.codec_context.bit_rate:
+            tally.miss(8 * missing / stream.codec_context.bit_rate)
 
     def _judge(self, tally: Tally, samples: int) -> None:
         if tally.good < tally.bad:

@@ -17,6 +17,7 @@ PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
 HEAD = 2**16  # bytes in which the format chunk of a WAV file is looked for
 PAGE = struct.Struct("<4sBBqIIIB")  # of Ogg: capture, version, flags, granule, …, segments
 BEGINS = 2  # flag of the first page of a stream
+UNKNOWN = 0x7FFFF000  # bytes: the length of samples that nobody has counted
 SEARCH = 2**16  # bytes that are searched at once for the next page
 
 
@@ -94,13 +95,34 @@ def _patches(head: bytes) -> dict[int, bytes]:
     """
     if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:12] != b"WAVE":
         return {}
+    for name, at, length in _chunks(head):
+        if name == b"fmt " and length >= 40:
+            return _patch_of(head[at : at + 40], at)
+    return {}
+
+
+def missing_bytes(part: BinaryIO) -> int:
+    """How many bytes of samples a WAV file says it has and does not.
+
+    FFmpeg (all versions up to 9) takes the rest of the file without a word.
+    """
+    size = part.seek(0, io.SEEK_END)
+    head = _bytes_at(part, 0, HEAD)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return 0
+    for name, at, length in _chunks(head):
+        if name == b"data":  # those who write to a pipe put the largest numbers there
+            return max(0, at + length - size) if length < UNKNOWN else 0
+    return 0
+
+
+def _chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and length of each chunk of a WAV file that begins in `head`."""
     at = 12
     while at + 8 <= len(head):
-        name, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")
-        if name == b"fmt " and size >= 40:
-            return _patch_of(head[at + 8 : at + 48], at + 8)
-        at += 8 + size + size % 2
-    return {}
+        length = int.from_bytes(head[at + 4 : at + 8], "little")
+        yield head[at : at + 4], at + 8, length
+        at += 8 + length + length % 2
 
 
 def _patch_of(chunk: bytes, at: int) -> dict[int, bytes]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from .mending import late_samples
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-# Streams without a clock: FFmpeg counts their packets, so that times tell nothing of a gap.
-CLOCKLESS = frozenset(
-    "aac ac3 ac4 act adx amr amrnb amrwb aptx aptx_hd dfpwm dts dtshd eac3 flac g722 g723_1 g726"
-    " g726le g728 g729 gsm loas mlp mp3 mpc sbc spdif s337m shn tak truehd".split()
+# Formats with a clock. Of others FFmpeg counts packets or bytes, which tell nothing of a gap.
+CLOCKED = frozenset(
+    "ape asf flv gxf iamf ivr kux live_flv lxf matroska mov mpeg mpegts mxf nsv nut nuv ogg rm tta"
+    " ty wtv wv".split()
 )
 # Readers that get the length of a stream from its header and not from the bytes that are there.
 DECLARING = frozenset("avi caf mov rm".split())
@@ -222,7 +222,7 @@ class StreamDecoder:
     def _gap(self, frame: Any, lost: list[float], following: Any) -> float | None:
         """Seconds that are missing before `frame`; `None` if there is no clock to tell."""
         self._sounding += frame.samples / frame.rate
-        if frame.pts is None or self._names & CLOCKLESS:
+        if frame.pts is None or not self._names & CLOCKED:
             return None
         expected, self._end = self._expected(lost), _end(frame)
         if expected is None:
@@ -257,7 +257,9 @@ class StreamDecoder:
         """Seconds that the header says there are."""
         if not self.stream.duration:
             return self._matroska_length()
-        declares = self._names & (EXACT | DECLARING)
+        declares = bool(self._names & (EXACT | DECLARING))
+        if "mp3" in self._names:  # by LAME's header, which also says where the music starts
+            declares = bool(self.stream.start_time)
         return float(self.stream.duration * self.stream.time_base) if declares else 0.0
 
     def _matroska_length(self) -> float:
