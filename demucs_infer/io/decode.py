@@ -225,6 +225,8 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: no such file")
         if self.path.is_dir():
             raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
+        if not self.path.is_file():
+            raise LoadAudioError(f"{self.name}: is no regular file: copy what it gives to one")
         if not self.path.stat().st_size:
             raise LoadAudioError(f"{self.name}: the file is empty")
         with ExitStack() as stack:
