@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -297,3 +298,42 @@ def test_a_file_of_which_less_than_half_can_be_decoded(folder: Path, tmp_path: P
     path.write_bytes(data)
     with pytest.raises(LoadAudioError, match=r"\d+ of its \d+ packets cannot be decoded"):
         decoded(path)
+
+
+@pytest.mark.parametrize(("total", "missing"), [(0, False), (1000, False), (10**6, True)])
+def test_a_wrong_total_in_flac(total: int, missing: bool, folder: Path, tmp_path: Path) -> None:
+    data = bytearray(made(folder, "a.flac").read_bytes())
+    kept = int.from_bytes(data[18:26], "big") >> 36 << 36  # all but the number of samples
+    data[18:26] = (kept | total).to_bytes(8, "big")
+    path = tmp_path / "a.flac"
+    path.write_bytes(data)
+    ours, damage = decoded(path)
+    assert torch.equal(ours, decoded(made(folder, "a.flac"))[0])
+    assert damage.end_missing == missing  # nothing tells it from a file that breaks off
+
+
+def test_dsf(tmp_path: Path) -> None:
+    channels, samples = 2, 4096 * 8 * 20
+    sound = b"\x69" * (samples // 8 * channels)
+    form = struct.pack(
+        "<4sQIIIIIIQII", b"fmt ", 52, 1, 0, 2, channels, 2_822_400, 1, samples, 4096, 0
+    )
+    body = form + struct.pack("<4sQ", b"data", 12 + len(sound)) + sound
+    path = tmp_path / "a.dsf"
+    path.write_bytes(struct.pack("<4sQQQ", b"DSD ", 28, 28 + len(body), 0) + body)
+    ours, damage = decoded(path)
+    assert ours.shape == reference(path, channels).shape == (2, samples // 8)
+    assert not damage
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9 \N{GRINNING FACE}.wav", "-i.flac", "a\nb.mp3", "%d.wav"]
+)
+def test_names_of_every_kind(name: str, folder: Path, tmp_path: Path) -> None:
+    source = made(folder, f"a{Path(name).suffix}")
+    path = tmp_path / name
+    try:
+        path.write_bytes(source.read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert torch.equal(decoded(path)[0], decoded(source)[0])
