@@ -38,7 +38,7 @@ from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
 from .io.mixture import Decoder, Mixture
 from .io.output import Output
-from .io.pcm import as_samples
+from .io.pcm import as_samples, strange_samples
 from .io.storage import local_copy, place
 from .log import fatal
 from .pretrained import get_model, list_models
@@ -211,8 +211,9 @@ class Separator:
             raise OptionError(
                 f"a track must be [channels, samples] and not empty: {list(samples.shape)}"
             )
-        if not samples.isfinite().all():
-            raise OptionError("the track has samples that are not finite (NaN or Inf)")
+        reason = strange_samples(samples)
+        if reason:
+            raise OptionError(f"the track has samples that are {reason}")
         samples = samples.reshape(-1, samples.shape[-1])
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)

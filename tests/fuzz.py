@@ -157,7 +157,75 @@ def _read_template(path: Path) -> None:
             Output(folder, template).paths(track, "model", ["drums", "no_drums"])
 
 
+# Container, and codecs that are tried in it; what cannot be encoded here is left out.
+SOUNDS = {
+    "wav": "pcm_s16le pcm_f32le adpcm_ms adpcm_ima_wav pcm_mulaw",
+    "aiff": "pcm_s16be",
+    "au": "pcm_s16be",
+    "w64": "pcm_s24le",
+    "caf": "pcm_s16le alac",
+    "flac": "flac",
+    "mp3": "mp3",
+    "mp4": "aac",
+    "ipod": "alac",
+    "mov": "pcm_s24le",
+    "ogg": "libopus flac vorbis",
+    "matroska": "aac flac alac mp3 libopus",
+    "mpegts": "mp2 ac3 aac",
+    "mpeg": "mp2",
+    "avi": "mp3 pcm_s16le",
+    "flv": "mp3",
+    "asf": "wmav2",
+    "wv": "wavpack",
+    "tta": "tta",
+    "adts": "aac",
+    "ac3": "ac3",
+    "eac3": "eac3",
+    "dts": "dca",
+    "voc": "pcm_s16le",
+    "nut": "mp3",
+    "truehd": "truehd",
+    "rm": "ac3",
+}
+
+
+def _sounds(folder: Path) -> Sequence[bytes]:
+    made = (_sound(folder, kind, codec) for kind in SOUNDS for codec in SOUNDS[kind].split())
+    return list(filter(None, made))
+
+
+def _sound(folder: Path, kind: str, codec: str) -> bytes:
+    import av
+    import numpy as np
+
+    path = folder / "seed"
+    samples = np.random.default_rng(1).normal(0, 0.1, (1, 2 * 16000)).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(samples, "flt", "stereo")
+    frame.sample_rate = 48000
+    try:
+        with av.open(str(path), "w", format=kind) as container:
+            container.metadata["title"] = "noise"
+            stream = container.add_stream(codec, rate=48000, options={"strict": "-2"})
+            stream.layout = "stereo"
+            for part in (frame, None):
+                container.mux(stream.encode(part))
+    except (av.FFmpegError, ValueError):
+        return b""
+    return path.read_bytes()
+
+
+def _read_audio(path: Path) -> None:
+    from demucs_infer.audio import AudioFile
+    from demucs_infer.io.mixture import Decoder, Limits
+
+    file = AudioFile(path)
+    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).blocks():
+        pass
+    _ = file.tags, file.info
+
+
 TARGETS = {
+    "audio": Target(_sounds, mutate_bytes, _read_audio),
     "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
     "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),
 }

@@ -31,8 +31,9 @@ from ..log import logger
 from .console import standard_input
 from .decode import AudioFile
 from .encode import encoding_errors
-from .mixture import Decoder, Mixture, Moments
+from .mixture import NO_LIMITS, Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
+from .packets import Damage
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
 from .tracks import TrackJob, plan_jobs
@@ -68,7 +69,8 @@ class TrackResult:
     """What became of a track.
 
     `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
-    were drawn for the shifts, model by model. `error` is what went wrong, if anything did.
+    were drawn for the shifts, model by model. `damaged` is what of the track could not be read, and
+    `error` what went wrong, if anything did.
     """
 
     input: Place
@@ -78,6 +80,7 @@ class TrackResult:
     elapsed: float | None = None
     offsets: Sequence[int] = ()
     skipped: bool = False
+    damaged: Damage | None = None
     error: Exception | None = None
     version: str = __version__
 
@@ -94,8 +97,14 @@ class TrackResult:
             name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
             for name, stem in self.stems.items()
         }
-        changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
-        return {**vars(self), **changed, "offsets": list(self.offsets)}
+        changed = {
+            "input": str(self.input),
+            "stems": stems,
+            "offsets": list(self.offsets),
+            "damaged": None if self.damaged is None else self.damaged.as_json(),
+            "error": self.message or None,
+        }
+        return {**vars(self), **changed}
 
 
 class _Stopped(Exception):
@@ -110,6 +119,7 @@ class _Decoded:
     spool: Spool
     rate: int  # of the file, hertz
     length: int  # of the file, samples
+    damage: Damage
     tags: dict[str, str]
 
 
@@ -118,7 +128,7 @@ class Batch:
 
     `announce` is called before a track is separated; `report` with what became of it, from any
     thread, but for one track at a time. `call` calls a function with arguments where the model may
-    be run: batches that share a model share a thread for it.
+    be run: batches that share a model share a thread for it. `limits` are those of every track.
     """
 
     def __init__(
@@ -130,7 +140,9 @@ class Batch:
         announce: Callable[[Place], None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
+        limits: Limits = NO_LIMITS,
     ) -> None:
+        self.limits = limits
         self.separator = separator
         self.output = output
         self.space = space
@@ -200,7 +212,7 @@ class Batch:
 
     def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels)
+        decoder = Decoder(file, separator.samplerate, separator.audio_channels, self.limits)
         spool, moments = self.space.spool(separator.audio_channels), Moments()
         try:
             for block in decoder.blocks():
@@ -213,7 +225,9 @@ class Batch:
         if not moments.count:
             raise LoadAudioError(f"{file.name}: is too short to be separated")
         tags = {"title": self.output.track_name(track), **file.tags}
-        return _Decoded(Mixture(spool.read, moments), spool, decoder.rate, decoder.length, tags)
+        return _Decoded(
+            Mixture(spool.read, moments), spool, decoder.rate, decoder.length, decoder.damage, tags
+        )
 
     def _separated(self, job: TrackJob, decoded: Future[_Decoded]) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
@@ -244,6 +258,7 @@ class Batch:
             self.separator.name,
             seconds=track.length / track.rate,
             offsets=[task.offset for task in passes if task.offset is not None],
+            damaged=track.damage or None,
         )
         return partial(self._finish, job, writer, result, begin)
 
