@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from demucs_infer.errors import DownloadError
-from demucs_infer.hub import download
+from demucs_infer.hub import download, http
 from demucs_infer.hub.download import Patience, fetch
 
 from . import web as answers
@@ -193,6 +193,7 @@ def test_pauses(web: Web, target: Path, monkeypatch: pytest.MonkeyPatch) -> None
     pauses: list[float] = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=lambda: 1e9)
     monkeypatch.setattr(download, "time", clock)
+    monkeypatch.setattr(http, "time", clock)
     date = formatdate(1e9 + 5, usegmt=True)
     web.answers = [
         *(status(429, Retry_After=value) for value in (7, date, "soon")),
