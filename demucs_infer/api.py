@@ -40,6 +40,7 @@ from .io.mixture import Decoder, Mixture
 from .io.output import Output
 from .io.pcm import as_samples
 from .io.storage import local_copy, place
+from .log import fatal
 from .pretrained import get_model, list_models, model_label
 
 __all__ = [
@@ -297,3 +298,6 @@ class Separator:
 
 for _option in fields(SeparatorOptions):
     setattr(Separator, _attribute(_option.name), _option.default)
+
+if __name__ == "__main__":
+    fatal("this module has no command: run demucs-infer, or python -m demucs_infer", status=2)

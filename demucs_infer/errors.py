@@ -5,7 +5,7 @@ DemucsInferError
 │   └── DownloadError                     a checkpoint that cannot be fetched
 ├── AudioError
 │   ├── LoadAudioError                    a track that cannot be read
-│   └── SaveAudioError                    a stem that cannot be written
+│   └── SaveAudioError (OSError)          a stem that cannot be written
 ├── OptionError (ValueError)              a value that makes no sense where it was given
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
@@ -34,7 +34,7 @@ class LoadAudioError(AudioError):
     """A track cannot be read, or holds nothing that can be separated."""
 
 
-class SaveAudioError(AudioError):
+class SaveAudioError(AudioError, OSError):
     """A stem cannot be written."""
 
 

@@ -30,7 +30,7 @@ from .log import logger
 if TYPE_CHECKING:
     from torch import nn
 
-    from .apply import BagOfModels
+    from .engine.bag import BagOfModels
 
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
 MANY = 20  # names, more than which are not spelled out in a message
@@ -256,7 +256,8 @@ def _build(read: Callable[[], Content], architecture: Mapping[str, Any] | None =
 
     The file is read here, so that its bytes are not kept while the model is built.
     """
-    from .hub.packages import ClassName, read_package, read_state
+    from .hub.packages import read_package, read_state
+    from .hub.pickles import ClassName
     from .states import build_model
 
     content = read()
@@ -364,7 +365,7 @@ class BagOnlyRepo:
     def get_model(self, name: str) -> BagOfModels:
         """Build the bag of this name with its models. Raises `ModelLoadingError`."""
         bag = self._read(name)
-        from .apply import BagOfModels
+        from .engine.bag import BagOfModels
 
         self.model_repo.require(bag.models)
         models = {sig: self.model_repo.get_model(sig) for sig in bag.models}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownloadError
-from ..log import logger
+from ..log import logger, printable
 from .http import (
     TRANSIENT,
     Broken,
@@ -326,6 +326,7 @@ def _progress_bar(name: str, start: int, total: int | None) -> Any:
     """A bar on standard error, if that is a terminal."""
     from tqdm import tqdm
 
+    name = printable(name)
     return tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
 
 

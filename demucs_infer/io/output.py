@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
-from ..errors import OptionError
+from ..errors import OptionError, SaveAudioError
+from .console import check_standard_output
 from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
 from .storage import Place, Url, place
 
@@ -137,6 +138,8 @@ class Output:
         if isinstance(self._place, Url) and self._place.is_web:
             raise OptionError(f"{self.folder}: addresses of the web can only be read")
         self._path(Path("track.wav"), "model", "stem")  # the template makes sense
+        if self.is_pipe:
+            check_standard_output()
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(encoding)
@@ -158,11 +161,11 @@ class Output:
         from .spool import Workspace
 
         folder = self._place
-        elsewhere = Workspace(Path(tempfile.gettempdir()))
         if isinstance(folder, Url):
             folder.check_writable()
-            return elsewhere
-        return elsewhere if self.is_pipe else Workspace(folder)
+        elif not self.is_pipe:
+            return Workspace(folder)
+        return Workspace(_temporary_folder())
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives."""
@@ -226,6 +229,13 @@ class Output:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {self.filename!r} is no template of {known}") from exc
         return _below(self._place, relative)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as exc:
+        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
 def _below(folder: Place, relative: str) -> Place:
