@@ -49,7 +49,7 @@ class HubModel:
         parts = [name, namespace, *(revision.split("/") if at else ())]
         if len(namespaces) > 1 or not all(map(PART.fullmatch, parts)):
             raise ModelLoadingError(
-                f"{text}: is not of the form {SCHEME}[NAMESPACE/]NAME[@REVISION]"
+                f"{text!r} is not of the form {SCHEME}[NAMESPACE/]NAME[@REVISION]"
             )
         return cls(name, namespace, revision or DEFAULT_REVISION)
 
@@ -68,12 +68,16 @@ class HubModel:
 
     def url(self, file: str) -> str:
         """The address of a file of the repository."""
-        root = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-        return f"{root}/{self.repository}/resolve/{self.revision}/{file}"
+        return f"{endpoint()}/{self.repository}/resolve/{self.revision}/{file}"
 
     def pinned(self, file: Path) -> HubModel:
         """The model at the revision that `file` in the hub's cache belongs to."""
         return replace(self, revision=file.parent.name)
+
+
+def endpoint() -> str:
+    """The address of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 def repository_name(name: str) -> str:
@@ -175,9 +179,13 @@ def hub_file(model: HubModel, file: str, *, offline: bool) -> Path:
             return path
         raise MissingDependencyError("huggingface_hub", str(model)) from exc
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(model.repository, file, revision=model.revision)
+        path = huggingface_hub.hf_hub_download(
+            *(model.repository, file),
+            revision=model.revision,
+            cache_dir=cache_folder(),
+            endpoint=endpoint(),
         )
+        return Path(path)
     except Exception as exc:  # of several libraries below it, too
         raise DownloadError(f"{model.url(file)}: {_reason(exc, model, file)}") from exc
 

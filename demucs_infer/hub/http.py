@@ -66,7 +66,7 @@ def ask(method: str, url: str, timeout: float, headers: Mapping[str, str], **how
 
 
 def head(url: str, timeout: float) -> Mapping[str, str]:
-    """Ask once for the headers of an address, without going where it leads on another host.
+    """Ask once for the headers of an address, as they are before it leads to another host.
 
     Raises `HostError`.
     """
@@ -74,7 +74,8 @@ def head(url: str, timeout: float) -> Mapping[str, str]:
         for _ in range(MOST_REDIRECTS):
             response = ask("HEAD", url, timeout, {}, allow_redirects=False)
             target = response.headers.get("Location", "")
-            if not response.is_redirect or urlsplit(target).netloc:
+            other = urlsplit(target).netloc not in ("", urlsplit(url).netloc)
+            if not response.is_redirect or other or "X-Linked-ETag" in response.headers:
                 break
             url = urljoin(url, target)
     except Broken as exc:
