@@ -116,7 +116,7 @@ def test_what_the_cache_lacks(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(DownloadError, match=r"mine.yaml is not in the hub's cache .*offline"):
         get_model("hf://someone/mine", offline=True)
     without_the_package(monkeypatch)
-    with pytest.raises(MissingDependencyError, match="pip install huggingface_hub$"):
+    with pytest.raises(MissingDependencyError, match=r"pip install huggingface_hub$"):
         get_model("hf://someone/mine")
     assert not hub.asked
 

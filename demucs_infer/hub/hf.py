@@ -179,13 +179,14 @@ def hub_file(model: HubModel, file: str, *, offline: bool) -> Path:
             return path
         raise MissingDependencyError("huggingface_hub", str(model)) from exc
     try:
-        path = huggingface_hub.hf_hub_download(
-            *(model.repository, file),
-            revision=model.revision,
-            cache_dir=cache_folder(),
-            endpoint=endpoint(),
+        return Path(
+            huggingface_hub.hf_hub_download(
+                *(model.repository, file),
+                revision=model.revision,
+                cache_dir=cache_folder(),
+                endpoint=endpoint(),
+            )
         )
-        return Path(path)
     except Exception as exc:  # of several libraries below it, too
         raise DownloadError(f"{model.url(file)}: {_reason(exc, model, file)}") from exc
 
