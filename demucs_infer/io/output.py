@@ -153,7 +153,7 @@ class Output:
         """Whether the stem goes to standard output."""
         return self._place == PIPE
 
-    def workspace(self) -> Workspace:
+    def workspace(self, patience: float = 0) -> Workspace:
         """Room for what is not finished: among the stems if they are local, to be renamed there.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
@@ -164,8 +164,8 @@ class Output:
         if isinstance(folder, Url):
             folder.check_writable()
         elif not self.is_pipe:
-            return Workspace(folder)
-        return Workspace(_temporary_folder())
+            return Workspace(folder, patience)
+        return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives."""
