@@ -36,7 +36,7 @@ from .engine.run import stem_indices
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
-from .io.mixture import Decoder, Mixture
+from .io.mixture import Decoder, Limits, Mixture
 from .io.output import Output
 from .io.pcm import as_samples, strange_samples
 from .io.storage import local_copy, place
@@ -127,6 +127,7 @@ class Separator:
         if options.batch_size is not None and options.batch_size < 1:
             raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
         options_of(ApplyOptions, vars(options))
+        options_of(Limits, vars(options))
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
@@ -229,7 +230,7 @@ class Separator:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
         with local_copy(place(track)) as path:
             audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels)
+            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits)
             return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -265,6 +266,12 @@ class Separator:
     def stems(self) -> list[str]:
         """The stems that are separated, in their order."""
         return list(self._chosen(SeparationOptions).stems or self._model.sources)
+
+    @property
+    def limits(self) -> Limits:
+        """The tracks that are accepted."""
+        limits: Limits = options_of(Limits, vars(self._chosen(SeparationOptions)))
+        return limits
 
     def plan(self, length: int) -> list[Pass]:
         """The passes over a track of `length` samples at the model's rate, with offsets drawn."""

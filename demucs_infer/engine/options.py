@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "htdemucs"
-HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"  # titles in --help
+# Titles in --help.
+HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
+READ = "which tracks are accepted"
 
 Callback = Callable[[dict[str, Any]], Any]
 Given = ParamSpec("Given")
@@ -195,6 +197,18 @@ class SeparationOptions:
         "windows in one batch (default: on a GPU what its memory holds, else 1)",
         type=POSITIVE,
         metavar="N",
+    )
+    max_duration: float | None = option(
+        None,
+        "refuse tracks that are longer, as soon as that is known (default: any length)",
+        section=READ,
+        type=SECONDS,
+        metavar="SECONDS",
+    )
+    strict: bool = option(
+        False,
+        "a track that is damaged or cut off is an error, instead of separated without the damage",
+        action="store_true",
     )
 
 

@@ -31,7 +31,7 @@ from ..log import logger
 from .console import standard_input
 from .decode import AudioFile
 from .encode import encoding_errors
-from .mixture import NO_LIMITS, Decoder, Limits, Mixture, Moments
+from .mixture import Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
 from .packets import Damage
 from .spool import Spool, Workspace
@@ -58,6 +58,9 @@ class StemSource(Protocol):
 
     @property
     def stems(self) -> list[str]: ...
+
+    @property
+    def limits(self) -> Limits: ...
 
     def plan(self, length: int) -> list[Pass]: ...
 
@@ -128,7 +131,7 @@ class Batch:
 
     `announce` is called before a track is separated; `report` with what became of it, from any
     thread, but for one track at a time. `call` calls a function with arguments where the model may
-    be run: batches that share a model share a thread for it. `limits` are those of every track.
+    be run: batches that share a model share a thread for it.
     """
 
     def __init__(
@@ -140,9 +143,7 @@ class Batch:
         announce: Callable[[Place], None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
-        limits: Limits = NO_LIMITS,
     ) -> None:
-        self.limits = limits
         self.separator = separator
         self.output = output
         self.space = space
@@ -212,7 +213,7 @@ class Batch:
 
     def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels, self.limits)
+        decoder = Decoder(file, separator.samplerate, separator.audio_channels, separator.limits)
         spool, moments = self.space.spool(separator.audio_channels), Moments()
         try:
             for block in decoder.blocks():
