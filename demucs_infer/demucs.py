@@ -69,7 +69,7 @@ class DemucsOptions:
         check_architecture(self, "depth", "dconv_depth", "lstm_layers")
 
 
-class _Level:
+class _LevelLayers:
     """Makes the layers of one level, between `chin` channels outside and `channels` inside."""
 
     def __init__(self, options: DemucsOptions, index: int, chin: int, channels: int) -> None:
@@ -151,7 +151,7 @@ class Demucs(nn.Module):
         self.segment = options.segment
         levels, chin, channels = [], options.audio_channels, options.channels
         for index in range(options.depth):
-            levels.append(_Level(options, index, chin, channels))
+            levels.append(_LevelLayers(options, index, chin, channels))
             chin, channels = channels, int(options.growth * channels)
         self.encoder = nn.ModuleList(level.encoder() for level in levels)
         self.decoder = nn.ModuleList(level.decoder() for level in reversed(levels))
@@ -225,5 +225,5 @@ class Demucs(nn.Module):
         return renamed
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of any module, for older checkpoints too; the caller's dictionary is left alone."""
+        """Load weights, of older checkpoints too; the caller's dictionary is left alone."""
         return super().load_state_dict(self.current_names(state_dict), *args, **kwargs)
