@@ -288,7 +288,8 @@ class HDecLayer(nn.Module):
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
         self.chin, self.empty, self.last, self.halo = chin, options.empty, last, options.halo
         # Channels in a tile, of either half of the layer.
-        self.widest, self.widest_out = (None, None) if options.norm else (2 * chin, chout)
+        self.widest: int | None = None if options.norm else 2 * chin
+        self.widest_out: int | None = None if options.norm else chout
         self.conv_tr: nn.Module
         if options.freq:
             self.conv_tr = nn.ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,6 +129,21 @@ class _LevelLayers:
             self._norm(chout),
             nn.GLU(dim=1) if self.options.glu else nn.ReLU(),
         ]
+
+
+def rescale_module(module: nn.Module, reference: float) -> None:
+    """Divide the weights of convolutions by the root of their deviation over `reference`."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.ConvTranspose2d)):
+            rescale_conv(layer, reference)
+
+
+@torch.no_grad()
+def rescale_conv(conv: Any, reference: float) -> None:
+    """Rescale one convolution as `rescale_module` does."""
+    scale = (conv.weight.std() / reference) ** 0.5
+    for parameter in filter(lambda p: p is not None, (conv.weight, conv.bias)):
+        parameter.div_(scale)
 
 
 class Demucs(nn.Module):

@@ -321,6 +321,14 @@ class HybridUNet(nn.Module):
         start = 0 if self._zero_padded else self.hop_length // 2 * 3
         return istft_cropped(F.pad(z, (0, 0, 0, 1)), self.hop_length, start, length)
 
+    def _mask(self, z: Tensor, m: Tensor) -> Tensor:
+        """Spectra `[B, S, C, F, N]` from the mixture's `z` and the estimate `m` `[B, S, C', F, N]`.
+
+        `m` holds complex parts as channels, or else magnitudes.
+        """
+        mean, std = m.new_zeros(1), m.new_ones(1)
+        return torch.stack(list(self._spectra(m, mean, std, z, range(m.shape[1]))), dim=1)
+
     @property
     def _zero_padded(self) -> bool:
         """The first hybrid models were trained with zeros around the window, and not realigned."""
@@ -369,6 +377,13 @@ class HybridUNet(nn.Module):
             ]
         )  # [B, N, F, C, 2, S]
         return torch.view_as_complex(filtered.permute(0, 5, 3, 2, 1, 4).contiguous())
+
+
+def pad1d(
+    x: Tensor, paddings: tuple[int, int], mode: str = "constant", value: float = 0.0
+) -> Tensor:
+    """Pad `x` `[..., T]` as `F.pad` does; `mode="reflect"` takes short signals too."""
+    return reflect_pad(x, *paddings) if mode == "reflect" else F.pad(x, paddings, mode, value)
 
 
 class HDemucs(HybridUNet):

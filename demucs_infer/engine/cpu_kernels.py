@@ -91,11 +91,9 @@ class GroupNorm(nn.GroupNorm):
         channels, length = x.shape[1:]
         rows, whole = x.transpose(1, 2), length // NORM_STEPS * NORM_STEPS  # [B, T, C]
         pieces = [rows[:, :whole].unflatten(1, (-1, NORM_STEPS)), rows[:, None, whole:]]
-        total = sum(self._by_group(piece.sum(2)) for piece in pieces)
-        squares = sum(
-            self._by_group(torch.linalg.vector_norm(piece, dim=2).double().square())
-            for piece in pieces
-        )
+        total = self._added([piece.sum(2) for piece in pieces])
+        norms = [torch.linalg.vector_norm(piece, dim=2) for piece in pieces]
+        squares = self._added([norm.double().square() for norm in norms])
         count = length * channels // self.num_groups
         mean = total / count  # [B, G]
         deviation = (squares / count - mean**2).clamp_min(0).add(self.eps).sqrt()
@@ -104,9 +102,10 @@ class GroupNorm(nn.GroupNorm):
         gain, offset = (part.flatten(1)[:, None].to(x.dtype) for part in (gain, offset))
         return torch.addcmul(offset, rows, gain).transpose(1, 2)
 
-    def _by_group(self, sums: Tensor) -> Tensor:
-        """Add up sums `[B, N, C]` of pieces, as `[B, G]`."""
-        return sums.double().sum(1).unflatten(1, (self.num_groups, -1)).sum(2)
+    def _added(self, sums: list[Tensor]) -> Tensor:
+        """Add up sums `[B, N, C]` of pieces, as `[B, G]` in float64."""
+        whole = torch.cat(sums, dim=1).double().sum(1)
+        return whole.unflatten(1, (self.num_groups, -1)).sum(2)
 
 
 @dataclass(frozen=True)
