@@ -47,7 +47,7 @@ class ScaledEmbedding(nn.Module):
         self.scale = scale
 
     def forward(self) -> Tensor:
-        """All vectors, as `[num_embeddings, embedding_dim]`."""
+        """Return all vectors, as `[num_embeddings, embedding_dim]`."""
         return self.embedding.weight * self.scale
 
 
@@ -132,7 +132,7 @@ class LocalState(nn.Module):
 
 
 class DConvOptions(NamedTuple):
-    """What a `DConv` is made of, beside its number of channels."""
+    """Options of a `DConv`, beside its number of channels."""
 
     depth: int = 2
     comp: float = 4
@@ -288,8 +288,8 @@ class HDecLayer(nn.Module):
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
         self.chin, self.empty, self.last, self.halo = chin, options.empty, last, options.halo
         # Channels in a tile, of either half of the layer.
-        self.widest = None if options.norm else 2 * chin
-        self.widest_out = None if options.norm else chout
+        self.widest: int | None = None if options.norm else 2 * chin
+        self.widest_out: int | None = None if options.norm else chout
         self.conv_tr: nn.Module
         if options.freq:
             self.conv_tr = nn.ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
@@ -331,16 +331,14 @@ class HDecLayer(nn.Module):
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
 
     def _spread(self, y: Tensor, length: int) -> Tensor:
-        """The transposed convolution, cut by `pad` at either end, or to `length` in time."""
+        """Half of the detail comes back: cut by `pad` at either end, or to `length` in time."""
         if self.freq:
             reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
-            return in_tiles(self._transpose, [y], reach, self.widest_out, self._activate)
-        return self._activate(self._transpose(y)[..., self.pad : self.pad + length])
+            return in_tiles(self._transpose, [y], reach, self.widest_out)
+        return self._transpose(y)[..., self.pad : self.pad + length]
 
     def _transpose(self, y: Tensor) -> Tensor:
-        return self.norm2(self.conv_tr(y))
-
-    def _activate(self, z: Tensor) -> Tensor:
+        z = self.norm2(self.conv_tr(y))
         return z if self.last else F.gelu(z)
 
 

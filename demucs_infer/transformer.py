@@ -105,6 +105,35 @@ def sin_embedding_2d(
     return torch.cat([time, frequency], dim=-1).flatten(0, 1)
 
 
+def create_sin_embedding(
+    length: int,
+    dim: int,
+    shift: int = 0,
+    device: torch.device | str = "cpu",
+    max_period: float = 10000,
+) -> Tensor:
+    """Positions in time from `shift` on, as `[T, 1, C]`."""
+    table = sin_embedding(shift + length, dim, max_period, torch.device(device))
+    return table[shift:, None]
+
+
+def create_2d_sin_embedding(
+    d_model: int,
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
+    max_period: float = 10000,
+) -> Tensor:
+    """Positions in frequency (`height`) and time (`width`), as `[1, C, F, T]`.
+
+    Raises `OptionError` if `d_model` is no multiple of 4.
+    """
+    if d_model % 4:
+        raise OptionError(f"d_model={d_model} must be a multiple of 4")
+    table = sin_embedding_2d(height, width, d_model, max_period, torch.device(device))
+    return table.unflatten(0, (width, height)).permute(2, 1, 0)[None]
+
+
 class SequenceGroupNorm(nn.GroupNorm):
     """Group normalization of `[B, T, C]`."""
 
@@ -140,7 +169,7 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """What the self-attention and the cross-attention layer have in common."""
+    """Base of the self-attention and the cross-attention layer."""
 
     attention: str  # the name of the attention, which comes first in the order of parameters
     norm1: nn.Module
@@ -176,7 +205,7 @@ class TransformerLayer(nn.Module):
 
 
 class SelfLayer(TransformerLayer):
-    """A branch attends to itself."""
+    """Layer in which a branch attends to itself."""
 
     attention = "self_attn"
     self_attn: nn.Module
@@ -193,7 +222,7 @@ class SelfLayer(TransformerLayer):
 
 
 class CrossLayer(TransformerLayer):
-    """A branch attends to the other one."""
+    """Layer in which a branch attends to the other one."""
 
     attention = "cross_attn"
     cross_attn: nn.Module
