@@ -28,7 +28,7 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 def _eager_on_cpu(x: Tensor) -> bool:
     """`x` is worked on now, and here: not recorded for another engine, nor on another device."""
-    return x.device.type == "cpu" and not (is_tracing() or is_compiling())
+    return x.device.type == "cpu" and not (is_compiling() or is_tracing())
 
 
 def channels_last(x: Tensor) -> Tensor:
