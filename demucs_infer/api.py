@@ -9,18 +9,30 @@ for name, stem in stems.items():
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .apply import ApplyOptions, Pass, check_segment, plan_passes, separate_blocks
+from .apply import Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
-from .engine.backends import EngineOptions, on_engine
+from .engine.backends import EngineOptions, backend_of
+from .engine.backends.base import Backend
+from .engine.options import (
+    ModelOptions,
+    NotProvided,
+    SeparationOptions,
+    SeparatorOptions,
+    options_of,
+    takes,
+    updates,
+)
+from .engine.plan import ApplyOptions
+from .engine.run import stem_indices
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
@@ -28,11 +40,12 @@ from .io.mixture import Decoder, Mixture
 from .io.output import Output
 from .io.pcm import as_samples
 from .io.storage import local_copy, place
-from .pretrained import DEFAULT_MODEL, get_model, list_models
+from .pretrained import get_model, list_models
 
 __all__ = [
     "LoadAudioError",
     "LoadModelError",
+    "NotProvided",
     "Output",
     "Separation",
     "Separator",
@@ -41,104 +54,7 @@ __all__ = [
     "save_audio",
 ]
 
-Callback = Callable[[dict[str, Any]], Any]
-
-
-class _NotProvided:
-    """Stands for an argument that was not given, where `None` is a value."""
-
-    def __repr__(self) -> str:
-        return "NotProvided"
-
-
-NotProvided: Any = _NotProvided()
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What `Separator` was told, checked."""
-
-    device: torch.device
-    shifts: int
-    overlap: float
-    split: bool
-    segment: float | None
-    jobs: int
-    progress: bool
-    callback: Callback | None
-    callback_arg: Mapping[str, Any] | None
-    stems: tuple[str, ...] | None
-    seed: int | None
-    precision: str
-    engine: str
-    compile: bool
-    batch_size: int | None
-    openvino_device: str
-    cache: Path | None
-
-    def __post_init__(self) -> None:
-        if self.jobs < 0:
-            raise OptionError(f"jobs={self.jobs} must be 0 or more")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise OptionError(f"batch_size={self.batch_size} must be 1 or more")
-        _ = self.engine_options
-        _ = self.apply_options
-
-    @property
-    def engine_options(self) -> EngineOptions:
-        """What runs the networks. Raises `OptionError` for what does not go together."""
-        return EngineOptions(
-            self.engine,
-            self.precision,
-            self.compile,
-            self.device.type,
-            self.openvino_device,
-            self.cache,
-        )
-
-    @property
-    def apply_options(self) -> ApplyOptions:
-        """How a track is cut. Raises `OptionError` for values out of range."""
-        return ApplyOptions(
-            self.shifts, self.split, self.overlap, segment=self.segment, seed=self.seed
-        )
-
-
-def _place(device: str | torch.device | None, engine: str) -> dict[str, Any]:
-    """The settings `device`, `engine` and `openvino_device` that "openvino:GPU" and the like mean.
-
-    Raises `OptionError` for a device that cannot be used.
-    """
-    kind, _, rest = str(device).partition(":")
-    if kind == "openvino":
-        return {
-            "device": torch.device("cpu"),
-            "engine": kind,
-            "openvino_device": rest.upper() or "CPU",
-        }
-    if device is None and engine == "openvino":
-        device = "cpu"
-    return {"device": _usable_device(device), "engine": engine, "openvino_device": "CPU"}
-
-
-def _usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the best there is. Raises `OptionError` if it cannot be used."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if device == "cpu" and torch.backends.mps.is_available() else device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise OptionError(f"the device {str(device)!r} cannot be used: {reason}") from exc
-
-
-def _openvino_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Where OpenVINO's compiled networks are kept: beside the checkpoints, if there is a folder."""
-    try:
-        return cache_folder(cache_dir)
-    except ModelLoadingError:
-        return None
+Options = TypeVar("Options", ModelOptions, SeparationOptions)
 
 
 class Separation(NamedTuple):
@@ -151,144 +67,132 @@ class Separation(NamedTuple):
     stems: dict[str, Tensor]
 
 
+def _attribute(option: str) -> str:
+    """The attribute of a `Separator` that holds an option; `_model` is the model itself."""
+    return "_name" if option == "model" else f"_{option}"
+
+
 class Separator:
     """A model with the options of a separation. The model is loaded once, when this is made.
 
-    Args:
-        model: name of a bag or signature of a model (see `list_models`).
-        repo: a folder of checkpoints and bags to use instead of the released ones.
-        device: "cpu", "cuda", "cuda:1", "mps" …; by default the first GPU, else the CPU. Or a
-            device of OpenVINO's, "openvino:GPU", which implies that engine.
-        shifts: passes with random offsets to average, see `apply_model`.
-        overlap: part of a window that the next one covers, from 0 to less than 1.
-        split: work window by window.
-        segment: length of a window in seconds, instead of the model's.
-        jobs: windows that run at once on a CPU (0 or 1: one, which uses all cores by itself).
-        progress: show a progress bar on standard error.
-        callback: called before and after each window with a dictionary, see `apply_model`.
-        callback_arg: entries to add to that dictionary.
-        stems: the stems that are wanted (default: all); models of a bag that do not count for
-            them are not run.
-        seed: draw the offsets of the shifts from this, anew for each track, instead of from
-            `random`.
-        precision: of the network, "float32", "bfloat16" or "float16"; see `EngineOptions`.
-        engine: what runs the network, "torch" or "openvino".
-        compile: run it through `torch.compile`, which takes minutes the first time.
-        batch_size: windows in one batch (default: on a GPU what its memory holds, else 1).
-        cache_dir: the folder to keep published models in, see `get_model`.
-        offline: never download, see `get_model`.
+    As a context manager it lets go of the model at the end of the block (see `close`).
 
-    Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded,
-    `OptionError` for an option out of range or options that do not go together, and
-    `MissingDependencyError` without the engine's package.
+    Each option is an attribute, with an underscore before its name; the model's name is `_name`.
+    Subclasses and callers may set these and `_model`, `_samplerate` and `_audio_channels`, with or
+    without a call of `__init__`, and may override `_load_model` and `_load_audio`: a separation is
+    made of what is set when it begins.
     """
 
-    def __init__(
-        self,
-        model: str = DEFAULT_MODEL,
-        repo: str | os.PathLike[str] | None = None,
-        device: str | torch.device | None = None,
-        shifts: int = 1,
-        overlap: float = 0.25,
-        split: bool = True,
-        segment: float | None = None,
-        jobs: int = 0,
-        progress: bool = False,
-        callback: Callback | None = None,
-        callback_arg: Mapping[str, Any] | None = None,
-        *,
-        stems: Sequence[str] | None = None,
-        seed: int | None = None,
-        precision: str = "float32",
-        engine: str = "torch",
-        compile: bool = False,
-        batch_size: int | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        offline: bool | None = None,
-    ) -> None:
-        self._settings = _Settings(
-            **_place(device, engine),
-            shifts=shifts,
-            overlap=overlap,
-            split=split,
-            segment=segment,
-            jobs=jobs,
-            progress=progress,
-            callback=callback,
-            callback_arg=callback_arg,
-            stems=None if stems is None else tuple(stems),
-            seed=seed,
-            precision=precision,
-            compile=compile,
-            batch_size=batch_size,
-            cache=_openvino_cache(cache_dir),
-        )
-        self.name = str(model)
-        folder = None if repo is None else Path(repo)
-        loaded: Any = get_model(model, folder, cache_dir=cache_dir, offline=offline)
-        self._model: nn.Module = loaded
-        self._samplerate: int = loaded.samplerate
-        self._audio_channels: int = loaded.audio_channels
-        check_segment(self._model, segment)
-        self._check_stems(self._settings)
-        self._running = on_engine(self._model, self._settings.engine_options)
+    _model: Any = None
+    _samplerate: int | None = None
+    _audio_channels: int | None = None
+    _backend: tuple[EngineOptions, Backend] | None = None
+    _running: tuple[nn.Module, Backend, nn.Module] | None = None
 
-    def _check_stems(self, settings: _Settings) -> None:
-        sources: Any = self._model.sources
-        for stem in settings.stems or ():
-            if stem not in sources:
-                raise OptionError(f"there is no stem {stem!r}: the model has {', '.join(sources)}")
+    @takes(SeparatorOptions)
+    def __init__(self, options: SeparatorOptions) -> None:
+        """Load the model.
+
+        Raises `LoadModelError` (also called `ModelLoadingError`) if the model cannot be loaded,
+        `OptionError` for an option out of range or options that do not go together, and
+        `MissingDependencyError` without the engine's package.
+        """
+        for name, value in vars(options).items():
+            setattr(self, _attribute(name), value)
+        self._name = str(options.model)
+        self._check(options)
+        self._load_model()
+        self._check(options)
+
+    def _load_model(self) -> None:
+        """Load the model `_name`, and set `_model`, `_samplerate` and `_audio_channels`."""
+        source = self._chosen(ModelOptions)
+        repo = None if source.repo is None else Path(source.repo)
+        model: Any = get_model(
+            source.model, repo, cache_dir=source.cache_dir, offline=source.offline
+        )
+        self._model = model
+        self._samplerate, self._audio_channels = model.samplerate, model.audio_channels
+
+    def _chosen(self, kind: type[Options]) -> Options:
+        """The options of `kind`, as they are set now."""
+        names = (option.name for option in fields(kind))
+        return kind(**{name: getattr(self, _attribute(name)) for name in names})
+
+    def _check(self, options: SeparationOptions) -> None:
+        """Raise `OptionError` for what cannot be had, of the model too, if there is one."""
+        if options.jobs < 0:
+            raise OptionError(f"jobs={options.jobs} must be 0 or more")
+        if options.batch_size is not None and options.batch_size < 1:
+            raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
+        options_of(ApplyOptions, vars(options))
+        self._backend_for(options)
+        if self._model is not None:
+            check_segment(self._model, options.segment)
+            stem_indices(self._model.sources, options.stems)
+
+    def _backend_for(self, options: SeparationOptions) -> Backend:
+        cache = self._compiled_folder()
+        wanted: EngineOptions = options_of(EngineOptions, {**vars(options), "cache": cache})
+        if self._backend is None or self._backend[0] != wanted:
+            self._backend = (wanted, backend_of(wanted))
+        return self._backend[1]
+
+    def _compiled_folder(self) -> Path | None:
+        """The folder for what engines compile: beside the checkpoints, if they have a folder."""
+        try:
+            return cache_folder(self._chosen(ModelOptions).cache_dir)
+        except ModelLoadingError:
+            return None
+
+    def _model_on(self, backend: Backend) -> nn.Module:
+        """The model with its network run by `backend`."""
+        kept = self._running
+        if kept is None or kept[0] is not self._model or kept[1] is not backend:
+            self._running = kept = (self._model, backend, backend.run(self._model))
+        return kept[2]
 
     @property
     def samplerate(self) -> int:
         """Sample rate of the stems, in hertz."""
-        return self._samplerate
+        return self._samplerate or self._model.samplerate
 
     @property
     def audio_channels(self) -> int:
         """Channels of the stems."""
-        return self._audio_channels
+        return self._audio_channels or self._model.audio_channels
 
     @property
     def model(self) -> nn.Module:
         """The model or bag, with `sources`."""
         return self._model
 
-    def update_parameter(
-        self,
-        device: str | torch.device | None = NotProvided,
-        shifts: int = NotProvided,
-        overlap: float = NotProvided,
-        split: bool = NotProvided,
-        segment: float | None = NotProvided,
-        jobs: int = NotProvided,
-        progress: bool = NotProvided,
-        callback: Callback | None = NotProvided,
-        callback_arg: Mapping[str, Any] | None = NotProvided,
-        *,
-        stems: Sequence[str] | None = NotProvided,
-        seed: int | None = NotProvided,
-        precision: str = NotProvided,
-        engine: str = NotProvided,
-        compile: bool = NotProvided,
-        batch_size: int | None = NotProvided,
-    ) -> None:
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return str(self._chosen(ModelOptions).model)
+
+    @updates(SeparationOptions)
+    def update_parameter(self, changes: dict[str, Any]) -> None:
         """Change the options that are given, for what is separated from now on.
 
         Raises `OptionError` for a value out of range; nothing is changed then.
         """
-        given = {name: value for name, value in locals().items() if value is not NotProvided}
-        del given["self"]
-        if "device" in given:
-            given |= _place(device, given.get("engine", self._settings.engine))
-        if given.get("stems") is not None:
-            given["stems"] = tuple(given["stems"])
-        settings = replace(self._settings, **given)
-        check_segment(self._model, settings.segment)
-        self._check_stems(settings)
-        if settings.engine_options != self._settings.engine_options:
-            self._running = on_engine(self._model, settings.engine_options)
-        self._settings = settings
+        self._check(replace(self._chosen(SeparationOptions), **changes))
+        for name, value in changes.items():
+            setattr(self, _attribute(name), value)
+
+    def close(self) -> None:
+        """Let go of the model, and of the GPU's memory that it takes. Nothing is separated then."""
+        self._model = self._running = self._backend = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Separator:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def separate_tensor(
         self, wav: Tensor | np.ndarray[Any, Any], sr: int | None = None
@@ -317,10 +221,14 @@ class Separator:
 
         Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
         """
-        with local_copy(place(os.fspath(file))) as path:
-            audio = AudioFile(path, name=str(file))
+        return self.separate_tensor(self._load_audio(file), self.samplerate)
+
+    def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
+        """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
+        with local_copy(place(os.fspath(track))) as path:
+            audio = AudioFile(path, name=str(track))
             decoder = Decoder(audio, self.samplerate, self.audio_channels)
-            return self._separate(torch.cat(list(decoder.blocks()), dim=-1))
+            return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
         if not origin.shape[-1]:
@@ -354,29 +262,38 @@ class Separator:
     @property
     def stems(self) -> list[str]:
         """The stems that are separated, in their order."""
-        sources: Any = self._model.sources
-        return list(self._settings.stems or sources)
+        return list(self._chosen(SeparationOptions).stems or self._model.sources)
 
     def plan(self, length: int) -> list[Pass]:
         """The passes over a track of `length` samples at the model's rate, with offsets drawn."""
-        return plan_passes(self._model, length, self._settings.apply_options)
+        options: ApplyOptions = options_of(ApplyOptions, vars(self._chosen(SeparationOptions)))
+        return plan_passes(self._model, length, options)
 
     def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]:
         """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`."""
-        settings = self._settings
+        if self._model is None:
+            raise OptionError("this Separator is closed, or has no model")
+        options = self._chosen(SeparationOptions)
+        self._check(options)
+        backend = self._backend_for(options)
         blocks = separate_blocks(
-            self._running,
+            self._model_on(backend),
             mixture,
-            options=settings.apply_options,
-            in_lockstep=settings.callback is None,  # which expects one model after the other
-            progress=settings.progress,
-            device=settings.device,
-            num_workers=settings.jobs,
-            callback=settings.callback,
-            callback_arg=settings.callback_arg,
-            stems=settings.stems,
+            options=options_of(ApplyOptions, vars(options)),
+            in_lockstep=options.callback is None,  # which expects one model after the other
+            progress=options.progress,
+            device=backend.device,
+            num_workers=options.jobs,
+            callback=options.callback,
+            callback_arg=options.callback_arg,
+            stems=options.stems,
             passes=passes,
-            batch_size=settings.batch_size,
+            batch_size=options.batch_size,
+            stay=True,
         )
         # Unlike a loop here, this keeps no block while the next window runs.
         return map(mixture.restored, blocks)
+
+
+for _option in fields(SeparatorOptions):
+    setattr(Separator, _attribute(_option.name), _option.default)

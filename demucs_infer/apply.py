@@ -1,5 +1,21 @@
-"""The engine's public face: a model is applied to a mixture. The work is done in `engine`."""
+"""A model is applied to a mixture: the engine's public face.
 
+`separate_blocks` is the engine as a stream, `apply_model` the same with tensors at both ends. The
+work is done in `engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import tqdm
+from torch import Tensor, nn
+
+from .demucs import Demucs
 from .engine.bag import BagOfModels, as_bag, check_segment
 from .engine.overlap_add import OverlapAdd, fade, window_share
 from .engine.plan import (
@@ -12,21 +28,32 @@ from .engine.plan import (
     plan_steps,
     plan_windows,
 )
-from .engine.run import apply_model, separate_blocks
+from .engine.run import Callback, RunOptions, separate
 from .engine.source import Source, TensorChunk, tensor_chunk
+from .errors import OptionError
+from .hdemucs import HDemucs
+from .htdemucs import HTDemucs
+from .utils import center_trim
 
 __all__ = [
     "MAX_SHIFT",
     "ApplyOptions",
     "BagOfModels",
+    "Callback",
+    "Demucs",
+    "HDemucs",
+    "HTDemucs",
+    "Model",
     "OverlapAdd",
     "Pass",
+    "RunOptions",
     "Source",
     "Step",
     "TensorChunk",
     "Window",
     "apply_model",
     "as_bag",
+    "center_trim",
     "check_segment",
     "fade",
     "plan_passes",
@@ -36,3 +63,110 @@ __all__ = [
     "tensor_chunk",
     "window_share",
 ]
+
+Model = Demucs | HDemucs | HTDemucs
+DEFAULTS = ApplyOptions()
+
+
+def _bar(windows: Iterable[Any], **options: Any) -> Iterable[Any]:
+    """A progress bar, by whatever `tqdm` is in this module: programs put their own there."""
+    return tqdm.tqdm(windows, **options)
+
+
+def separate_blocks(
+    model: nn.Module, source: Source, *, options: ApplyOptions = DEFAULTS, **how: Any
+) -> Iterator[Tensor]:
+    """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
+
+    `options` say how the track is cut, `how` are the fields of `RunOptions`. Raises `OptionError`
+    for options that cannot be had, `DemucsInferError` for stems that are not finite.
+    """
+    return separate(model, source, options, RunOptions(**how), _bar)
+
+
+def apply_model(
+    model: nn.Module,
+    mix: Tensor | TensorChunk,
+    shifts: int = 1,
+    split: bool = True,
+    overlap: float = 0.25,
+    transition_power: float = 1.0,
+    progress: bool = False,
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    segment: float | None = None,
+    pool: Executor | None = None,
+    lock: AbstractContextManager[Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    callback_arg: Mapping[str, Any] | None = None,
+    *,
+    stems: Sequence[str] | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Separate `mix` `[B, C, T]`, at the model's sample rate, into stems `[B, S, C, T]`.
+
+    Args:
+        model: a model or a `BagOfModels`, which is set to evaluation. A model is moved to `device`;
+            the models of a bag one after the other, and then back.
+        mix: the mixture; the stems are returned on its device.
+        shifts: average this many passes, each offset by a random part of 0.5 s drawn from
+            `random` (0: one pass without an offset). Slower by that factor, and slightly better.
+        split: work window by window; otherwise the whole track is one window.
+        overlap: part of a window that the next one covers, from 0 to less than 1.
+        transition_power: exponent of the windows' weights, at least 1; higher is more abrupt.
+        progress: show a progress bar on standard error for each pass, through `tqdm.tqdm`.
+        device: where the model runs; that of `mix` if not given.
+        num_workers: threads that run windows at once, on a CPU.
+        segment: length of a window in seconds, instead of the model's.
+        pool: an executor of the caller's to run the windows.
+        lock: a context manager that is held while `callback` runs.
+        callback: called before and after each window, in the caller's thread, with a dictionary:
+            `model_idx_in_bag`, `shift_idx`, `segment_offset` (samples), `state` ("start" or
+            "end"), `audio_length` (samples) and `models` (their number). What it raises stops the
+            separation and is raised here.
+        callback_arg: entries to add to that dictionary.
+        stems: the sources that are wanted, in this order (default: all). Models of a bag that do
+            not count for them are not run; the others give what they give among all.
+        seed: draw the offsets of the shifts from this instead of from `random`.
+        batch_size: windows in one batch (default: on a GPU what its memory holds, else 1).
+
+    Raises `OptionError` (a `ValueError`) for options out of range and for a mixture of another
+    shape, or with values that are not finite; `DemucsInferError` for stems that are not finite.
+    """
+    chunk = tensor_chunk(mix)
+    _check_mixture(model, chunk)
+    how = RunOptions(
+        in_lockstep=False,
+        progress=progress,
+        device=device or chunk.device,
+        stems=stems,
+        num_workers=num_workers,
+        pool=pool,
+        lock=lock,
+        callback=callback,
+        callback_arg=callback_arg,
+        batch_size=batch_size,
+    )
+    options = ApplyOptions(shifts, split, overlap, transition_power, segment, seed)
+    batch, channels, length = chunk.shape
+    sources: Any = model.sources if stems is None else stems
+    out = chunk.tensor.new_empty(batch, len(sources), channels, length)
+    done = 0
+    for block in separate(model, chunk, options, how, _bar):
+        out[..., done : done + block.shape[-1]] = block
+        done += block.shape[-1]
+    return out
+
+
+def _check_mixture(model: nn.Module, mix: TensorChunk) -> None:
+    channels = as_bag(model).audio_channels
+    if len(mix.shape) != 3 or channels not in (None, mix.shape[1]):
+        raise OptionError(
+            f"the mixture must be [batch, {channels or 'any number of'} channels, samples],"
+            f" not {list(mix.shape)}: see demucs_infer.audio.convert_audio"
+        )
+    if not mix.tensor.is_floating_point():
+        raise OptionError(f"the mixture must be floating point, not {mix.tensor.dtype}")
+    if not mix.tensor.isfinite().all():
+        raise OptionError("the mixture has values that are not finite (NaN or Inf)")

@@ -199,6 +199,10 @@ class Demucs(nn.Module):
             x = decoder(x + center_trim(skips.pop(), x))
         return (x,)
 
+    def exact_layers(self) -> list[nn.Module]:
+        """Layers that stay in float32 when the network is cast: no other averages their rounding."""
+        return [self.decoder[-1][-1]]
+
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""
         if not self.options.normalize:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine.backends import NetworkModule
+from .engine.backends.base import NetworkModule
+from .engine.model import Model
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .log import fatal
 from .states import load_model
@@ -61,12 +62,13 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     except ImportError as exc:
         raise MissingDependencyError("onnx onnxscript", "export to ONNX", "onnx") from exc
     path = Path(path)
-    inputs = _example(model)
+    ours: Any = model
+    inputs = _example(ours)
     names = ["x", "xt"] if len(inputs) == 2 else ["x"]
     with appearing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            NetworkModule(model).eval(),
+            NetworkModule(ours).eval(),
             tuple(inputs),
             str(temporary),
             input_names=names,
@@ -77,12 +79,12 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             verbose=False,
         )
         graph = onnx.load(str(temporary))
-        onnx.helper.set_model_props(graph, _metadata(model))
+        onnx.helper.set_model_props(graph, _metadata(ours))
         onnx.save(graph, str(temporary))
     return path
 
 
-def _example(model: Any) -> list[Tensor]:
+def _example(model: Model) -> list[Tensor]:
     """What the network is given for a window."""
     length = int(model.segment * model.samplerate)
     seen: list[Tensor] = []
@@ -96,7 +98,7 @@ def _example(model: Any) -> list[Tensor]:
     return seen
 
 
-def _metadata(model: Any) -> dict[str, str]:
+def _metadata(model: Model) -> dict[str, str]:
     options = model.options
     facts = {
         "sources": model.sources,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .engine.options import DEFAULT_MODEL, ModelOptions, add_flags
 from .errors import ModelLoadingError
 from .hub.registry import REMOTE_ROOT, bags, checkpoint_urls, checkpoints
 from .repo import AnyModelRepo, BagOnlyRepo, LocalRepo, RegistryBagRepo, RemoteRepo
@@ -31,7 +32,6 @@ __all__ = [
     "open_repo",
 ]
 
-DEFAULT_MODEL = "htdemucs"
 SOURCES = ["drums", "bass", "other", "vocals"]
 ROOT_URL = "https://dl.fbaipublicfiles.com/demucs/"
 UNITTEST_MODEL = "demucs_unittest"
@@ -45,33 +45,13 @@ def demucs_unittest() -> HDemucs:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `get_model_from_args` reads."""
+    """Add the flags that `get_model_from_args` reads."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-s", "--sig", metavar="SIG", help="signature of a single model")
     group.add_argument(
         "-n", "--name", metavar="NAME", help=f"name of a model or bag (default: {DEFAULT_MODEL})"
     )
-    parser.add_argument(
-        "--repo",
-        type=Path,
-        metavar="DIR",
-        help="folder of checkpoints (SIGNATURE[-CHECKSUM].th or .safetensors) and bags (NAME.yaml)"
-        " to use instead of the released models",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder to keep released models in (default: DEMUCS_INFER_CACHE, or where PyTorch and"
-        " demucs keep them, ~/.cache/torch/hub/checkpoints)",
-    )
-    parser.add_argument(
-        "--offline",
-        action="store_true",
-        default=None,
-        help="never download; models that are on this machine need no network anyway"
-        " (also: DEMUCS_INFER_OFFLINE=1)",
-    )
+    add_flags(parser, ModelOptions)
 
 
 def open_repo(

@@ -13,21 +13,23 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .catalog import add_catalog_flags, download_models, print_models
-from .choices import (
-    CLIP_MODE_NAMES,
-    DEFAULT_FILENAME,
-    ENGINES,
-    FORMAT_NAMES,
-    OTHER_METHODS,
-    PRECISIONS,
+from .engine.backends import EngineOptions
+from .engine.options import (
+    POSITIVE,
+    SeparationOptions,
+    SeparatorOptions,
+    add_flags,
+    option,
+    values_of,
 )
 from .errors import DemucsInferError, OptionError
+from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
 from .log import bold, fatal, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
@@ -67,29 +69,32 @@ class _Parser(argparse.ArgumentParser):
         fatal(f"{message} (see demucs-infer --help)", status=EXIT_USAGE)
 
 
-def _number(
-    kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]
-) -> Callable[[str], Any]:
-    """A type for argparse: a number that `fits`, described as `wanted`."""
+@dataclass(frozen=True)
+class _BatchOptions:
+    """What is done with many tracks."""
 
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
-
-
-_count = _number(int, "a whole number, 0 or more", lambda n: n >= 0)
-_positive = _number(int, "a whole number, 1 or more", lambda n: n >= 1)
-_overlap = _number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
-_seconds = _number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
-_bitrate = _number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
-_whole = _number(int, "a whole number", lambda n: True)
+    skip_existing: bool = option(
+        False,
+        "leave out tracks whose stems are all there: goes on with a batch that was stopped",
+        section=WHERE,
+        action="store_true",
+    )
+    ray: str | None = option(
+        None,
+        "spread the tracks over a Ray cluster, a worker per GPU; without an address over that of"
+        " RAY_ADDRESS, or else over this machine",
+        section="several GPUs, several machines",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+    )
+    cpus_per_worker: int | None = option(
+        None,
+        "CPUs of a worker; without GPUs, these make the number of workers (default: 1 beside a GPU,"
+        " else 4)",
+        type=POSITIVE,
+        metavar="N",
+    )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -117,208 +122,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"demucs-infer {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-    _add_model_options(parser)
-    _add_output_options(parser)
-    _add_separation_options(parser)
-    _add_engine_options(parser)
-    _add_stem_options(parser)
-    _add_format_options(parser)
-    _add_cluster_options(parser)
-    return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add_catalog_flags(parser)
-
-
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where the stems go")
-    group.add_argument(
-        "-o",
-        "--out",
-        type=place,
-        default=Path("separated"),
-        metavar="DIR",
-        help="output folder, or its URL; stems go into a folder per model in it"
-        " (default: separated); -: standard output, for one stem",
-    )
-    group.add_argument(
-        "--filename",
-        default=DEFAULT_FILENAME,
-        metavar="TEMPLATE",
-        help="name of each stem's file, from {track}, {trackext}, {parent} (the track's folder),"
-        f" {{model}}, {{stem}} and {{ext}} (default: {DEFAULT_FILENAME})",
-    )
-    group.add_argument(
-        "--skip-existing",
-        action="store_true",
-        help="leave out tracks whose stems are all there: goes on with a batch that was stopped",
-    )
-
-
-def _add_separation_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to separate")
-    group.add_argument(
-        "--shifts",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="average N passes with random offsets: slower by that factor, slightly better;"
-        " 0: one pass without an offset, always the same result (default: 1)",
-    )
-    group.add_argument(
-        "--seed",
-        type=_whole,
-        metavar="N",
-        help="draw the offsets of the shifts from this number: the same stems each time",
-    )
-    group.add_argument(
-        "--overlap",
-        type=_overlap,
-        default=0.25,
-        metavar="PART",
-        help="part of a window that the next one covers (default: 0.25)",
-    )
-    windows = group.add_mutually_exclusive_group()
-    windows.add_argument(
-        "--no-split",
-        action="store_false",
-        dest="split",
-        help="the whole track in one window: needs much memory, and a model that can do it",
-    )
-    windows.add_argument(
-        "--segment",
-        type=_seconds,
-        metavar="SECONDS",
-        help="length of a window: less needs less memory (default: the model's)",
-    )
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what runs the model")
-    group.add_argument(
-        "-d",
-        "--device",
-        help="cpu, cuda, cuda:1, mps, openvino:GPU … (default: a GPU if there is one)",
-    )
-    group.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="torch",
-        help="what runs the network; openvino is faster on a CPU (default: torch)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs;"
-        " the error stays far below what is heard (default: float32)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_positive,
-        metavar="N",
-        help="windows in one batch (default: on a GPU what its memory holds, else 1)",
-    )
-    group.add_argument(
-        "-j",
-        "--jobs",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="windows that run at once on a CPU: needs N times the memory (default: 0, one)",
-    )
-
-
-def _add_stem_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which stems")
-    wanted = group.add_mutually_exclusive_group()
-    wanted.add_argument(
-        "--stems",
-        type=lambda text: text.split(","),
-        metavar="STEM,...",
-        help="only these stems: models of a bag that do not count for them are not run",
-    )
-    wanted.add_argument(
-        "--two-stems", dest="stem", metavar="STEM", help="only this stem and all the rest"
-    )
-    group.add_argument(
-        "--other-method",
-        choices=OTHER_METHODS,
-        default="add",
-        help="with --two-stems, the rest is: add, the sum of the other stems (no_STEM);"
-        " minus, the mixture minus the stem (minus_STEM); none, not written. minus and none run"
-        " only the models that STEM needs (a quarter of htdemucs_ft), add runs all (default: add)",
-    )
-
-
-def _add_format_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("format of the stems (default: WAV, 16 bit)")
-    suffix = group.add_mutually_exclusive_group()
-    suffix.add_argument("--format", choices=FORMAT_NAMES, default="wav", help="(default: wav)")
-    for name in ("flac", "mp3"):
-        suffix.add_argument(
-            f"--{name}",
-            dest="format",
-            action="store_const",
-            const=name,
-            help=f"write {name.upper()}",
-        )
-    depth = group.add_mutually_exclusive_group()
-    depth.add_argument("--int24", action="store_true", help="24 bit, for WAV and FLAC")
-    depth.add_argument("--float32", action="store_true", help="32 bit float, for WAV")
-    group.add_argument(
-        "--bitrate",
-        "--mp3-bitrate",
-        type=_bitrate,
-        metavar="KBITS",
-        help="of MP3 (default: 320), M4A (256) and Opus (192)",
-    )
-    group.add_argument(
-        "--mp3-preset",
-        type=int,
-        choices=range(2, 8),
-        default=2,
-        help="2 is the best quality, 7 the fastest (default: 2)",
-    )
-    group.add_argument(
-        "--keep-rate",
-        action="store_true",
-        help="write at the sample rate of the track instead of the model's",
-    )
-    group.add_argument(
-        "--clip-mode",
-        choices=CLIP_MODE_NAMES,
-        default="rescale",
-        help="when a stem is too loud for its format: rescale, lower all of it; rescale-all, lower"
-        " all stems by the same, so that they still sum to the mix; clamp, cut the peaks; tanh,"
-        " bend them; none, leave it to the format (default: rescale)",
-    )
-
-
-def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several GPUs, several machines")
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="",
-        metavar="ADDRESS",
-        help="spread the tracks over a Ray cluster, a worker per GPU; without an address over that"
-        " of RAY_ADDRESS, or else over this machine",
-    )
-    group.add_argument(
-        "--cpus-per-worker",
-        type=_positive,
-        metavar="N",
-        help="CPUs of a worker; without GPUs, these make the number of workers (default: 1 beside"
-        " a GPU, else 4)",
-    )
+    add_flags(parser, SeparationOptions, Output, _BatchOptions)
+    return parser
 
 
 def load_track(track: str | os.PathLike[str], audio_channels: int, samplerate: int) -> Tensor:
@@ -426,7 +233,6 @@ def _separate_on_ray(
     console: _Console,
 ) -> None:
     from .cluster import separate_on_ray
-    from .io.output import PIPE
 
     if output.is_pipe or any(job.track == PIPE for job in jobs):
         raise OptionError("--ray takes no standard input and no standard output")
@@ -457,44 +263,18 @@ def _model_name(args: argparse.Namespace) -> str:
 
 
 def _make_output(args: argparse.Namespace) -> Output:
-    from .io.output import PIPE, Output
-
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
-    return Output(
-        folder=PIPE if args.out == PIPE else args.out / _model_name(args),
-        filename=args.filename,
-        format=args.format,
-        bits_per_sample=24 if args.int24 else 16,
-        as_float=args.float32,
-        bitrate=args.bitrate,
-        preset=args.mp3_preset,
-        clip=args.clip_mode,
-        keep_rate=args.keep_rate,
-        two_stems=args.stem,
-        other_method=args.other_method,
-    )
+    folder = PIPE if args.out == PIPE else args.out / _model_name(args)
+    return Output(**{**values_of(Output, args), "folder": folder})
 
 
 def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     return {
+        **values_of(SeparatorOptions, args),
         "model": _model_name(args),
-        "repo": args.repo,
-        "cache_dir": args.cache_dir,
-        "offline": args.offline,
-        "device": args.device,
-        "engine": args.engine,
-        "precision": args.precision,
-        "compile": args.compile,
-        "batch_size": args.batch_size,
-        "shifts": args.shifts,
-        "seed": args.seed,
-        "overlap": args.overlap,
-        "split": args.split,
-        "segment": args.segment,
-        "jobs": args.jobs,
         "progress": sys.stderr.isatty() and not args.quiet and args.ray is None,
         "stems": output.needed or args.stems,
     }
@@ -502,10 +282,9 @@ def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, An
 
 def _without_device(options: Mapping[str, Any]) -> dict[str, Any]:
     """For a cluster, whose workers separate: here the model says which stems there are."""
-    of_device = ("engine", "precision", "compile", "batch_size")
-    return {"device": "cpu"} | {
-        name: value for name, value in options.items() if name not in ("device", *of_device)
-    }
+    of_engine = {field.name for field in fields(EngineOptions)} | {"batch_size"}
+    kept = {name: value for name, value in options.items() if name not in of_engine}
+    return {**kept, "device": "cpu"}
 
 
 class _Console:

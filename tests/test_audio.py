@@ -20,12 +20,13 @@ from demucs_infer.audio import (
     prevent_clip,
     save_audio,
 )
-from demucs_infer.choices import CLIP_MODE_NAMES, FORMAT_NAMES
 from demucs_infer.errors import (
     LoadAudioError,
     OptionError,
     SaveAudioError,
 )
+from demucs_infer.io import formats
+from demucs_infer.io.output import CLIP_MODE_NAMES
 from demucs_infer.io.pcm import CLIP_MODES
 
 from .helpers import assert_close, noise
@@ -281,7 +282,7 @@ def test_formats_that_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [f"a.{name}" for name in FORMAT_NAMES])
+@pytest.mark.parametrize("name", [f"a.{name}" for name in formats.FORMATS])
 def test_what_cannot_be_written_leaves_nothing(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()  # the name is taken: the last step fails
     with pytest.raises(SaveAudioError, match="cannot be written"):

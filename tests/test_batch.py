@@ -22,10 +22,10 @@ import torch
 
 from demucs_infer.api import Output, Separator, TrackResult, save_audio
 from demucs_infer.audio import AudioFile
-from demucs_infer.choices import FORMAT_NAMES
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.io import spool
+from demucs_infer.io.formats import FORMATS
 from demucs_infer.io.pcm import prevent_clip
 from demucs_infer.separate import main
 
@@ -124,7 +124,7 @@ def test_every_format_is_written(repo: Path, tmp_path: Path) -> None:
     """What is in the files is tested with the encoders."""
     separator = Separator("tiny", repo, device="cpu", shifts=0, stems=["bass"])
     track = write_track(tmp_path / "a.wav", 2)
-    for format in FORMAT_NAMES:
+    for format in FORMATS:
         result = separator.separate_to_files(track, tmp_path / "out", format=format)
         file = AudioFile(result.stems["bass"].path)
         assert file.path.suffix == f".{format}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
-from demucs_infer.engine.batches import Batches
+from demucs_infer.engine.batches import BatchRunner
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -93,7 +93,7 @@ def test_the_first_window_shows_how_many_fit(
     monkeypatch.setattr(
         "demucs_infer.engine.batches._run", lambda model, windows, stems, device: windows
     )
-    batches = Batches(torch.device("cuda"))
+    batches = BatchRunner(torch.device("cuda"))
     assert (batches.size, batches.most) == (1, 32)
     batches.run(model, [torch.zeros(1, 2, 4)], [0])
     assert (batches.size, batches.most) == (8, 8)
@@ -101,5 +101,5 @@ def test_the_first_window_shows_how_many_fit(
 
 def test_a_batch_has_a_window() -> None:
     with pytest.raises(OptionError, match="batch_size=0"):
-        Batches(torch.device("cpu"), 0)
-    assert Batches(torch.device("cpu")).size == 1
+        BatchRunner(torch.device("cpu"), 0)
+    assert BatchRunner(torch.device("cpu")).size == 1

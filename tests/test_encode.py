@@ -9,7 +9,6 @@ import pytest
 import soundfile
 import torch
 
-from demucs_infer.choices import FORMAT_NAMES
 from demucs_infer.errors import OptionError, SaveAudioError
 from demucs_infer.io.encode import encoder
 from demucs_infer.io.formats import FORMATS, Encoding
@@ -139,7 +138,3 @@ def test_too_many_channels(format: str, channels: int, tmp_path: Path) -> None:
 )
 def test_the_next_rate_that_a_format_has(format: str, wanted: int, rate: int) -> None:
     assert Encoding(format).samplerate(wanted) == rate
-
-
-def test_the_formats_are_those_of_the_command_line() -> None:
-    assert tuple(FORMATS) == FORMAT_NAMES

@@ -127,12 +127,12 @@ def test_without_openvino_the_message_has_the_command(monkeypatch: pytest.Monkey
 )
 def test_combinations_that_do_not_work_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        EngineOptions(**options)
+        on_engine(HTDemucs(**TINY), EngineOptions(**options))
 
 
 def test_a_device_that_openvino_lacks_is_named() -> None:
     pytest.importorskip("openvino")
-    options = EngineOptions(engine="openvino", openvino_device="QPU")
+    options = EngineOptions(device="openvino:QPU")
     with pytest.raises(OptionError, match="no device 'QPU' here, but CPU"):
         on_engine(HTDemucs(**TINY), options)
 

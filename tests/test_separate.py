@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from demucs_infer.choices import FORMAT_NAMES
+from demucs_infer.io.formats import FORMATS
 from demucs_infer.separate import get_parser, load_track, main
 
 from .helpers import SOURCES, noise, run, separate
@@ -237,7 +237,7 @@ def test_a_missing_encoder_is_said_before_the_work(repo: Path, track: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the limits of POSIX")
-@pytest.mark.parametrize("format", FORMAT_NAMES)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_no_half_stem(format: str, repo: Path, track: Path) -> None:
     out = track.parent / "out"
     code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

@@ -7,18 +7,18 @@ as fit into what is free. When they do not fit after all, half as many are tried
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .model import Member
 
 MOST = 32  # windows at once: by then a GPU is busy
 SHARE = 0.8  # of the free memory that may be taken
 
 
-class Batches:
+class BatchRunner:
     """How many windows go into one batch on `device`: `size`, which adapts unless it is given.
 
     On a CPU a batch is slower than its windows one by one, so that the size is 1 there by default.
@@ -38,7 +38,7 @@ class Batches:
         return MOST if self._measures else self.size
 
     @torch.no_grad()
-    def run(self, model: Any, windows: Sequence[Tensor], stems: Sequence[int]) -> list[Tensor]:
+    def run(self, model: Member, windows: Sequence[Tensor], stems: Sequence[int]) -> list[Tensor]:
         """`stems` of each window `[B, C, T]`, as `[B, S, C, T]` on the device."""
         if self._measures:
             return self._measured(model, windows, stems)
@@ -58,7 +58,7 @@ class Batches:
         ]
 
     def _measured(
-        self, model: Any, windows: Sequence[Tensor], stems: Sequence[int]
+        self, model: Member, windows: Sequence[Tensor], stems: Sequence[int]
     ) -> list[Tensor]:
         """As `run`, one by one, and see how many would have fitted."""
         self._measures = False
@@ -73,12 +73,10 @@ class Batches:
 
 
 def _run(
-    model: Any, windows: Sequence[Tensor], stems: Sequence[int], device: torch.device
+    model: Member, windows: Sequence[Tensor], stems: Sequence[int], device: torch.device
 ) -> list[Tensor]:
     batch = windows[0] if len(windows) == 1 else torch.cat(list(windows))
     if device.type == "cuda" and batch.device.type == "cpu":
         batch = batch.pin_memory()  # copied while the GPU still works on the batch before
     batch = batch.to(device, non_blocking=device.type == "cuda")
-    takes_stems = getattr(model, "takes_stems", False)
-    out = model(batch, stems) if takes_stems else model(batch)[:, stems]
-    return list(out.split(len(windows[0])))
+    return list(model(batch, stems).split(len(windows[0])))

@@ -74,8 +74,8 @@ class OverlapAdd:
         return block
 
 
-def _capacity(steps: Sequence[Step], length: int) -> int:
-    """How many samples an `OverlapAdd` of `steps` has to hold."""
+def unfinished(steps: Sequence[Step], length: int) -> int:
+    """The samples that an `OverlapAdd` of `steps` has to hold at most."""
     finished = largest = 0
     for step in steps:
         largest = max(largest, min(step.window.stop, length) - finished)

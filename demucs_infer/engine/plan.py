@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from ..errors import OptionError
-from .bag import _segment, as_bag
+from .bag import as_bag
+from .model import Member
 
 MAX_SHIFT = 0.5  # seconds: the largest random offset of a shift
 
@@ -86,23 +87,22 @@ def plan_passes(model: nn.Module, length: int, options: ApplyOptions) -> list[Pa
     bag = as_bag(model)
     draw = random if options.seed is None else random.Random(options.seed)
     max_shift = int(MAX_SHIFT * bag.samplerate)
-    member: Any
-    for index, member in enumerate(bag.models):
+    for index, member in enumerate(bag.members):
         for shift in range(max(1, options.shifts)):
             offset = draw.randint(0, max_shift) if options.shifts else None
             start = 0 if offset is None else offset - max_shift
             windows = [Window(start, length)]
             if options.split:
-                windows = plan_windows(start, length, *_segment_and_stride(member, options))
+                windows = plan_windows(start, length, *segment_and_stride(member, options))
             passes.append(Pass(index, shift, windows, offset))
-            if hasattr(member, "consume_random"):
-                for _ in windows:
-                    member.consume_random(draw)
+            for _ in windows:
+                member.consume_random(draw)
     return passes
 
 
-def _segment_and_stride(model: Any, options: ApplyOptions) -> tuple[int, int]:
-    seconds = _segment(model) if options.segment is None else options.segment
+def segment_and_stride(model: Member, options: ApplyOptions) -> tuple[int, int]:
+    """Samples of a window, and from the start of one to that of the next."""
+    seconds = model.segment if options.segment is None else options.segment
     segment = int(model.samplerate * seconds)
     stride = int((1 - options.overlap) * segment)
     if stride < 1:

@@ -29,10 +29,11 @@ from ..log import logger
 from .decode import AudioFile
 from .encode import encoding_errors
 from .mixture import Decoder, Mixture, Moments
-from .output import PIPE, PIPE_NAME, Output, StemFile, Target, TrackWriter
+from .output import PIPE, PIPE_NAME, Output
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
 from .tracks import Job, plan_jobs
+from .writer import StemFile, Target, TrackWriter
 
 if TYPE_CHECKING:
     from ..api import Separator
