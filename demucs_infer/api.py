@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,13 +33,13 @@ from .engine.options import (
     updates,
 )
 from .engine.plan import ApplyOptions
-from .engine.run import stem_indices
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
 from .io.mixture import Decoder, Mixture
 from .io.output import Output
 from .io.pcm import as_samples
+from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
 from .pretrained import get_model, list_models
 
@@ -129,7 +130,7 @@ class Separator:
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
-            stem_indices(self._model.sources, options.stems)
+            parse_stems(options.stems, self._model.sources)
 
     def _backend_for(self, options: SeparationOptions) -> Backend:
         cache = self._compiled_folder()
@@ -262,7 +263,8 @@ class Separator:
     @property
     def stems(self) -> list[str]:
         """The stems that are separated, in their order."""
-        return list(self._chosen(SeparationOptions).stems or self._model.sources)
+        wanted = self._chosen(SeparationOptions).stems
+        return [stem.name for stem in parse_stems(wanted, self._model.sources)]
 
     def plan(self, length: int) -> list[Pass]:
         """The passes over a track of `length` samples at the model's rate, with offsets drawn."""
@@ -276,6 +278,8 @@ class Separator:
         options = self._chosen(SeparationOptions)
         self._check(options)
         backend = self._backend_for(options)
+        stems = parse_stems(options.stems, self._model.sources)
+        sources = needed_sources(stems, self._model.sources)
         blocks = separate_blocks(
             self._model_on(backend),
             mixture,
@@ -286,13 +290,13 @@ class Separator:
             num_workers=options.jobs,
             callback=options.callback,
             callback_arg=options.callback_arg,
-            stems=options.stems,
+            stems=None if options.stems is None else sources,
             passes=passes,
             batch_size=options.batch_size,
             stay=True,
         )
         # Unlike a loop here, this keeps no block while the next window runs.
-        return map(mixture.restored, blocks)
+        return map(partial(mixed, stems, sources), map(mixture.restored, blocks))
 
 
 for _option in fields(SeparatorOptions):

@@ -154,9 +154,10 @@ class SeparationOptions:
     )
     callback_arg: Mapping[str, Any] | None = option(None, "entries to add to that dictionary", "")
     _: KW_ONLY
-    stems: Sequence[str] | None = option(
+    stems: str | Sequence[str] | None = option(
         None,
-        "only these stems: models of a bag that do not count for them are not run",
+        "only these stems: models of a bag that do not count for them are not run; a stem may be a"
+        " sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
         section=STEMS,
         type=lambda text: text.split(","),
         metavar="STEM,...",

@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import IO, Any
 
 import av
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ..errors import SaveAudioError
 from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
+from .decode import AV_ERRORS, AudioFile
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
 
@@ -169,29 +169,55 @@ def _add_cover(file: Any, cover: bytes) -> None:
         file.mux(packet)
 
 
-class Picture:
-    """The picture of a video, and when its sound begins: what goes with a stem into a file.
+def read_cover(audio: AudioFile) -> bytes | None:
+    """The picture of a record that a file carries, if it is of a kind that files here can hold."""
+    with audio._open() as container:
+        for stream in container.streams.video:
+            if stream.disposition & Disposition.attached_pic:
+                packet = next(container.demux(stream), None)
+                cover = b"" if packet is None else bytes(packet)
+                if len(cover) <= LARGEST_COVER and cover_type(cover) is not None:
+                    return cover
+    return None
 
-    `sound` is the time in seconds, on the clock of the video, at which sample 0 of a stem is heard.
-    Raises `SaveAudioError` if there is none, or MP4 cannot hold it.
+
+class Picture:
+    """The moving picture of a file, and when its sound begins: what goes with a stem into a file.
+
+    `first` and `last` are samples at `rate` hertz between which the stem lies in the file's sound.
+    Raises `SaveAudioError` if there is no picture, or MP4 cannot hold it.
     """
 
-    def __init__(self, path: Path, sound: Fraction, name: str) -> None:
-        self.path = path
-        self.sound = sound
-        self.name = name
-        with self.open() as (_, stream):
-            self.start = Fraction(stream.start_time or 0) * stream.time_base
+    def __init__(self, audio: AudioFile, first: int = 0, last: int | None = None) -> None:
+        self.audio = audio
+        rate = audio.samplerate()
+        with self.open() as (container, stream):
             self._check(stream)
+            self.start = Fraction(stream.start_time or 0) * stream.time_base
+            sound = _first_sound(container)
+        self.sound = sound + Fraction(first, rate)  # seconds on the picture's clock
+        self.stop = None if last is None else sound + Fraction(last, rate)
+        self.is_cut = bool(first)
+        if self.is_cut:
+            self.start = self.sound
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
         """The container and its first stream that moves."""
-        with av.open(f"file:{self.path}", metadata_errors="replace") as container:
+        with self.audio._open() as container:
             stream = next(filter(_moves, container.streams.video), None)
             if stream is None:
-                raise SaveAudioError(f"{self.name}: has no picture: choose --format m4a")
+                raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
             yield container, stream
+
+    def packets(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The picture's packets from the one on without which the start cannot be shown."""
+        if self.is_cut:
+            container.seek(int(self.start / stream.time_base), stream=stream)
+        for packet in _in_order(container.demux(stream)):
+            if self.stop is not None and packet.dts * packet.time_base >= self.stop:
+                return
+            yield packet
 
     def _check(self, stream: Any) -> None:
         with av.open(io.BytesIO(), "w", format="mp4") as trial:
@@ -199,13 +225,23 @@ class Picture:
                 trial.add_stream_from_template(stream, opaque=True)
             except ValueError as exc:
                 raise SaveAudioError(
-                    f"{self.name}: its picture ({stream.codec_context.name}) cannot be in MP4"
+                    f"{self.audio.name}: its picture ({stream.codec_context.name}) cannot be in"
+                    " MP4: use --format m4a"
                 ) from exc
 
 
 def _moves(stream: Any) -> bool:
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     return not stream.disposition & still and stream.codec_context is not None
+
+
+def _first_sound(container: Any) -> Fraction:
+    """The time in seconds of the first sample that is decoded."""
+    for packet in container.demux(audio=0):
+        with contextlib.suppress(*AV_ERRORS):  # of a packet that is damaged
+            for frame in packet.decode():
+                return Fraction(frame.pts or 0) * frame.time_base
+    return Fraction(0)
 
 
 def _in_order(packets: Iterator[Any]) -> Iterator[Any]:
@@ -255,7 +291,7 @@ class VideoEncoder:
         self._picture = muxer.file.add_stream_from_template(source, opaque=True)
         self._picture.metadata.update(source.metadata)
         self._sound = muxer.add_sound(request.titles[0], enabled=True)
-        self._packets = _in_order(container.demux(source))
+        self._packets = picture.packets(container, source)
         self._waiting: Any = next(self._packets, None)
 
     def write(self, wav: Tensor) -> None:

@@ -3,7 +3,7 @@
     vocals,instrumental=drums+bass+other     two stems, of four sources
     all                                      every source of the model
 
-No tensor is made here but in `mix`, and PyTorch is not imported.
+Importing this needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -122,3 +122,14 @@ def needed_sources(stems: Iterable[Stem], sources: Sequence[str]) -> list[str]:
 def mix(stem: Stem, sources: Mapping[str, Tensor]) -> Tensor:
     """The samples of `stem` from those of its sources, which are not changed."""
     return reduce(add, (sources[name] for name in stem.sources))
+
+
+def mixed(stems: Sequence[Stem], sources: Sequence[str], block: Tensor) -> Tensor:
+    """A block `[1, K, C, n]` of `stems`, from a block `[1, S, C, n]` of the model's `sources`."""
+    if [stem.sources for stem in stems] == [(source,) for source in sources]:
+        return block
+    parts = dict(zip(sources, block.unbind(1)))
+    result = block.new_empty(1, len(stems), *block.shape[2:])
+    for index, stem in enumerate(stems):
+        result[:, index] = mix(stem, parts)
+    return result
