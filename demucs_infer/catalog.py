@@ -6,8 +6,8 @@ Neither needs PyTorch.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import OptionError
 from .hub.registry import MEGABYTE, bags, cache_folder, checkpoints, is_community
+from .io.console import json_text, put
 from .pretrained import open_remote, open_repo
 from .repo import RemoteRepo
 
@@ -147,16 +148,15 @@ def print_models(args: argparse.Namespace) -> None:
     if args.json:
         folder = args.repo or cache_folder(args.cache_dir)
         content = {"folder": folder, "models": [entry.as_json() for entry in entries]}
-        print(json.dumps(content, indent=1, default=str))
+        put(json_text(content, indent=1), sys.stdout)
         return
     for key, title in TITLES.items():
         section = [entry for entry in entries if (entry.group, entry.kind) == key]
         if section:
-            print(f"{title}:")
+            put(f"{title}:", sys.stdout)
             width = max(len(entry.name) for entry in section)
-            print(
-                *(f"    {entry.name:{width}}  {_described(entry)}" for entry in section), sep="\n"
-            )
+            for entry in section:
+                put(f"    {entry.name:{width}}  {_described(entry)}", sys.stdout)
 
 
 def _described(entry: Entry) -> str:
@@ -180,4 +180,4 @@ def download_models(args: argparse.Namespace) -> None:
     wanted = dict.fromkeys(sig for name in args.download for sig in models.members(name))
     models.model_repo.require(wanted)
     for sig in wanted:
-        print(models.model_repo.fetch(sig), flush=True)
+        put(str(models.model_repo.fetch(sig)), sys.stdout)

@@ -200,8 +200,9 @@ class Demucs(nn.Module):
         return (x,)
 
     def exact_layers(self) -> list[nn.Module]:
-        """Layers that stay in float32 when the network is cast: no other averages their rounding."""
-        return [self.decoder[-1][-1]]
+        """The output, which stays in float32 when the network is cast: nothing averages its noise."""
+        (*_, last) = self.decoder[-1].children()
+        return [last]
 
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""

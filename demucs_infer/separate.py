@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import os
 import re
@@ -29,9 +28,10 @@ from .engine.options import (
     values_of,
 )
 from .errors import DemucsInferError, OptionError
+from .io.console import Console, command, put
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
-from .log import bold, fatal, logger
+from .log import fatal, log_to_stderr, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ examples:
   demucs-infer --download htdemucs           only fetch a model, for later
 
 exit status:
-  0 all went well, 1 a track or the model failed, 2 wrong usage, 130 interrupted
+  0 all went well, 1 a track or the model failed, 2 wrong usage, 130 interrupted,
+  143 or 129 ended by SIGTERM or SIGHUP
 """
 
 
@@ -67,6 +68,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fatal(f"{message} (see demucs-infer --help)", status=EXIT_USAGE)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        try:
+            put(message.rstrip("\n"), file)
+        except DemucsInferError as exc:
+            fatal(exc)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ def load_track(track: str | os.PathLike[str], audio_channels: int, samplerate: i
     return AudioFile(track).read(streams=0, samplerate=samplerate, channels=audio_channels)
 
 
+@command()
 def main(opts: Sequence[str] | None = None) -> None:
     """Run the command line with `opts` (default: those of the process).
 
@@ -145,7 +153,9 @@ def main(opts: Sequence[str] | None = None) -> None:
     # Tracks may stand between options, but for names that start with a dash.
     parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
     args = parse(words)
-    _log_to_stderr(args.verbose, args.quiet)
+    log_to_stderr(
+        logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
+    )
     try:
         if args.list_models:
             print_models(args)
@@ -164,20 +174,11 @@ def main(opts: Sequence[str] | None = None) -> None:
         logger.debug("", exc_info=exc)
         fatal(exc)
     except BrokenPipeError:  # the reader of --list-models has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         fatal("interrupted", status=EXIT_INTERRUPTED)
     if failed:
         raise SystemExit(EXIT_FAILED)
-
-
-def _log_to_stderr(verbose: bool, quiet: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("demucs-infer: %(levelname)s: %(message)s"))
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
 
 
 def _take_address(args: argparse.Namespace) -> None:
@@ -198,14 +199,14 @@ def _separate_tracks(args: argparse.Namespace) -> int:
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
     jobs = plan_jobs(_find_tracks(args), output, separator.name, stems)
-    console = _Console(args, len(jobs))
+    console = Console(len(jobs), quiet=args.quiet, json=args.json)
     if args.ray is None:
         _separate_here(args, separator, output, jobs, console)
     else:
         del separator
         _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
-    return len(console.failed)
+    return console.failures
 
 
 def _separate_here(
@@ -213,7 +214,7 @@ def _separate_here(
     separator: Separator,
     output: Output,
     jobs: Sequence[Job],
-    console: _Console,
+    console: Console,
 ) -> None:
     from .io.batch import Batch
 
@@ -230,7 +231,7 @@ def _separate_on_ray(
     options: dict[str, Any],
     output: Output,
     jobs: Sequence[Job],
-    console: _Console,
+    console: Console,
 ) -> None:
     from .cluster import separate_on_ray
 
@@ -285,52 +286,6 @@ def _without_device(options: Mapping[str, Any]) -> dict[str, Any]:
     of_engine = {field.name for field in fields(EngineOptions)} | {"batch_size"}
     kept = {name: value for name, value in options.items() if name not in of_engine}
     return {**kept, "device": "cpu"}
-
-
-class _Console:
-    """Tells the user what happens to the tracks: on standard error, and as JSON if wanted."""
-
-    def __init__(self, args: argparse.Namespace, count: int) -> None:
-        self.quiet, self.json, self.count = args.quiet, args.json, count
-        self.output = sys.stdout
-        self.failed: list[str] = []
-        self.done = self.skipped = 0
-
-    def announce(self, track: Place) -> None:
-        if not self.quiet:
-            print(f"Separating {bold(track)}", file=sys.stderr)
-
-    def report(self, result: Mapping[str, Any]) -> None:
-        """Take what `TrackResult.as_json` gives."""
-        self.done += 1
-        if result["error"] is not None:
-            self.failed.append(result["input"])
-            print(f"demucs-infer: error: {result['error']}", file=sys.stderr)
-        self.skipped += result["skipped"]
-        if self.json:
-            print(json.dumps(result), file=self.output, flush=True)
-
-    def report_progress(self, result: Mapping[str, Any]) -> None:
-        """The same for tracks that are separated elsewhere, where nothing announces them."""
-        self.report(result)
-        if not self.quiet and result["error"] is None and not result["skipped"]:
-            track, number = bold(result["input"]), f"{self.done} of {self.count}"
-            print(f"Separated {track} ({number})", file=sys.stderr)
-
-    def sum_up(self) -> None:
-        """Say how many tracks there were, and again which failed: it may have been hours ago."""
-        if self.quiet or self.count == 1:
-            return
-        failed = len(self.failed)
-        parts = {
-            "separated": self.count - failed - self.skipped,
-            "already there": self.skipped,
-            "failed": failed,
-        }
-        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
-        print(f"{self.count} tracks: {text}", file=sys.stderr)
-        for track in self.failed:
-            print(f"    failed: {track}", file=sys.stderr)
 
 
 if __name__ == "__main__":

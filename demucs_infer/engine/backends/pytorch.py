@@ -21,16 +21,16 @@ class Backend(Base):
 
     def __init__(self, options: EngineOptions, device: str | None) -> None:
         super().__init__(options, device)
-        self.device = usable_device(device)
-        kind, precision = self.device.type, options.precision
-        if precision == "float16" and kind == "cpu":
+        device, precision = device or _best_device(), options.precision
+        if precision == "float16" and device == "cpu":
             raise OptionError("precision='float16' is for GPUs: a CPU takes 'bfloat16'")
-        if precision != "float32" and kind == "mps":
+        if precision != "float32" and device == "mps":
             raise OptionError(
                 f"precision={precision!r} is not supported on MPS: leave it at 'float32'"
             )
         if options.compile and not hasattr(torch.compiler, "is_compiling"):
             raise OptionError("compile=True needs PyTorch 2.3 or newer")
+        self.device = _usable(device)
 
     @property
     def is_plain(self) -> bool:
@@ -49,11 +49,13 @@ class Backend(Base):
         return model, network
 
 
-def usable_device(device: str | None) -> torch.device:
-    """`device`, or the best there is. Raises `OptionError` if it cannot be used."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if device == "cpu" and torch.backends.mps.is_available() else device
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:

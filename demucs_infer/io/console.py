@@ -1,0 +1,205 @@
+"""What the command line tells its user, and the standard streams that it does so by.
+
+Standard error is for people: nothing is lost if nobody listens. Standard output is for programs:
+what cannot be written there is an error, and the stems are made all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DemucsInferError, LoadAudioError, SaveAudioError
+from ..log import bold, decoded, printable, say, write
+
+# Ends that others bring about, as Ctrl-C does.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Ended(SystemExit):
+    """A signal ends the process; what is under way is cleared up. `code` is as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """The surroundings of a command: standard streams that are there, signals that end it cleanly.
+
+    Raises `Ended` when one of `ENDING` comes.
+    """
+    _fill_descriptors()
+    with contextlib.ExitStack() as stack:
+        if sys.stderr is None:  # libraries write there without asking
+            null = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stderr(null))
+        try:
+            with signals_raise():
+                yield
+        except Ended as exc:
+            say("demucs-infer: error: ended by", exc.name)
+            raise
+
+
+def _fill_descriptors() -> None:
+    """Open the null device where a standard stream is closed.
+
+    Else the next file would get its number, and what libraries write there would go into the file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Raise `Ended` in the main thread when a signal of `ENDING` comes while the block runs.
+
+    Signals that are ignored (nohup), or that the caller handles, are left alone.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: old for n in ENDING if (old := signal.getsignal(n)) is signal.SIG_DFL}
+
+    def end(number: int, frame: object) -> None:
+        for each in before:  # the clearing up is not interrupted
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(number)
+
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def put(text: str, stream: Any) -> None:
+    """Write `text` and the end of a line to `stream`, which is standard output.
+
+    Raises `DemucsInferError` if that cannot be done, `BrokenPipeError` if the reader has gone.
+    """
+    try:
+        write(printable(text, keep="\n\t") + "\n", stream)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise DemucsInferError(
+            f"standard output: cannot be written to ({exc.strerror or exc})"
+        ) from exc
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """`content` as JSON that every program can read: its text is encodable."""
+    return json.dumps(_encodable(content), indent=indent)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _encodable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encodable(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return decoded(str(value))
+
+
+def standard_input() -> IO[bytes]:
+    """The bytes of standard input. Raises `LoadAudioError` if it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise LoadAudioError("standard input is closed: there is nothing to read")
+    return sys.stdin.buffer
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[IO[bytes]]:
+    """Standard output, for bytes, unbuffered, so that what cannot be written fails at once.
+
+    Raises `SaveAudioError` if it is closed.
+    """
+    check_standard_output()
+    sys.stdout.flush()
+    try:
+        copy = os.dup(sys.stdout.fileno())
+    except (AttributeError, OSError):  # an object with a buffer
+        yield sys.stdout.buffer
+        return
+    with open(copy, "wb") as file:  # noqa: PTH123
+        yield file
+
+
+def check_standard_output() -> None:
+    """Raise `SaveAudioError` if standard output is closed."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise SaveAudioError("standard output is closed: nothing can be written to it")
+
+
+class Console:
+    """Tells the user what happens to `count` tracks: on standard error, and as JSON if wanted."""
+
+    def __init__(self, count: int, *, quiet: bool = False, json: bool = False) -> None:
+        self.count, self.quiet, self.json = count, quiet, json
+        self.output = sys.stdout  # others may stand for it while Ray runs
+        self.failed: list[str] = []
+        self.done = self.skipped = 0
+        self.unwritten: Exception | None = None
+
+    def announce(self, track: object) -> None:
+        """Say that `track` is begun."""
+        if not self.quiet:
+            say("Separating", bold(track))
+
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Take what `TrackResult.as_json` gives."""
+        self.done += 1
+        if result["error"] is not None:
+            self.failed.append(result["input"])
+            say("demucs-infer: error:", result["error"])
+        self.skipped += result["skipped"]
+        if self.json and self.unwritten is None:
+            self._put(json_text(result))
+
+    def _put(self, line: str) -> None:
+        try:
+            put(line, self.output)
+        except (DemucsInferError, BrokenPipeError) as exc:
+            self.unwritten = exc
+            say("demucs-infer: error:", exc)
+
+    def report_progress(self, result: Mapping[str, Any]) -> None:
+        """The same for tracks that are separated elsewhere, where nothing announces them."""
+        self.report(result)
+        if not self.quiet and result["error"] is None and not result["skipped"]:
+            say("Separated", bold(result["input"]), f"({self.done} of {self.count})")
+
+    @property
+    def failures(self) -> int:
+        """The number of things that went wrong."""
+        return len(self.failed) + (self.unwritten is not None)
+
+    def sum_up(self) -> None:
+        """Say how many tracks there were, and again which failed: it may have been hours ago."""
+        if self.quiet or self.count == 1:
+            return
+        failed = len(self.failed)
+        parts = {
+            "separated": self.count - failed - self.skipped,
+            "already there": self.skipped,
+            "failed": failed,
+        }
+        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        say(f"{self.count} tracks: {text}")
+        for track in self.failed:
+            say("    failed:", track)
