@@ -8,6 +8,7 @@ for name, stem in stems.items():
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -38,6 +39,7 @@ from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
 from .io.mixture import Decoder, Mixture
 from .io.output import Output
+from .io.parts import Part
 from .io.pcm import as_samples
 from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
@@ -127,6 +129,7 @@ class Separator:
         if options.batch_size is not None and options.batch_size < 1:
             raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
         options_of(ApplyOptions, vars(options))
+        _ = Part(options.start, options.duration)
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
@@ -217,18 +220,20 @@ class Separator:
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)
 
-    def separate_audio_file(self, file: str | os.PathLike[str]) -> Separation:
+    def separate_audio_file(self, file: str | os.PathLike[str], **options: Any) -> Separation:
         """Separate an audio file, also by URL; returns what `separate_tensor` does.
 
+        `options` are those of `update_parameter`, for this call: `start=30, duration=10`.
         Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
         """
-        return self.separate_tensor(self._load_audio(file), self.samplerate)
+        this = self._changed(options)
+        return this.separate_tensor(this._load_audio(file), this.samplerate)
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
         with local_copy(place(os.fspath(track))) as path:
             audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels)
+            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.part)
             return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -251,14 +256,30 @@ class Separator:
         """Separate an audio file into files: the stems of `separate_audio_file`, block by block.
 
         Memory does not grow with the track. Both may be URLs. `out` is the output folder, with
-        `options` those of `Output`; or an `Output`. Returns paths, peaks and gains of the stems,
-        seconds and offsets.
+        `options` those of `Output`; or an `Output`. Options of `update_parameter` are for this call
+        (`stems=`, `start=`). Returns paths, peaks and gains of the stems, seconds and offsets.
 
         Raises `LoadAudioError` if the track cannot be read, `SaveAudioError` if a stem cannot be
         written, `OptionError` for options that cannot be had.
         """
-        output = out if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self, place(os.fspath(file)), output)
+        known = {option.name for option in fields(SeparationOptions)}
+        changes = {name: options.pop(name) for name in known & options.keys()}
+        output = replace(out, **options) if isinstance(out, Output) else Output(out, **options)
+        return separate_file(self._changed(changes), place(os.fspath(file)), output)
+
+    def _changed(self, changes: dict[str, Any]) -> Separator:
+        """This, with other options, for one call; the model is the same."""
+        if not changes:
+            return self
+        other = copy.copy(self)
+        other.update_parameter(**changes)
+        return other
+
+    @property
+    def part(self) -> Part:
+        """The part of a file that is separated."""
+        options = self._chosen(SeparationOptions)
+        return Part(options.start, options.duration)
 
     @property
     def stems(self) -> list[str]:

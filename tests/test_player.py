@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from demucs_infer.errors import OptionError
-from demucs_infer.io.player import LONGEST, PlayerWriter, check_length
+from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
 from demucs_infer.io.spool import Workspace
 
 from .browser import Listener, chromium
@@ -29,11 +29,11 @@ def stems() -> dict[str, np.ndarray]:
 
 def write(path: Path, parts: dict[str, np.ndarray], title: str, artist: str = "") -> Path:
     with Workspace(path.parent / "space") as space:
-        writer = PlayerWriter(space, list(parts), RATE, 2)
+        writer = PlayerWriter(space, About(title, artist, "tiny"), list(parts), RATE, 2)
         for start in range(0, SECONDS * RATE, 70_001):
             blocks = [part[:, start : start + 70_001] for part in parts.values()]
             writer.write([torch.from_numpy(block.copy()) for block in blocks])
-        writer.finish(title, artist, "tiny", lambda: None)
+        writer.encode(lambda: None)
         writer.file.replace(path)
         assert [entry.name for entry in space.path.iterdir()] == ["lock"]
     return path
@@ -202,6 +202,6 @@ def test_schemes(listener: Listener, scheme: str, light: bool) -> None:
 
 
 def test_a_track_that_is_too_long() -> None:
-    check_length(LONGEST)
-    with pytest.raises(OptionError, match="21 minutes"):
-        check_length(LONGEST + 60)
+    check_length("a", LONGEST)
+    with pytest.raises(OptionError, match="a.mp3: takes 21 minutes"):
+        check_length("a.mp3", LONGEST + 60)

@@ -10,6 +10,7 @@ import argparse
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "htdemucs"
 HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"  # titles in --help
+
+CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)")  # hours, minutes, seconds
 
 Callback = Callable[[dict[str, Any]], Any]
 Given = ParamSpec("Given")
@@ -61,10 +64,22 @@ def number(
     return parse
 
 
+def parse_time(text: str) -> float:
+    """Seconds that "90", "1:30" or "1:02:03.5" mean. Raises `ValueError` for another text."""
+    match = CLOCK.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    hours, minutes, seconds = match.groups()
+    if (minutes and float(seconds) >= 60) or (hours and int(minutes) >= 60):
+        raise ValueError(text)
+    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+
+
 COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0)
 POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1)
 WHOLE = number(int, "a whole number", lambda n: True)
 OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
+TIME = number(parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: x < float("inf"))
 SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
 
 
@@ -162,6 +177,16 @@ class SeparationOptions:
         type=lambda text: text.split(","),
         metavar="STEM,...",
         group="stems",
+    )
+    start: float | None = option(
+        None,
+        "separate a file from this time on: 90, 1:30 or 1:02:03.5 (in Python seconds)",
+        section=HOW,
+        type=TIME,
+        metavar="TIME",
+    )
+    duration: float | None = option(
+        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=TIME, metavar="TIME"
     )
     seed: int | None = option(
         None,

@@ -26,14 +26,16 @@ from ..engine.memory import kept_memory
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from .container import Picture, read_cover
 from .decode import AudioFile
 from .encode import encoding_errors
 from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
+from .player import check_length
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
 from .tracks import Job, plan_jobs
-from .writer import StemFile, Target, TrackWriter
+from .writer import Extras, StemFile, Target, TrackWriter
 
 if TYPE_CHECKING:
     from ..api import Separator
@@ -44,7 +46,8 @@ class TrackResult:
     """What became of a track.
 
     `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
-    were drawn for the shifts, model by model. `error` is what went wrong, if anything did.
+    were drawn for the shifts, model by model. `error` is what went wrong, if anything did; `player`
+    the page to listen with.
     """
 
     input: Place
@@ -55,6 +58,7 @@ class TrackResult:
     offsets: Sequence[int] = ()
     skipped: bool = False
     error: Exception | None = None
+    player: Place | None = None
     version: str = __version__
 
     @property
@@ -71,7 +75,8 @@ class TrackResult:
             for name, stem in self.stems.items()
         }
         changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
-        return {**vars(self), **changed, "offsets": list(self.offsets)}
+        page = None if self.player is None else str(self.player)
+        return {**vars(self), **changed, "offsets": list(self.offsets), "player": page}
 
 
 class _Stopped(Exception):
@@ -85,8 +90,11 @@ class _Decoded:
     mixture: Mixture
     spool: Spool
     rate: int  # of the file, hertz
-    length: int  # of the file, samples
+    length: int  # of what is separated of the file, samples
+    bits: int  # of the file's samples, 32 for float; 0 if they are lossy
     tags: dict[str, str]
+    extras: Extras
+    files: contextlib.ExitStack  # gives back the rest when the stems are there
 
 
 class Batch:
@@ -145,7 +153,8 @@ class Batch:
             self._fail(job, exc)
         else:
             stems = {name: StemFile(path) for name, path in job.paths.items()}
-            self._tell(TrackResult(job.track, self.separator.name, stems, skipped=True))
+            name = self.separator.name
+            self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
         return True
 
     def _read_ahead(
@@ -166,40 +175,71 @@ class Batch:
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
-            return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME))
-        with local_copy(track, self.space.path) as file:
-            return self._decode_file(track, AudioFile(file, name=str(track)))
+            with contextlib.ExitStack() as stack:
+                return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME), stack)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(local_copy(track, self.space.path))
+            return self._decode_file(track, AudioFile(file, name=str(track)), stack)
 
-    def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
+    def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels)
-        spool, moments = self.space.spool(separator.audio_channels), Moments()
-        try:
-            for block in decoder.blocks():
-                self._check_stop()
-                moments.add(block)
-                spool.write(block)
-        except BaseException:
-            spool.close()
-            raise
+        decoder = Decoder(file, separator.samplerate, separator.audio_channels, separator.part)
+        extras = self._extras(file, decoder, stack)
+        spool, moments = self._spool(stack), Moments()
+        for block in decoder.blocks(None if extras.original is None else extras.original.write):
+            self._check_stop()
+            moments.add(block)
+            spool.write(block)
         if not moments.count:
             raise LoadAudioError(f"{file.name}: is too short to be separated")
-        tags = {"title": self.output.track_name(track), **file.tags}
-        return _Decoded(Mixture(spool.read, moments), spool, decoder.rate, decoder.length, tags)
+        if self.output.player:
+            check_length(file.name, decoder.length / decoder.rate)
+        return _Decoded(
+            Mixture(spool.read, moments),
+            spool,
+            decoder.rate,
+            decoder.length,
+            file.bits,
+            {"title": self.output.track_name(track), **file.tags},
+            extras,
+            stack.pop_all(),
+        )
+
+    def _spool(self, stack: contextlib.ExitStack) -> Spool:
+        spool = self.space.spool(self.separator.audio_channels)
+        stack.callback(spool.close)
+        return spool
+
+    def _extras(self, file: AudioFile, decoder: Decoder, stack: contextlib.ExitStack) -> Extras:
+        """What the output needs of the file besides its samples."""
+        output = self.output
+        if output.format == "mp4":
+            return Extras(picture=Picture(file, *decoder.samples))
+        if not output.is_together:
+            return Extras()
+        rate = decoder.rate
+        differs = output.keep_rate and rate != self.separator.samplerate
+        own = differs and output.encoding.samplerate(rate) == rate
+        return Extras(read_cover(file), original=self._spool(stack) if own else None)
 
     def _separated(self, job: Job, decoded: Future[_Decoded]) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
         try:
             track = decoded.result()
-            with contextlib.closing(track.spool):
-                return self._call(self._separate, job, track, begin)
+            with track.files as files, contextlib.closing(track.spool):
+                finish = self._call(self._separate, job, track, begin)
+                return partial(self._after, files.pop_all(), finish)
         except Exception as exc:
             self._fail(job, exc)
             return None
 
+    def _after(self, files: contextlib.ExitStack, finish: Callable[[], None]) -> None:
+        with files:
+            finish()
+
     def _separate(self, job: Job, track: _Decoded, begin: float) -> Callable[[], None]:
-        writer = TrackWriter(job.paths, self._target(track))
+        writer = TrackWriter(job.paths, self._target(track), job.page)
         passes = self.separator.plan(track.mixture.length)
         names, position = self.separator.stems, 0
         try:
@@ -224,12 +264,15 @@ class Batch:
         rate = self.output.encoding.samplerate(track.rate if self.output.keep_rate else model_rate)
         return Target(
             self.output,
+            self.output.encoding_for(track.bits),
             self.space,
             model_rate,
             self.separator.audio_channels,
             rate,
             track.length if rate == track.rate and rate != model_rate else None,
             track.tags,
+            self.separator.name,
+            track.extras,
         )
 
     def _finish(self, job: Job, writer: TrackWriter, result: TrackResult, begin: float) -> None:
@@ -238,7 +281,8 @@ class Batch:
         except Exception as exc:
             self._fail(job, exc)
         else:
-            self._tell(replace(result, stems=stems, elapsed=time.monotonic() - begin))
+            took = time.monotonic() - begin
+            self._tell(replace(result, stems=stems, player=job.page, elapsed=took))
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -271,6 +315,7 @@ def checked_stems(separator: Separator, output: Output) -> list[str]:
     sources: Any = separator.model.sources
     stem, separated = output.two_stems, separator.stems
     if stem is None:
+        output.warn(separated)
         return separated
     if stem not in sources:
         raise OptionError(f"there is no stem {stem!r}: the model has {', '.join(sources)}")

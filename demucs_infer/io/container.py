@@ -27,8 +27,6 @@ from .decode import AV_ERRORS, AudioFile
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
 
-MIX = "mix"  # what the first stream is called
-MOST_STEMS = 4  # of a stem file
 LONGEST_NAME = 32  # characters of a stem's name in it
 COLOURS = ("#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MASTERING = {  # of the player that mixes the stems: switched off, with the values of a new file

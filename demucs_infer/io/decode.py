@@ -28,6 +28,7 @@ FILE_TAGS = (
     " creation_time handler_name vendor_id language itunsmpb bps duration".split()
 )
 SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
+SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
 MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
 
 
@@ -188,6 +189,32 @@ class AudioFile:
                 )
         if not decoded:
             raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+
+    def part(self, first: int, last: int | None) -> Iterator[Tensor]:
+        """Samples `[C, n]` of the first audio stream from `first` on, up to `last` if given."""
+        position = 0
+        for block in self.blocks():
+            start, position = position, position + block.shape[-1]
+            stop = position if last is None else last
+            if position > first:
+                yield block[:, max(0, first - start) : stop - start]
+            if position >= stop and last is not None:
+                break
+        if position <= first:
+            raise LoadAudioError(
+                f"{self.name}: ends after {position / self.samplerate():.2f} s, before the part"
+                " that is wanted"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sample where none is lost: 16 or 24, or 32 for float; 0 of lossy formats."""
+        with self._open() as container:
+            if not container.streams.audio:
+                return 0
+            context = container.streams.audio[0].codec_context
+            kind = context.format.name.removesuffix("p") if context.codec.lossless else ""
+        return SAMPLE_BITS.get(kind, 0)
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

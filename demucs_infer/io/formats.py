@@ -80,6 +80,8 @@ CONTAINERS = {
     ),
 }
 ALL_FORMATS = FORMATS | CONTAINERS
+TOGETHER = ("mka", "stem.mp4")  # one file holds all stems
+CODECS = ("aac", "alac")  # of formats that let one choose
 DEFAULT_BITS = 16
 
 

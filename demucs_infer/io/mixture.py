@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..errors import LoadAudioError
 from ..resample import Resampler
 from .decode import AudioFile
+from .parts import Part
 from .pcm import convert_audio_channels
 
 NORMALIZATION_EPSILON = 1e-8  # added to the deviation of a track
@@ -96,30 +97,39 @@ class Mixture:
 
 
 class Decoder:
-    """Decodes a file to `channels` channels at `samplerate` hertz.
+    """Decodes a file, or a part of it, to `channels` channels at `samplerate` hertz.
 
     `rate` (hertz) is the file's own; `length` counts its samples while `blocks` is read.
     """
 
-    def __init__(self, file: AudioFile, samplerate: int, channels: int) -> None:
+    def __init__(
+        self, file: AudioFile, samplerate: int, channels: int, part: Part | None = None
+    ) -> None:
         self.file = file
         self.samplerate = samplerate
         self.channels = channels
         self.rate = file.samplerate()
+        self.samples = (part or Part()).samples(self.rate)  # the first, and that behind the last
         self.length = 0
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that are not finite."""
-        return Resampler(self.rate, self.samplerate).stream(self._decoded())
+    def blocks(self, tap: Callable[[Tensor], None] | None = None) -> Iterator[Tensor]:
+        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that are not finite.
 
-    def _decoded(self) -> Iterator[Tensor]:
-        for block in _gathered(self.file.blocks()):
+        `tap` is called with them as they are before, at the file's rate.
+        """
+        return Resampler(self.rate, self.samplerate).stream(self._decoded(tap))
+
+    def _decoded(self, tap: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
+        for block in _gathered(self.file.part(*self.samples)):
             if not block.isfinite().all():
                 raise LoadAudioError(
                     f"{self.file.name}: has samples that are not finite (NaN or Inf)"
                 )
             self.length += block.shape[-1]
-            yield convert_audio_channels(block, self.channels)
+            block = convert_audio_channels(block, self.channels)
+            if tap is not None:
+                tap(block)
+            yield block
 
 
 def _gathered(blocks: Iterable[Tensor]) -> Iterator[Tensor]:

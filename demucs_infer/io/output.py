@@ -10,13 +10,15 @@ import posixpath
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError
-from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
+from ..log import logger
+from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
+from .stems import Stem, mix
 from .storage import Place, Url, place
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 OTHER_METHODS = ("none", "add", "minus")
+DEFAULT_FILENAME = "{track}/{stem}.{ext}"
+TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
+PAGE = "player"  # the name of a track's page to listen with, among its stems
+MIX = "mix"  # the first stream of a file of all stems
+MOST_STEMS = 4  # of a stem file
+STANDARD = ("drums", "bass", "other", "vocals")  # in the order of a stem file
+REST = ("guitar", "piano")  # which such a file has no room for: they go to "other"
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
@@ -48,17 +57,28 @@ class Output:
         metavar="DIR",
     )
     filename: str = option(
-        "{track}/{stem}.{ext}",
+        DEFAULT_FILENAME,
         "name of each stem's file, from {track}, {trackext}, {parent} (the track's folder),"
-        " {model}, {stem} and {ext} (default: %(default)s)",
+        " {model}, {stem} and {ext} (default: %(default)s, or {track}.{ext} for one of all stems)",
         metavar="TEMPLATE",
+    )
+    player: bool = option(
+        False,
+        "also write a page to listen with, {track}/player.html: one file that plays all stems in"
+        " step, with solo and mute",
+        action="store_true",
     )
     format: str = option(
         "wav",
-        "format of the stems (default: %(default)s)",
+        "format of the stems: a file each; stem.mp4 or mka, one file with the mix and all stems"
+        " (for DJs, or as FLAC); mp4, the picture of a video with the stem as its sound (default:"
+        " %(default)s)",
         section=FORMAT,
-        choices=tuple(FORMATS),
+        choices=tuple(ALL_FORMATS),
         shortcuts={"--flac": "flac", "--mp3": "mp3"},
+    )
+    codec: str | None = option(
+        None, "of M4A and stem.mp4: aac, or alac, which is lossless (default: aac)", choices=CODECS
     )
     bits_per_sample: int = option(
         DEFAULT_BITS,
@@ -75,9 +95,15 @@ class Output:
         action="store_true",
         group="depth",
     )
+    depth: str | None = option(
+        None,
+        "auto: 24 bit or float where the track has that, for WAV and FLAC",
+        choices=("auto",),
+        group="depth",
+    )
     bitrate: int | None = option(
         None,
-        "kbit/s, of MP3 (default: 320), M4A (256) and Opus (192)",
+        "kbit/s, of MP3 (default: 320), AAC (M4A, MP4, stem.mp4: 256) and Opus (192)",
         "--bitrate",
         "--mp3-bitrate",
         type=BITRATE,
@@ -123,23 +149,65 @@ class Output:
     encoding: Encoding = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encoding", self._encoding())
+        self._check_choices()
+        if isinstance(self._place, Url) and self._place.is_web:
+            raise OptionError(f"{self.folder}: addresses of the web can only be read")
+        if self.is_together and "{stem}" in self._template:
+            raise OptionError(
+                f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
+                f" {self.filename!r}"
+            )
+        if self.is_pipe and self.player:
+            raise OptionError("a page to listen with cannot go to standard output: leave it out")
+        self._path(Path("track.wav"), "model", "stem")  # the template makes sense
+        from .encode import check_encoder  # not before an output is wanted
+
+        check_encoder(self.encoding)
+
+    def _encoding(self) -> Encoding:
         bits = self.bits_per_sample
         if self.as_float:
             if self.format != "wav":
                 raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
             bits = 32
-        encoding = Encoding(self.format, bits, self.bitrate, self.preset)
-        object.__setattr__(self, "encoding", encoding)
+        return Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
+
+    def _check_choices(self) -> None:
         if self.clip not in (None, *CLIP_MODE_NAMES):
             raise OptionError(f"clip={self.clip!r}: use {', '.join(CLIP_MODE_NAMES)}")
+        if self.is_together and self.clip in ("clamp", "tanh"):
+            raise OptionError(
+                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
+                " gain: use rescale-all"
+            )
         if self.other_method not in OTHER_METHODS:
             raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
-        if isinstance(self._place, Url) and self._place.is_web:
-            raise OptionError(f"{self.folder}: addresses of the web can only be read")
-        self._path(Path("track.wav"), "model", "stem")  # the template makes sense
-        from .encode import check_encoder  # not before an output is wanted
+        if self.depth not in (None, "auto"):
+            raise OptionError(f"depth={self.depth!r}: use 'auto', or bits_per_sample")
 
-        check_encoder(encoding)
+    @property
+    def is_together(self) -> bool:
+        """Whether one file holds all stems of a track, behind the mix."""
+        return self.format in TOGETHER
+
+    @property
+    def clip_mode(self) -> str | None:
+        """What happens to samples beyond ±1; stems in one file are all lowered by the same."""
+        return "rescale-all" if self.is_together and self.clip == "rescale" else self.clip
+
+    def encoding_for(self, bits: int) -> Encoding:
+        """How the stems of a track are encoded that has `bits` (32: float)."""
+        fits = [depth for depth in self.encoding.kind.codecs if depth <= bits]
+        if self.depth is None or self.encoding.kind.is_lossy or not fits:
+            return self.encoding
+        return replace(self.encoding, bits=max(fits))
+
+    @property
+    def _template(self) -> str:
+        if self.is_together and self.filename == DEFAULT_FILENAME:
+            return TOGETHER_FILENAME
+        return self.filename
 
     @property
     def _place(self) -> Place:
@@ -165,10 +233,47 @@ class Output:
         return elsewhere if self.is_pipe else Workspace(folder)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
-        """Names of the stems that are written of those that the model gives."""
+        """Names of the stems that are written of those that the model gives.
+
+        Raises `OptionError` if one file cannot hold them.
+        """
+        if self.two_stems is not None:
+            names = [self.two_stems, *self._rest]
+        else:
+            names = [stem.name for stem in self._arranged(sources)]
+        if not self.is_together:
+            return names
+        if MIX in names:
+            raise OptionError(f"a stem {MIX!r} and the mix would have one name: use another")
+        return [MIX, *names]
+
+    def _arranged(self, stems: Sequence[str]) -> list[Stem]:
+        """The stems in their order, and which of `stems` are summed where there is no room."""
+        kept = [Stem(name, (name,)) for name in stems]
+        if self.format != "stem.mp4":
+            return kept
+        if set(stems) == {*STANDARD, *REST}:
+            rest = {"other": REST}
+            return [Stem(name, (name, *rest.get(name, ()))) for name in STANDARD]
+        if len(stems) > MOST_STEMS:
+            raise OptionError(
+                f"stem.mp4 holds {MOST_STEMS} stems, not {len(stems)}: choose with --stems, or"
+                " write mka"
+            )
+        if set(stems) == {*STANDARD}:
+            return [Stem(name, (name,)) for name in STANDARD]
+        return kept
+
+    def warn(self, sources: Sequence[str]) -> None:
+        """Say which of the stems that the model gives are not written as they are."""
         if self.two_stems is None:
-            return list(sources)
-        return [self.two_stems, *self._rest]
+            for stem in self._arranged(sources):
+                if len(stem.sources) > 1:
+                    rest = " and ".join(stem.sources[1:])
+                    logger.warning(
+                        "%s holds %d stems: %s are added to %r",
+                        *(self.format, MOST_STEMS, rest, stem.name),
+                    )
 
     @property
     def needed(self) -> list[str] | None:
@@ -182,8 +287,12 @@ class Output:
 
     def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
         """What is written of a block: `stems` `[C, n]` by name, and `mixture` on demand."""
+        first = [mixture()] if self.is_together else []
+        return first + self._pick(mixture, stems)
+
+    def _pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
         if self.two_stems is None:
-            return list(stems.values())
+            return [mix(stem, stems) for stem in self._arranged(list(stems))]
         stem = stems[self.two_stems]
         if self.other_method == "none":
             return [stem]
@@ -195,36 +304,47 @@ class Output:
     def paths(self, track: Place, model: str, stems: Sequence[str]) -> dict[str, Place]:
         """The file of each stem of `track`; all are within the folder, whatever the names are."""
         if self.is_pipe:
-            if len(stems) != 1:
+            if len(stems) != 1 and not self.is_together:
                 raise OptionError(
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
-            return {stems[0]: PIPE}
+            return dict.fromkeys(stems, PIPE)
         paths = {stem: self._path(track, model, stem) for stem in stems}
-        if len(set(paths.values())) < len(stems):
+        if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
             )
         return paths
+
+    def page(self, track: Place, model: str) -> Place | None:
+        """The page to listen to `track` with, if one is wanted: beside the stems."""
+        if not self.player:
+            return None
+        template = self._template if "{stem}" in self._template else DEFAULT_FILENAME
+        return self._filled(template, track, model, PAGE, "html")
 
     def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
     def _path(self, track: Place, model: str, stem: str) -> Place:
+        return self._filled(self._template, track, model, stem, self.format)
+
+    def _filled(self, template: str, track: Place, model: str, stem: str, ext: str) -> Place:
+        """The file in the output folder that a template means."""
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
             "parent": _safe(_folder_name(track)),
             "model": model,
             "stem": stem,
-            "ext": self.format,
+            "ext": ext,
         }
         try:
-            relative = self.filename.format(**values)
+            relative = template.format(**values)
         except (KeyError, IndexError, ValueError, AttributeError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
-            raise OptionError(f"the file name {self.filename!r} is no template of {known}") from exc
+            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
         return _below(self._place, relative)
 
 

@@ -14,10 +14,9 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from torch import Tensor
 
@@ -35,33 +34,43 @@ BLOCK = 2**16  # samples that are encoded at once
 PIECE = 3 * 2**18  # bytes that are written as base64 at once
 
 
-def check_length(seconds: float) -> None:
-    """Raise `OptionError` if a track is too long for a page."""
+def check_length(name: str, seconds: float) -> None:
+    """Raise `OptionError` if the track `name` is too long for a page."""
     if seconds > LONGEST:
         raise OptionError(
-            f"takes {seconds / 60:.0f} minutes: a page to listen with holds {LONGEST // 60}, since"
-            " browsers keep it all in memory: leave out --player, or use --start and --duration"
+            f"{name}: takes {seconds / 60:.0f} minutes: a page to listen with holds"
+            f" {LONGEST // 60}, since browsers keep it all in memory: leave out --player, or use"
+            " --start and --duration"
         )
 
 
-@dataclass(frozen=True)
-class Page:
-    """What a page says of its track; `length` counts samples at `rate` hertz."""
+class About(NamedTuple):
+    """A page says this of its track."""
 
     title: str
     artist: str
     model: str
+
+
+class Page(NamedTuple):
+    """A page's track: `length` counts samples at `rate` hertz."""
+
+    about: About
     rate: int
     length: int
     stems: Sequence[str]
+
+    def as_json(self) -> dict[str, object]:
+        """The page as plain values."""
+        return {**self.about._asdict(), **self._asdict(), "about": None}
 
 
 def write_page(file: IO[bytes], page: Page, sounds: Iterable[Path]) -> None:
     """Write `page` with the MP3 files `sounds`, one for each of its stems, in their order."""
     template = files(__package__).joinpath(TEMPLATE).read_text("utf-8")
     head, after_title, after_track, tail = re.split("@(?:TITLE|TRACK|SOUNDS)@", template)
-    title = html.escape(page.title)
-    file.write(f"{head}{title}{after_title}{_as_script(vars(page))}{after_track}".encode())
+    title = html.escape(page.about.title)
+    file.write(f"{head}{title}{after_title}{_as_script(page.as_json())}{after_track}".encode())
     for sound in sounds:
         file.write(b'<script class="sound" type="text/plain">')
         _write_base64(file, sound)
@@ -88,9 +97,10 @@ class PlayerWriter:
     """
 
     def __init__(
-        self, space: Workspace, stems: Sequence[str], samplerate: int, channels: int
+        self, space: Workspace, about: About, stems: Sequence[str], samplerate: int, channels: int
     ) -> None:
         self.space = space
+        self.about = about
         self.rate = ENCODING.samplerate(samplerate)
         self.channels = min(channels, ENCODING.kind.channels)
         self.peak = 0.0
@@ -109,20 +119,20 @@ class PlayerWriter:
             self.peak = max(self.peak, block.abs().max().item())
             spool.write(block)
 
-    def finish(self, title: str, artist: str, model: str, check: Callable[[], None]) -> None:
-        """Encode the stems and write the page; what `check` raises ends that at a block."""
+    def encode(self, check: Callable[[], None]) -> None:
+        """Encode the stems and write the page; `check` may end that at a block."""
         for resampler, spool in zip(self._resamplers, self._spools.values()):
             self._take(spool, resampler.flush())
         for spool in self._spools.values():
             self._files.append(self.space.file())
-            self._encode(spool, self._files[-1], check)
+            self._encode_stem(spool, self._files[-1], check)
         length = max(spool.length for spool in self._spools.values())
-        page = Page(title, artist, model, self.rate, length, list(self._spools))
+        page = Page(self.about, self.rate, length, list(self._spools))
         with self.file.open("wb") as file:
             write_page(file, page, self._files)
         self.close()
 
-    def _encode(self, spool: Spool, path: Path, check: Callable[[], None]) -> None:
+    def _encode_stem(self, spool: Spool, path: Path, check: Callable[[], None]) -> None:
         divisor = rescale_divisor(self.peak)
         with path.open("w+b") as file:
             sink = encoder(file, ENCODING, self.rate, self.channels)

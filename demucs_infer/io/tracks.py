@@ -33,6 +33,18 @@ class Job:
 
     track: Place
     naming: Callable[[Place], Mapping[str, Place]]
+    paging: Callable[[Place], Place | None] = lambda track: None
+
+    @property
+    def page(self) -> Place | None:
+        """The page to listen with, if there is to be one."""
+        return self.paging(self.track)
+
+    @property
+    def files(self) -> Iterable[Place]:
+        """All files of the track, each once."""
+        page = {} if self.page is None else {self.page: None}
+        return {**dict.fromkeys(self.paths.values()), **page}
 
     @property
     def paths(self) -> Mapping[str, Place]:
@@ -42,7 +54,7 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether all of its stems are there; they appear when they are whole."""
-        return all(path.is_file() for path in self.paths.values())
+        return all(path.is_file() for path in self.files)
 
 
 def find_tracks(
@@ -141,7 +153,7 @@ def plan_jobs(
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
     naming = partial(output.paths, model=model, stems=output.stems(sources))
-    jobs = [Job(track, naming) for track in tracks]
+    jobs = [Job(track, naming, partial(output.page, model=model)) for track in tracks]
     if output.is_pipe:
         if len(jobs) > 1:
             raise OptionError(f"standard output takes one track, not {len(jobs)}")
@@ -155,7 +167,7 @@ def _check_apart(jobs: Sequence[Job]) -> None:
     inputs = {_identity(job.track) for job in jobs}
     taken: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
     for job in jobs:
-        for path in job.paths.values():
+        for path in job.files:
             name = _identity(path)
             if name in inputs:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
@@ -167,7 +179,7 @@ def _check_apart(jobs: Sequence[Job]) -> None:
 def _check_owner(jobs: Sequence[Job], job: Job, path: Place) -> None:
     """Raise `OptionError` if a job before `job` has the stem `path`, too."""
     for other in itertools.takewhile(lambda other: other is not job, jobs):
-        if _identity(path) in map(_identity, other.paths.values()):
+        if _identity(path) in map(_identity, other.files):
             raise OptionError(
                 f"{other.track} and {job.track} would both become {path}: tell them apart with"
                 " {parent} or {trackext} in --filename"
