@@ -43,6 +43,7 @@ from .io.parts import Part
 from .io.pcm import as_samples
 from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
+from .log import fatal
 from .pretrained import get_model, list_models
 
 __all__ = [
@@ -322,3 +323,6 @@ class Separator:
 
 for _option in fields(SeparatorOptions):
     setattr(Separator, _attribute(_option.name), _option.default)
+
+if __name__ == "__main__":
+    fatal("this module has no command: run demucs-infer, or python -m demucs_infer", status=2)

@@ -259,5 +259,5 @@ def _import_ray() -> Any:
         import ray
         import ray.data
     except ImportError as exc:
-        raise MissingDependencyError("ray[data]", "--ray", "ray") from exc
+        raise MissingDependencyError("ray[data]", "--ray") from exc
     return ray

@@ -200,7 +200,7 @@ class Demucs(nn.Module):
         return (x,)
 
     def exact_layers(self) -> list[nn.Module]:
-        """The output, which stays in float32 when the network is cast: nothing averages its noise."""
+        """The output, which stays in float32 in half precision: nothing averages its rounding."""
         (*_, last) = self.decoder[-1].children()
         return [last]
 

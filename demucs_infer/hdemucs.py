@@ -354,7 +354,7 @@ class HybridUNet(nn.Module):
         try:
             from openunmix.filtering import wiener
         except ImportError as exc:
-            raise MissingDependencyError("openunmix", "wiener_iters > 0", "wiener") from exc
+            raise MissingDependencyError("openunmix", "wiener_iters > 0") from exc
         targets = magnitude.permute(0, 4, 3, 2, 1)  # [B, N, F, C, S]
         mixture = torch.view_as_real(mix.permute(0, 3, 2, 1))  # [B, N, F, C, 2]
         filtered = torch.stack(

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from .errors import DownloadError, ModelLoadingError
-from .hub.download import fetch, file_digest, shown
+from .hub.content import Content
+from .hub.download import fetch, shown
 from .hub.registry import Checkpoint, cache_folder, is_offline
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .apply import BagOfModels
+    from .engine.bag import BagOfModels
 
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
 MANY = 20  # names, more than which are not spelled out in a message
@@ -29,21 +30,7 @@ NO_NETWORK = "and nothing is fetched offline"
 
 def check_checksum(path: Path, checksum: str) -> None:
     """Raise `ModelLoadingError` unless the SHA-256 of the file starts with `checksum`."""
-    if damage := _damage(path, checksum):
-        raise ModelLoadingError(f"{damage}: fetch it again")
-
-
-def _damage(path: Path, checksum: str) -> str:
-    """What is wrong with the content of a file, if anything. Without a checksum nothing is."""
-    if not checksum:
-        return ""
-    try:
-        actual = file_digest(path)[: len(checksum)]
-    except OSError as exc:
-        raise ModelLoadingError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
-    if actual == checksum:
-        return ""
-    return f"{path}: is damaged: its checksum is {actual} and should be {checksum}"
+    Content.read(path).check(checksum)
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
@@ -74,6 +61,10 @@ class ModelOnlyRepo:
 
     def fetch(self, sig: str) -> Path:
         """The verified file of the model with this signature. Raises `ModelLoadingError`."""
+        return self.read(sig).path
+
+    def read(self, sig: str) -> Content:
+        """The verified bytes of the model's file. Raises `ModelLoadingError`."""
         raise NotImplementedError
 
     def require(self, signatures: Iterable[str]) -> None:
@@ -108,29 +99,38 @@ class RemoteRepo(ModelOnlyRepo):
         self._offline = offline
 
     def get_model(self, sig: str) -> nn.Module:
-        path = self.fetch(sig)
-        return _build(path, self._checkpoints[sig].architecture)
+        path = self.path(sig)
+        return _build(lambda: self.read(sig), path, self._checkpoints[sig].architecture)
 
-    def fetch(self, sig: str) -> Path:
-        """The file of a checkpoint, verified, and fetched if it is not in the cache.
+    def read(self, sig: str) -> Content:
+        """The bytes of a checkpoint, verified, of a file that is fetched if it is not in the cache.
 
         Raises `DownloadError` if it is not there and does not come, `ModelLoadingError` if it
         cannot be read or there is none of this signature.
         """
         path, checkpoint = self.path(sig), self._checkpoints[sig]
-        present = self.has_file(sig)
-        problem = _damage(path, checkpoint.sha256) if present else _absence([path])
-        if not problem:
-            return path
+        problem = _absence([path])
+        if self.has_file(sig):
+            content = Content.read(path)
+            problem = content.damage(checkpoint.sha256)
+            if not problem:
+                return content
+        self._replace(sig, problem)
+        content = Content.read(path)
+        content.check(checkpoint.sha256)
+        return content
+
+    def _replace(self, sig: str, problem: str) -> None:
+        """Fetch a checkpoint's file, which has a `problem`. Raises as `read` does."""
+        path, checkpoint = self.path(sig), self._checkpoints[sig]
         if checkpoint.embedded:
-            raise ModelLoadingError(f"{problem}: install demucs-infer again")
+            raise ModelLoadingError(f"{problem}: install this package again")
         if is_offline(self._offline):
             raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand([sig])}")
         try:
             fetch(checkpoint.url, path, checkpoint.sha256, size=checkpoint.size)
         except DownloadError as exc:
             raise DownloadError(f"{problem}: {exc}: {self._by_hand([sig])}") from exc
-        return path
 
     def path(self, sig: str) -> Path:
         """Where the file of a checkpoint is, or would be: in the cache, or in the package."""
@@ -171,16 +171,21 @@ def _absence(paths: Sequence[Path]) -> str:
     return f"{names} {'is' if len(paths) == 1 else 'are'} not on this machine"
 
 
-def _build(path: Path, architecture: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model of a checkpoint, or of a file of weights whose architecture is told."""
-    from .states import load_model
+def _build(
+    read: Callable[[], Content], path: Path, architecture: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build the model of a checkpoint, or of a file of weights whose architecture is told.
+
+    The file is read here, so that its bytes are not kept while the model is built.
+    """
+    from .hub.packages import read_package, read_state
+    from .hub.pickles import ClassName
+    from .states import build_model
 
     if architecture is None:
-        return load_model(path)
-    from .hub.packages import ClassName, read_state
-
+        return build_model(read_package(read()), str(path))
     package = {**architecture, "klass": ClassName(architecture["klass"])}
-    return load_model({**package, "state": read_state(path)})
+    return build_model({**package, "state": read_state(read())}, str(path))
 
 
 class LocalRepo(ModelOnlyRepo):
@@ -205,14 +210,18 @@ class LocalRepo(ModelOnlyRepo):
             self._models[signature] = path
 
     def get_model(self, sig: str) -> nn.Module:
-        return _build(self.fetch(sig))
+        return _build(lambda: self.read(sig), self.path(sig))
 
-    def fetch(self, sig: str) -> Path:
+    def path(self, sig: str) -> Path:
+        """Where the file of a checkpoint is. Raises `ModelLoadingError` if there is none."""
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        path = self._models[sig]
-        check_checksum(path, path.stem.partition("-")[2])
-        return path
+        return self._models[sig]
+
+    def read(self, sig: str) -> Content:
+        content = Content.read(self.path(sig))
+        content.check(content.path.stem.partition("-")[2])
+        return content
 
     def list_model(self) -> Mapping[str, Path]:
         return self._models
@@ -234,7 +243,7 @@ class BagOnlyRepo:
         """Build the bag of this name with its models. Raises `ModelLoadingError`."""
         if not self.has_model(name):
             _unknown("bag", name, self.list_model())
-        from .apply import BagOfModels
+        from .engine.bag import BagOfModels
 
         members, bag = self.members(name), self._definition(name)
         self.model_repo.require(members)

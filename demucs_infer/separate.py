@@ -31,7 +31,7 @@ from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
-from .log import fatal, log_to_stderr, logger
+from .log import fatal, is_terminal, log_to_stderr, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, An
     return {
         **values_of(SeparatorOptions, args),
         "model": _model_name(args),
-        "progress": sys.stderr.isatty() and not args.quiet and args.ray is None,
+        "progress": is_terminal(sys.stderr) and not args.quiet and args.ray is None,
         "stems": output.needed or args.stems,
     }
 

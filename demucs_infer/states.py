@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -15,14 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .demucs import Demucs
 from .errors import MissingDependencyError, ModelLoadingError, OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
-from .hub.packages import ClassName, read_package, write_safetensors
+from .hub.outline import check_window
+from .hub.packages import read_package, write_safetensors
+from .hub.pickles import ClassName
 from .log import logger
-from .utils import appearing, capture_init
+from .utils import Uninitialized, appearing, capture_init, shortened
 
 __all__ = [
     "capture_init",
@@ -36,16 +40,18 @@ __all__ = [
 QUANTIZED = "__quantized"  # the key that marks a state of diffq's
 CHECKSUM_DIGITS = 8
 PACKED_WIDTH = 32  # weights in a block of diffq's bit packing
+FACTORIES = frozenset(("empty", "zeros", "ones", "full", "rand", "randn"))  # of weights
 
+# Families of models: the name that a checkpoint has for each class, below its package.
 MODEL_CLASSES: dict[str, type[nn.Module]] = {
-    "demucs.demucs.Demucs": Demucs,
-    "demucs.hdemucs.HDemucs": HDemucs,
-    "demucs.htdemucs.HTDemucs": HTDemucs,
-    "demucs.wdemucs.WDemucs": HDemucs,
-    "demucs_infer.demucs.Demucs": Demucs,
-    "demucs_infer.hdemucs.HDemucs": HDemucs,
-    "demucs_infer.htdemucs.HTDemucs": HTDemucs,
+    "demucs.Demucs": Demucs,
+    "hdemucs.HDemucs": HDemucs,
+    "htdemucs.HTDemucs": HTDemucs,
+    "wdemucs.WDemucs": HDemucs,
 }
+PACKAGES = ("demucs", "demucs_infer")  # that checkpoints are from
+
+MORE_WEIGHTS, MORE_VALUES = 5000, 10**8  # than its state holds, which a model is built for
 
 # Names that a quantized state has for the class of diffq that unpacks it.
 QUANTIZERS = {
@@ -70,9 +76,12 @@ def load_model(
     does not fit; `MissingDependencyError` for a quantized state without diffq.
     """
     if isinstance(path_or_package, Mapping):
-        package, label = path_or_package, "the package"
-    else:
-        package, label = read_package(path_or_package), str(path_or_package)
+        return build_model(path_or_package, "the package", strict)
+    return build_model(read_package(path_or_package), str(path_or_package), strict)
+
+
+def build_model(package: Mapping[str, Any], label: str, strict: bool = False) -> nn.Module:
+    """Build the model of a package that was read, as `load_model` does; `label` is for errors."""
     try:
         return _build(package, strict).eval()
     except MissingDependencyError:
@@ -80,32 +89,79 @@ def load_model(
     except ModelLoadingError as exc:
         raise ModelLoadingError(f"{label}: {exc}") from exc
     except OptionError as exc:
-        raise ModelLoadingError(f"{label}: has an option that is not supported: {exc}") from exc
+        raise ModelLoadingError(
+            f"{label}: does not describe a model that is supported: {exc}"
+        ) from exc
     except Exception as exc:  # whatever a damaged or hostile description brings about
-        raise ModelLoadingError(f"{label}: does not describe a model ({exc!r})") from exc
+        reason = shortened(exc)
+        raise ModelLoadingError(f"{label}: does not describe a model ({reason})") from exc
 
 
 def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     model_class, state = _model_class(package["klass"]), package["state"]
     kwargs = _known_options(model_class, dict(package.get("kwargs", {})), strict)
-    # Without memory: the weights are about to be replaced, and any size may be asked for.
-    with torch.device("meta"):
-        model = model_class(*package.get("args", ()), **kwargs)
-    if state.get(QUANTIZED):
+    quantized = bool(state.get(QUANTIZED))
+    if quantized:
         _import_diffq()
-        _check_size(model, state)
+    weights, values = _room(state, quantized)
+    # Without memory: the weights are about to be replaced, and any size may be asked for.
+    with _Budget(weights, values), torch.device("meta"), Uninitialized():
+        model = model_class(*package.get("args", ()), **kwargs)
+    if quantized:
+        _check_size(model, values)
         set_state(model.to_empty(device="cpu"), state)
     else:
         _assign_state(model, state)
+    _check_finite(model)
+    check_window(model)
     return model
+
+
+def _room(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:
+    """How many weights can be in `state`, and how many values.
+
+    Raises `ModelLoadingError` for weights that are views of each other: a small file should not
+    become a large model.
+    """
+    tensors = list(_tensors_in(state))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    stored = sum(storages.values())
+    if quantized:
+        return len(tensors), 8 * stored
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > stored:
+        raise ModelLoadingError(f"the weights do not fit: they share {stored} bytes")
+    return len(tensors), sum(tensor.numel() for tensor in tensors)
+
+
+class _Budget(TorchFunctionMode):
+    """Ends the building of a model that has far more or larger weights than its state.
+
+    What is only somewhat too large is told in detail afterwards.
+    """
+
+    def __init__(self, weights: int, values: int) -> None:
+        super().__init__()
+        self.weights, self.values = 2 * weights + MORE_WEIGHTS, 2 * values + MORE_VALUES
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.__name__ in FACTORIES:
+            self.weights -= 1
+            self.values -= result.numel()
+            if min(self.weights, self.values) < 0:
+                raise ModelLoadingError("the weights do not fit: the model has many more")
+        return result
 
 
 def _model_class(klass: Any) -> type[nn.Module]:
     """Our class for the one that a package names, or has (a package need not be from a file)."""
     dotted = _dotted_name(klass)
-    if dotted not in MODEL_CLASSES:
-        raise ModelLoadingError(f"{dotted} is no model class of Demucs")
-    return MODEL_CLASSES[dotted]
+    package, _, name = dotted.partition(".")
+    if package not in PACKAGES or name not in MODEL_CLASSES:
+        raise ModelLoadingError(f"{shortened(dotted)[1:-1]} is no model class of Demucs")
+    return MODEL_CLASSES[name]
 
 
 def _dotted_name(klass: Any) -> str:
@@ -121,7 +177,7 @@ def _known_options(model_class: Any, kwargs: dict[str, Any], strict: bool) -> di
         harmless = name in TRAINING_OPTIONS or value is None or value is False
         if strict or not harmless:
             raise ModelLoadingError(
-                f"{model_class.__name__} has no option {name} ({name}={value!r})"
+                f"{model_class.__name__} has no option {name} ({name}={shortened(value)})"
             )
         logger.warning("%s has no option %s: %r is ignored", model_class.__name__, name, value)
     return kwargs
@@ -183,7 +239,7 @@ def _import_diffq() -> Any:
     try:
         import diffq
     except ImportError as exc:
-        raise MissingDependencyError("diffq", "a quantized model", "quantized") from exc
+        raise MissingDependencyError("diffq", "a quantized model") from exc
     return diffq
 
 
@@ -196,12 +252,18 @@ def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
     return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
 
 
-def _check_size(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise `ModelLoadingError` if a quantized `state` cannot fill `model`: no weight is free."""
+def _check_size(model: nn.Module, bits: int) -> None:
+    """Raise `ModelLoadingError` if a quantized state cannot fill `model`: no weight is free."""
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in _tensors_in(state))
     if wanted > bits:
         raise ModelLoadingError(f"the weights do not fit: {bits} bits for {wanted} weights")
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        # A sum is fast, but may be too large where no value is.
+        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            raise ModelLoadingError(f"{name} has values that are not finite")
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -249,7 +311,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], half: bool = Fals
     `OSError` if the file cannot be written.
     """
     # The reference's names, and of two names of a class the first.
-    names = {kind: name for name, kind in reversed(MODEL_CLASSES.items()) if "infer" not in name}
+    names = {kind: f"demucs.{name}" for name, kind in reversed(MODEL_CLASSES.items())}
     if type(model) not in names:
         raise ModelLoadingError(f"{type(model).__name__} is no model class of Demucs")
     args, kwargs = model._init_args_kwargs  # type: ignore[misc]

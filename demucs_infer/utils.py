@@ -8,21 +8,32 @@ import math
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from reprlib import Repr
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .errors import OptionError
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
+DRAWING = frozenset(("normal_", "uniform_", "trunc_normal_", "bernoulli_", "random_"))
+_shorten = Repr()
+_shorten.maxother = _shorten.maxstring = 200  # characters
+
 MAX_LAYERS = 64  # repetitions of one kind of layer
+# Options that a model may have or not.
+POSITIVE = ("samplerate", "segment", "audio_channels", "nfft", "dconv_comp", "t_max_period")
+LIMITS = {"samplerate": 10**6, "nfft": 2**16, "wiener_iters": 16}
 FILE_NAME = r"""(?!\.)[^\x00-\x1f/\\:*?"<>|]+"""  # may be part of a file's name on every system
 
 
@@ -80,6 +91,22 @@ def capture_init(init: Init) -> Init:
     return wrapped  # type: ignore[return-value]
 
 
+class Uninitialized(TorchFunctionMode):
+    """Leaves weights as they come while models are built that are given others.
+
+    On PyTorch's device `meta`, drawing them would import its compiler, which takes a second and a
+    folder for temporary files.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__ or func.__name__ in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def signature_of(options: type) -> inspect.Signature:
     """The signature of a class that takes what the dataclass `options` takes."""
     return inspect.signature(options)
@@ -88,19 +115,61 @@ def signature_of(options: type) -> inspect.Signature:
 def check_architecture(options: Any, *counts: str) -> None:
     """Raise `OptionError` for options that no model can have; checkpoints are not trusted.
 
-    `counts` are the options that say how often a layer is repeated (either sign).
+    Types are those that the dataclass declares. `counts` are the options that say how often a
+    layer is repeated (either sign).
     """
+    for name, kind in _declared(type(options)).items():
+        value = getattr(options, name)
+        if not _fits(value, kind) and not (name == "segment" and _fits(value, Fraction)):
+            wanted = options.__annotations__[name]
+            raise OptionError(f"{name}={shortened(value)} must be {wanted}, and finite")
     sources = list(options.sources)
     if len(set(sources)) != len(sources) or not all(map(_is_name, sources)) or not sources:
-        raise OptionError(f"sources={sources!r} are no names for files")
-    for name in ("samplerate", "segment", "audio_channels"):
-        value = getattr(options, name)
-        if not 0 < value < math.inf:
-            raise OptionError(f"{name}={value!r} must be more than 0")
-    for name in counts:
-        value = getattr(options, name)
-        if not -MAX_LAYERS <= value <= MAX_LAYERS:
-            raise OptionError(f"{name}={value!r} is beyond {MAX_LAYERS} layers")
+        raise OptionError(f"sources={shortened(sources)} are no names for files")
+    for name in POSITIVE:
+        value = getattr(options, name, 1)
+        if value <= 0:
+            raise OptionError(f"{name}={shortened(value)} must be more than 0")
+    limits = {**LIMITS, **dict.fromkeys(counts, MAX_LAYERS)}
+    for name, limit in limits.items():
+        value = getattr(options, name, 0)
+        if abs(value) > limit:
+            raise OptionError(f"{name}={shortened(value)} is more than {limit}")
+
+
+def _declared(options: type[Any]) -> dict[str, Any]:
+    """The type of each option; it is written out, since annotations are text."""
+    kinds = get_type_hints(options)
+    return {name: kind for name, kind in kinds.items() if get_origin(kind) is not ClassVar}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """A value has a declared type; whole numbers pass as real ones, and 0 and 1 as bool."""
+    parts = get_args(kind)
+    if get_origin(kind) is Sequence:
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        return listed and all(_fits(item, parts[0]) for item in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if kind is bool:
+        return isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1))
+    if kind is int:
+        return isinstance(value, Integral)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, Fraction) and _is_finite(value)
+    return isinstance(value, kind)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, in one line of moderate length."""
+    return " ".join(_shorten.repr(value).split())
 
 
 def _is_name(source: Any) -> bool:

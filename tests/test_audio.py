@@ -64,7 +64,7 @@ def encode(path: Path, codec: str, rate: int, layout: str, seconds: float = 1.0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.layout = layout
-        channels = stream.cpu_kernels.nb_channels
+        channels = stream.layout.nb_channels
         samples = tone(rate, seconds, channels).reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(samples, "flt", layout)
         frame.sample_rate = rate

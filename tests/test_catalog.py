@@ -173,4 +173,4 @@ def test_a_damaged_package(damage, words: str, options: list, tmp_path: Path) ->
     (line,) = result.stderr.splitlines()
     assert (result.returncode, result.stdout) == (1, "")
     assert words in line
-    assert "install demucs-infer again" in line
+    assert "install this package again" in line

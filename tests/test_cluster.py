@@ -84,7 +84,7 @@ def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['ray'] = None;"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
     result = run("-c", code, "--repo", repo, "-n", "tiny", "in", "--ray", cwd=tmp_path)
-    assert_one_line(result, 'pip install "demucs-infer[ray]"')
+    assert_one_line(result, 'pip install "ray[data]"')
 
 
 # --- Ray ----------------------------------------------------------------------------------------

@@ -372,7 +372,6 @@ def test_what_has_no_picture_for_mp4(
     assert "(ffv1) cannot be in MP4" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_real_music_with_true_stems(tmp_path: Path) -> None:
     """The first stream of another's file is separated; the streams of ours sum to its mix."""
     separator = Separator("demo", device="cpu", shifts=0)

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
 from demucs_infer.hub.packages import read_state
+from demucs_infer.hub.registry import Checkpoint
 from demucs_infer.pretrained import (
     add_model_flags,
     demucs_unittest,
@@ -25,10 +30,10 @@ from demucs_infer.pretrained import (
     list_models,
 )
 from demucs_infer.repo import LocalRepo, RemoteRepo, check_checksum
-from demucs_infer.states import save_with_checksum
+from demucs_infer.states import save_model, save_with_checksum
 
 from . import web as answers
-from .helpers import SOURCES, TINY, run
+from .helpers import SOURCES, TINY, run, save_package
 from .web import Web
 
 
@@ -70,6 +75,56 @@ def test_checksums_are_checked(folder: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ModelLoadingError, match="is damaged"):
         get_model("b", folder)
+
+
+def swapping(path: Path, contents: list[bytes]) -> Iterator[None]:
+    """Another process that puts one file after the other in the place of `path`."""
+    done = threading.Event()
+
+    def swap() -> None:
+        for content in itertools.cycle(contents):
+            if done.is_set():
+                return
+            (path.parent / "next").write_bytes(content)
+            (path.parent / "next").replace(path)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("suffix", [".th", ".safetensors"])
+@pytest.mark.parametrize("home", ["folder", "cache", "package"])
+def test_what_is_verified_is_what_is_loaded(suffix: str, home: str, tmp_path: Path) -> None:
+    """A file that is swapped again and again is refused, or the right one: never the other."""
+    models, contents = [HTDemucs(**TINY) for _ in range(2)], []
+    for model in models:
+        path = tmp_path / f"a{suffix}"
+        save_model(model, path) if suffix == ".safetensors" else save_package(path, model)
+        contents.append(path.read_bytes())
+    digest = sha256(contents[0]).hexdigest()
+    path = path.replace(tmp_path / f"a-{digest[:8]}{suffix}")
+    url = f"https://host.invalid/{path.name}"
+    checkpoint = Checkpoint(url, digest, embedded=path if home == "package" else None)
+    known = {"checkpoints": {"a": checkpoint}, "cache_dir": tmp_path, "offline": True}
+    models_of = LocalRepo(tmp_path) if home == "folder" else RemoteRepo({"a": url}, **known)
+    expected, loaded, refused = models[0].encoder[0].conv.weight, 0, 0
+    with contextmanager(swapping)(path, contents):
+        for _ in range(500):
+            try:
+                weight = models_of.get_model("a").encoder[0].conv.weight
+            except ModelLoadingError as exc:
+                assert "is damaged" in str(exc)
+                refused += 1
+            else:
+                assert torch.equal(weight, expected)
+                loaded += 1
+            if loaded > 15 and refused > 5:
+                break
+    assert loaded
+    assert refused
 
 
 def test_two_files_of_one_signature(folder: Path) -> None:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from .. import __version__
 from ..errors import DownloadError
-from ..log import logger
+from ..log import logger, printable
 
 if TYPE_CHECKING:
     from requests import Response
@@ -315,6 +315,7 @@ def _progress_bar(name: str, start: int, total: int | None) -> Any:
     """A bar on standard error, if that is a terminal."""
     from tqdm import tqdm
 
+    name = printable(name)
     return tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
 
 

@@ -10,159 +10,31 @@ before 2.5 cannot be told otherwise.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
-import pickle
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelLoadingError
 from ..utils import appearing
+from .content import Content
+from .pickles import ClassName, Refused, make_fraction, read_pickled
 
-# Every class that a checkpoint may name.
-CLASS_NAMES = (
-    "demucs.demucs.Demucs",
-    "demucs.hdemucs.HDemucs",
-    "demucs.htdemucs.HTDemucs",
-    "demucs.wdemucs.WDemucs",
-    "demucs_infer.demucs.Demucs",
-    "demucs_infer.hdemucs.HDemucs",
-    "demucs_infer.htdemucs.HTDemucs",
-    "diffq.diffq.DiffQuantizer",
-    "diffq.uniform.UniformQuantizer",
-)
-
-STORAGE_DTYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
+LENGTH_BYTES = 8  # that tell the length of a safetensors file's header
 
 
-class _Refused(Exception):
-    """A file holds something that no checkpoint needs."""
-
-
-@dataclass(frozen=True)
-class ClassName:
-    """A class that a checkpoint names: it can be neither called nor built."""
-
-    dotted: str
-
-
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    """A view of `storage` that stays within it; stands in for `torch._utils._rebuild_tensor_v2`."""
-    numbers = (offset, *size, *stride)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(size) != len(stride):
-        raise _Refused(f"a tensor of shape {size}, stride {stride} and offset {offset}")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if math.prod(size) and (last >= storage.numel() or math.prod(size) > storage.numel()):
-        raise _Refused(f"a tensor of shape {size} in a storage of {storage.numel()} values")
-    return storage.as_strided(size, stride, offset)
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _rebuild_fraction(*args: Any) -> Fraction:
-    """A fraction of plain integers (as text, an exponent could make it arbitrarily large)."""
-    if (
-        len(args) == 1
-        and isinstance(args[0], str)
-        and re.fullmatch(r"-?\d{1,18}(/\d{1,18})?", args[0])
-    ):
-        return Fraction(args[0])
-    if 1 <= len(args) <= 2 and all(isinstance(arg, int) for arg in args):
-        return Fraction(*args)
-    raise _Refused(f"a fraction of {args!r}")
-
-
-PICKLE_GLOBALS: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "fractions.Fraction": _rebuild_fraction,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    **STORAGE_DTYPES,
-    **{name: ClassName(name) for name in CLASS_NAMES},
-}
-
-
-class _PackageUnpickler(pickle.Unpickler):
-    """Reads `data.pkl` of a PyTorch archive; names are looked up in `PICKLE_GLOBALS` only."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
-        self.storages: dict[str, Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        dotted = f"{module}.{name}"
-        if dotted not in PICKLE_GLOBALS:
-            raise _Refused(dotted)
-        return PICKLE_GLOBALS[dotted]
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        kind, dtype, key, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise _Refused(f"a persistent {kind!r}")
-        if key not in self.storages:
-            content = self.archive.read(f"{self.root}/data/{key}")
-            if len(content) != numel * dtype.itemsize:
-                raise _Refused(f"a storage of {len(content)} bytes for {numel} values of {dtype}")
-            empty = torch.empty(0, dtype=dtype)
-            self.storages[key] = (
-                torch.frombuffer(bytearray(content), dtype=dtype) if numel else empty
-            )
-        return self.storages[key]
-
-
-def _read_pickled(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        # What PyTorch writes is not compressed: no entry can be larger than the file.
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise _Refused("compressed or overlapping entries")
-        roots = [
-            e.filename[: -len("/data.pkl")] for e in entries if e.filename.endswith("/data.pkl")
-        ]
-        if len(roots) != 1:
-            raise _Refused("an archive that PyTorch did not write")
-        order = f"{roots[0]}/byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise _Refused("numbers in big-endian order")
-        return _PackageUnpickler(archive, roots[0]).load()
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+def _read_safetensors(data: bytes) -> dict[str, Any]:
+    tensors = safetensors.torch.load(data)
+    header = int.from_bytes(data[:LENGTH_BYTES], "little")
+    metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header]).get("__metadata__") or {}
     if "klass" not in metadata:
-        raise _Refused("no klass in the metadata")
+        raise Refused("no klass in the metadata")
     state: Any = tensors
     if "structure" in metadata:
         state = _unfold_structure(json.loads(metadata["structure"]), tensors)
@@ -177,7 +49,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _from_json(value: Any) -> Any:
     """Plain values, with fractions where the metadata spells them out."""
     if isinstance(value, dict) and value.get("_type") == "fraction":
-        return _rebuild_fraction(value["numerator"], value["denominator"])
+        return make_fraction(value["numerator"], value["denominator"])
     if isinstance(value, dict):
         return {key: _from_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -201,38 +73,40 @@ def _unfold_structure(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind in ("_list", "_tuple"):
         items = [_unfold_structure(item, tensors) for item in value]
         return items if kind == "_list" else tuple(items)
-    raise _Refused(f"the structure node {kind!r}: {value!r}")
+    raise Refused(f"the structure node {kind!r}: {value!r}")
 
 
-READERS = {".th": _read_pickled, ".safetensors": _read_safetensors}
+READERS = {".th": read_pickled, ".safetensors": _read_safetensors}
 
 
-def read_package(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a checkpoint file as a dictionary, with `klass` as a name and not as a class.
 
     Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
     """
-    path = Path(path)
+    path = file.path if isinstance(file, Content) else Path(file)
     if path.suffix not in READERS:
         raise ModelLoadingError(f"{path}: a checkpoint is a {' or '.join(READERS)} file")
-    return _read_with(READERS[path.suffix], path)
+    return _read_with(READERS[path.suffix], file)
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_state(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a PyTorch file that holds a model's weights and nothing else, whatever its suffix.
 
     Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
     """
-    return _read_with(_read_pickled, Path(path))
+    return _read_with(read_pickled, file)
 
 
-def _read_with(reader: Callable[[Path], Any], path: Path) -> dict[str, Any]:
-    """The dictionary that `reader` makes of a file, or one kind of error."""
+def _read_with(
+    reader: Callable[[bytes], Any], file: str | os.PathLike[str] | Content
+) -> dict[str, Any]:
+    """The dictionary that `reader` makes of a file's bytes, or one kind of error."""
+    content = file if isinstance(file, Content) else Content.read(file)
+    path = content.path
     try:
-        package = reader(path)
-    except FileNotFoundError as exc:
-        raise ModelLoadingError(f"{path}: no such checkpoint") from exc
-    except _Refused as exc:
+        package = reader(content.data)
+    except Refused as exc:
         raise ModelLoadingError(
             f"{path}: refused, it holds {exc}, which is no part of a Demucs checkpoint"
         ) from exc
@@ -266,7 +140,7 @@ def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) 
         for name, t in tensors.items()
     }
     with appearing(path) as temporary:
-        save_file(copies, temporary, metadata)
+        safetensors.torch.save_file(copies, temporary, metadata)
     return path
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections import deque
@@ -19,26 +18,56 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from .. import __version__
 from ..engine.memory import kept_memory
+from ..engine.plan import Pass
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from .console import standard_input
 from .container import Picture, read_cover
 from .decode import AudioFile
 from .encode import encoding_errors
 from .mixture import Decoder, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
+from .parts import Part
 from .player import check_length
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
 from .tracks import Job, plan_jobs
 from .writer import Extras, StemFile, Target, TrackWriter
 
-if TYPE_CHECKING:
-    from ..api import Separator
+
+class StemSource(Protocol):
+    """A `Separator` as a batch sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def samplerate(self) -> int: ...
+
+    @property
+    def audio_channels(self) -> int: ...
+
+    @property
+    def model(self) -> Any:
+        """The model, with its `sources`."""
+
+    @property
+    def stems(self) -> list[str]: ...
+
+    @property
+    def part(self) -> Part:
+        """What is separated of a file."""
+
+    def plan(self, length: int) -> list[Pass]: ...
+
+    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +136,7 @@ class Batch:
 
     def __init__(
         self,
-        separator: Separator,
+        separator: StemSource,
         output: Output,
         space: Workspace,
         *,
@@ -171,7 +200,7 @@ class Batch:
         """Most formats have to be sought in, and a pipe cannot be."""
         self._input = self.space.file()
         with encoding_errors(self._input), self._input.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            shutil.copyfileobj(standard_input(), file)
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
@@ -299,7 +328,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: Separator, track: Place, output: Output) -> TrackResult:
+def separate_file(separator: StemSource, track: Place, output: Output) -> TrackResult:
     """Separate one track, and raise what goes wrong with it."""
     (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
     results: list[TrackResult] = []
@@ -310,7 +339,7 @@ def separate_file(separator: Separator, track: Place, output: Output) -> TrackRe
     return results[0]
 
 
-def checked_stems(separator: Separator, output: Output) -> list[str]:
+def checked_stems(separator: StemSource, output: Output) -> list[str]:
     """The stems of `separator`. Raises `OptionError` if `output` wants others of them."""
     sources: Any = separator.model.sources
     stem, separated = output.two_stems, separator.stems

@@ -26,6 +26,7 @@ from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
 from .decode import AV_ERRORS, AudioFile
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
+from .tags import clean_tags
 
 LONGEST_NAME = 32  # characters of a stem's name in it
 COLOURS = ("#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -85,7 +86,7 @@ class _Muxer:
             )
         options = {key: text.format(rate=request.samplerate) for key, text in kind.options.items()}
         self.file: Any = av.open(request.file, "w", format=kind.container, options=options)
-        self.file.metadata.update(request.tags)
+        self.file.metadata.update(clean_tags(request.tags))
         self.position = 0
 
     def add_sound(self, title: str, *, enabled: bool) -> Any:

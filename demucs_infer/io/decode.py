@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,13 @@ from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import logger
+from .demuxers import open_audio
 from .pcm import convert_audio
+from .tags import clean_tags
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-# What an input's tags say of its file and not of its music.
-FILE_TAGS = (
-    "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
-    " creation_time handler_name vendor_id language itunsmpb bps duration".split()
-)
 SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
 SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
-MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
 
 
 class AudioFile:
@@ -76,9 +72,7 @@ class AudioFile:
             streams: Mapping[str, str] = {}
             if container.streams.audio:
                 streams = container.streams.audio[0].metadata  # where Ogg keeps them
-            tags = {name.lower(): text for name, text in {**streams, **container.metadata}.items()}
-        music = {name: text for name, text in tags.items() if _is_of_the_music(name, text)}
-        return dict(list(music.items())[:MAX_TAGS])
+            return clean_tags({**streams, **container.metadata})
 
     @property
     def duration(self) -> float:
@@ -224,20 +218,15 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
         if not self.path.stat().st_size:
             raise LoadAudioError(f"{self.name}: the file is empty")
-        try:
-            # "file:" keeps names such as "concat:a|b" or "http://…" from being taken for protocols.
-            container = av.open(f"file:{self.path}", metadata_errors="replace")
-        except AV_ERRORS as exc:
-            raise LoadAudioError(
-                f"{self.name}: is no audio file that can be read ({_reason(exc)})"
-            ) from exc
-        with container:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(self.path.open("rb"))
+                container = stack.enter_context(open_audio(file, self.path.name))
+            except AV_ERRORS as exc:
+                raise LoadAudioError(
+                    f"{self.name}: is no audio file that can be read ({_reason(exc)})"
+                ) from exc
             yield container
-
-
-def _is_of_the_music(name: str, text: str) -> bool:
-    of_the_file = name in FILE_TAGS or name.startswith(("replaygain_", "id3v2_priv"))
-    return not of_the_file and len(text) <= MAX_TAG
 
 
 def _reason(exc: BaseException) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
-from ..errors import OptionError
+from ..errors import OptionError, SaveAudioError
 from ..log import logger
+from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
 from .stems import Stem, mix
 from .storage import Place, Url, place
@@ -158,6 +159,8 @@ class Output:
                 f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
                 f" {self.filename!r}"
             )
+        if self.is_pipe:
+            check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
         self._path(Path("track.wav"), "model", "stem")  # the template makes sense
@@ -226,11 +229,11 @@ class Output:
         from .spool import Workspace
 
         folder = self._place
-        elsewhere = Workspace(Path(tempfile.gettempdir()))
         if isinstance(folder, Url):
             folder.check_writable()
-            return elsewhere
-        return elsewhere if self.is_pipe else Workspace(folder)
+        elif not self.is_pipe:
+            return Workspace(folder)
+        return Workspace(_temporary_folder())
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives.
@@ -346,6 +349,13 @@ class Output:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
         return _below(self._place, relative)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as exc:
+        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
 def _below(folder: Place, relative: str) -> Place:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import LoadAudioError, OptionError
+from .console import standard_input
 from .output import PIPE, Output
 from .storage import Place, Url, place
 
@@ -92,7 +93,7 @@ def read_list(source: Place) -> Iterator[Place]:
 
 def _open(source: Place) -> AbstractContextManager[IO[bytes]]:
     if source == PIPE:
-        return nullcontext(sys.stdin.buffer)
+        return nullcontext(standard_input())
     return source.open() if isinstance(source, Url) else source.open("rb")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..engine.threads import worker_pool
 from ..resample import Resampler
+from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
 from .encode import Encoder, encoder, encoding_errors
 from .formats import Encoding
@@ -302,9 +302,8 @@ def _publish(file: Path, path: Place) -> None:
         path.publish(file)
         file.unlink()
     elif path == PIPE:
-        with file.open("rb") as source:
-            shutil.copyfileobj(source, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        with file.open("rb") as source, standard_output() as sink:
+            shutil.copyfileobj(source, sink)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         file.replace(path)

@@ -1,0 +1,316 @@
+"""Mutated inputs of every kind that strangers send, tried in a process that may die.
+
+    python -m tests.fuzz TARGET [--seconds N] [--seed S] [--save FOLDER]
+    python -m tests.fuzz TARGET --only I [--seed S]       input I here, with its traceback
+
+Input I of a seed is always the same. A finding is an exception from outside of our tree, a death of
+the process, more than `MEMORY` bytes over what the process had before, or more than `SECONDS`.
+
+A further target is a row in `TARGETS`: valid inputs, how one is changed (`mutate_bytes` and
+`mutate_words` do for most), and the door that it is handed to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from demucs_infer.errors import DemucsInferError
+
+MEMORY = 500_000_000  # bytes
+SECONDS = 20
+SEED = 14
+NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1)
+
+Mutate = Callable[[Random, Sequence[bytes]], bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of input: `seeds` makes valid ones in a folder; `read` hands a file to our code."""
+
+    seeds: Callable[[Path], Sequence[bytes]]
+    mutate: Mutate
+    read: Callable[[Path], object]
+    name: str = "input"  # of the file that is read
+
+
+def mutate_bytes(random: Random, seeds: Sequence[bytes]) -> bytes:
+    """One of the seeds with one to eight places changed: for binary formats."""
+    data = bytearray(random.choice(seeds))
+    for _ in range(random.choice((1, 1, 2, 3, 8))):
+        at = random.randrange(len(data) + 1) if random.random() < 0.5 else random.randrange(64)
+        at, length = min(at, len(data)), random.choice((1, 2, 4, 8, 64, 1000))
+        random.choice((_flip, _number, _cut, _repeat, _splice))(random, data, at, length, seeds)
+    return bytes(data)
+
+
+def _flip(random: Random, data: bytearray, at: int, length: int, seeds: Sequence[bytes]) -> None:
+    for place in range(at, min(at + length, len(data))):
+        data[place] ^= 1 << random.randrange(8)
+
+
+def _number(random: Random, data: bytearray, at: int, length: int, seeds: Sequence[bytes]) -> None:
+    size = random.choice((1, 2, 4, 8))
+    number = random.choice(NUMBERS) & (256**size - 1)
+    data[at : at + size] = number.to_bytes(size, random.choice(("big", "little")))
+
+
+def _cut(random: Random, data: bytearray, at: int, length: int, seeds: Sequence[bytes]) -> None:
+    del data[at : random.choice((at + length, at + length, len(data)))]
+
+
+def _repeat(random: Random, data: bytearray, at: int, length: int, seeds: Sequence[bytes]) -> None:
+    data[at:at] = data[at : at + length] * random.choice((1, 2, 50))
+
+
+def _splice(random: Random, data: bytearray, at: int, length: int, seeds: Sequence[bytes]) -> None:
+    other = random.choice(seeds)
+    start = random.randrange(len(other) + 1)
+    data[at : at + length] = other[start : start + length]
+
+
+def mutate_words(words: Sequence[bytes], split: bytes = rb"([\s:/{}\[\]\",#.-])") -> Mutate:
+    """For text: pieces of the seeds are dropped, doubled, moved, or replaced by one of `words`."""
+
+    def mutate(random: Random, seeds: Sequence[bytes]) -> bytes:
+        pieces = re.split(split, random.choice(seeds))
+        for _ in range(random.choice((1, 1, 2, 3, 8, 20))):
+            at = random.randrange(len(pieces) + 1)
+            kind = random.randrange(5)
+            if kind == 0:
+                del pieces[at : at + random.choice((1, 1, 5))]
+            elif kind == 1:
+                pieces[at:at] = pieces[at : at + 5] * random.choice((1, 1, 3, 300))
+            else:
+                pieces[at : at + (kind == 2)] = [random.choice(words)]
+        data = b"".join(pieces)
+        return mutate_bytes(random, [data or b" "]) if random.random() < 0.2 else data
+
+    return mutate
+
+
+SEPARATORS = (*(bytes([code]) for code in b"\0\n\r\t /\\.~\xff"), b"..", b"\xef\xbb\xbf")
+NAMES = (b"x" * 300, b"\xe9", *b"a.wav - -- * [ ** ? # %00 %2e%2e".split())
+SCHEMES = tuple(
+    word.encode()
+    for word in "memory:// file:// file: http://127.0.0.1:9/ :: reference:// data: zip:// local://"
+    " simplecache:: memory: MEMORY:// file://host/ //".split()
+)
+LIST = "# songs\na.wav\n\nmusic/b.flac\nmemory://in/*.wav\nfile:///tmp/a.wav\nmusic\n../c [1].mp3\n"
+
+
+def _lists(folder: Path) -> Sequence[bytes]:
+    Path(folder, "music", "deep").mkdir(parents=True)
+    for name in ("a.wav", "music/b.flac", "music/deep/c.wav"):
+        Path(folder, name).touch()
+    return [LIST.encode(), LIST.encode("utf-16"), b"\xef\xbb\xbfa.wav\r\n", LIST.encode("utf-32")]
+
+
+def _read_list(path: Path) -> None:
+    from demucs_infer.io.output import Output
+    from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
+
+    tracks = list(itertools.islice(find_tracks(read_list(path)), 1000))
+    plan_jobs(tracks, Output("out", "{parent}/{track}-{trackext}-{stem}"), "model", ["drums"])
+
+
+FIELDS = tuple(
+    word.encode()
+    for word in "{track} {stem} {ext} {parent} {model} {trackext} {track!r} {stem:>9} {{ }} { } ! :"
+    " {ext:9999999999} {track:{stem}} {0} {} {stem.__class__} {track[0]} {track[-1]} 9 .9".split()
+)
+
+
+def _templates(folder: Path) -> Sequence[bytes]:
+    return [b"{track}/{stem}.{ext}", b"{parent}/{model}-{track}.{trackext}/{stem}", b"{{{stem}}}"]
+
+
+def _read_template(path: Path) -> None:
+    from demucs_infer.io.output import Output
+
+    template = path.read_bytes().decode("utf-8", "surrogateescape")
+    for track in (Path("a b.wav"), Path("...wav"), Path("x" * 200, "y" * 250), Path("-")):
+        for folder in ("out", "memory://out"):
+            Output(folder, template).paths(track, "model", ["drums", "no_drums"])
+
+
+TARGETS = {
+    "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
+    "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How many inputs were tried, and what was wrong with some, by their numbers."""
+
+    tried: int
+    wrong: dict[int, str]
+
+
+def fuzz(target: str, seconds: float, seed: int = SEED) -> Findings:
+    """Try inputs of a target for so long; the process that tries them is replaced when it dies."""
+    end = time.monotonic() + seconds
+    number, wrong = 0, dict[int, str]()
+    while time.monotonic() < end:
+        words = [target, "--seed", seed, "--seconds", end - time.monotonic(), "--from", number]
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.fuzz", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[1],
+            text=True,
+        ) as process:
+            for line in process.stdout:
+                head, _, text = line.partition(" ")
+                number = int(head)
+                if text.strip():
+                    wrong[number] = text.strip()
+        number += 1
+        if process.returncode:
+            wrong.setdefault(number - 1, _death(process.returncode))
+    return Findings(number, wrong)
+
+
+def _death(status: int) -> str:
+    if status == -signal.SIGALRM:
+        return f"took more than {SECONDS} s"
+    return f"the process died ({status})"
+
+
+def _work(target: Target, seed: int, seconds: float, start: int) -> None:
+    """Say each number before the input is tried, and what was wrong with it, if anything was."""
+    end = time.monotonic() + seconds
+    with _inputs(target, seed) as inputs:
+        _attempt(target, inputs(None))  # imports, which are not the inputs' fault
+        for number in itertools.count(start):
+            if time.monotonic() > end:
+                return
+            print(number, flush=True)
+            path = inputs(number)
+            before = _memory()
+            signal.alarm(SECONDS)
+            fault = _attempt(target, path)
+            signal.alarm(0)
+            grown = _memory() - before
+            if grown > MEMORY:
+                fault = f"took {grown / 1e6:.0f} MB"
+            if fault:
+                print(number, fault, flush=True)
+            if grown > MEMORY and not _forget_peak():
+                return
+
+
+class _inputs:
+    """A folder in which inputs are made, which is the current one for as long as the block runs."""
+
+    def __init__(self, target: Target, seed: int) -> None:
+        self.target, self.seed = target, seed
+
+    def __enter__(self) -> Callable[[int | None], Path]:
+        self._folder = tempfile.TemporaryDirectory()
+        self._before = Path.cwd()
+        os.chdir(self._folder.name)
+        self._seeds = self.target.seeds(Path(self._folder.name))
+        return self._make
+
+    def __exit__(self, *_: object) -> None:
+        os.chdir(self._before)
+        self._folder.cleanup()
+
+    def _make(self, number: int | None) -> Path:
+        path = Path(self._folder.name, self.target.name)
+        random = Random(f"{self.seed} {number}")
+        path.write_bytes(
+            self._seeds[0] if number is None else self.target.mutate(random, self._seeds)
+        )
+        _forget_peak()
+        return path
+
+
+def _attempt(target: Target, path: Path) -> str:
+    """What was wrong, in one line."""
+    try:
+        target.read(path)
+    except DemucsInferError as exc:
+        return f"more than one line: {exc}"[:200].replace("\n", " ") if "\n" in str(exc) else ""
+    except Exception as exc:
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        text = f"{type(exc).__name__}: {exc} ({Path(frame.filename).name}:{frame.lineno})"
+        return " ".join(text.split()).encode("ascii", "backslashreplace").decode()[:200]
+    return ""
+
+
+def _memory() -> int:
+    """The most bytes that this process has had since its peak was forgotten."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def _forget_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _show(target: Target, seed: int, number: int, save: Path | None) -> None:
+    with _inputs(target, seed) as inputs:
+        path = inputs(number)
+        data = path.read_bytes()
+        print(f"{len(data)} bytes: {data[:500]!r}", flush=True)
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            (save / f"{seed}-{number}").write_bytes(data)
+        target.read(path)
+
+
+def _options() -> Iterator[tuple[str, dict[str, object]]]:
+    yield "target", {"choices": TARGETS}
+    yield "--seconds", {"type": float, "default": 30.0}
+    yield "--seed", {"type": int, "default": SEED}
+    yield (
+        "--save",
+        {"type": lambda text: Path(text).absolute(), "help": "folder for findings"},
+    )
+    yield "--only", {"type": int, "help": "the number of one input"}
+    yield "--from", {"type": int, "dest": "start", "help": argparse.SUPPRESS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, options in _options():
+        parser.add_argument(name, **options)
+    args = parser.parse_args()
+    target = TARGETS[args.target]
+    if args.start is not None:
+        _work(target, args.seed, args.seconds, args.start)
+    elif args.only is not None:
+        _show(target, args.seed, args.only, args.save)
+    else:
+        findings = fuzz(args.target, args.seconds, args.seed)
+        print(f"{args.target}: {findings.tried} inputs, {len(findings.wrong)} wrong")
+        for number, text in findings.wrong.items():
+            print(f"    {number}: {text}")
+            if args.save is not None:
+                command = [sys.executable, "-m", "tests.fuzz", args.target, "--only", number]
+                command += ["--seed", args.seed, "--save", args.save]
+                subprocess.run(list(map(str, command)), capture_output=True, check=False)
+
+
+if __name__ == "__main__":
+    main()
