@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import IO, Any
 
 import av
+import torch
 from av.stream import Disposition
 from torch import Tensor
 
@@ -198,7 +199,7 @@ class Picture:
         self.stop = None if last is None else sound + Fraction(last, rate)
         self.is_cut = bool(first)
         if self.is_cut:
-            self.start = self.sound
+            self.start = self._shown()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
@@ -208,6 +209,17 @@ class Picture:
             if stream is None:
                 raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
             yield container, stream
+
+    def _shown(self) -> Fraction:
+        """The time of the picture that is shown when the sound begins."""
+        with self.open() as (container, stream):
+            container.seek(int(self.sound / stream.time_base), stream=stream)
+            times = []
+            for packet in _in_order(container.demux(stream)):
+                times.append(packet.pts * packet.time_base)
+                if packet.dts * packet.time_base > self.sound:
+                    break
+        return max((time for time in times if time <= self.sound), default=self.sound)
 
     def packets(self, container: Any, stream: Any) -> Iterator[Any]:
         """The picture's packets from the one on without which the start cannot be shown."""
@@ -292,6 +304,9 @@ class VideoEncoder:
         self._sound = muxer.add_sound(request.titles[0], enabled=True)
         self._packets = picture.packets(container, source)
         self._waiting: Any = next(self._packets, None)
+        if picture.is_cut and self._begin:  # less than a picture, which players had to skip to
+            muxer.position = 0
+            self.write(torch.zeros(request.channels, self._begin))
 
     def write(self, wav: Tensor) -> None:
         """Encode `wav` `[C, n]`, and copy the picture to the same time."""
