@@ -293,8 +293,13 @@ class Separator:
         options: ApplyOptions = options_of(ApplyOptions, vars(self._chosen(SeparationOptions)))
         return plan_passes(self._model, length, options)
 
-    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]:
-        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`."""
+    def blocks(
+        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
+    ) -> Iterator[Tensor]:
+        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`.
+
+        `title` is that of progress bars.
+        """
         if self._model is None:
             raise OptionError("this Separator is closed, or has no model")
         options = self._chosen(SeparationOptions)
@@ -316,6 +321,7 @@ class Separator:
             passes=passes,
             batch_size=options.batch_size,
             stay=True,
+            title=title,
         )
         # Unlike a loop here, this keeps no block while the next window runs.
         return map(partial(mixed, stems, sources), map(mixture.restored, blocks))

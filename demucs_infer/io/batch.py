@@ -67,7 +67,9 @@ class StemSource(Protocol):
 
     def plan(self, length: int) -> list[Pass]: ...
 
-    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]: ...
+    def blocks(
+        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
+    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class _Decoded:
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
-    `announce` is called before a track is separated; `report` with what became of it, from any
+    `announce` is called before a track is separated, and gives a title for its progress bar;
+    `report` is called with what became of it, from any
     thread, but for one track at a time. `call` calls a function with arguments where the model may
     be run: batches that share a model share a thread for it.
     """
@@ -140,7 +143,7 @@ class Batch:
         output: Output,
         space: Workspace,
         *,
-        announce: Callable[[Place], None] = lambda track: None,
+        announce: Callable[[Place], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
@@ -164,8 +167,7 @@ class Batch:
             behind: Future[None] | None = None
             try:
                 for job, decoded in self._read_ahead(reader, wanted):
-                    self._announce(job.track)
-                    finish = self._separated(job, decoded)
+                    finish = self._separated(job, decoded, self._announce(job.track))
                     if behind is not None:
                         behind.result()
                     behind = None if finish is None else writer.submit(finish)
@@ -251,13 +253,15 @@ class Batch:
         own = differs and output.encoding.samplerate(rate) == rate
         return Extras(read_cover(file), original=self._spool(stack) if own else None)
 
-    def _separated(self, job: Job, decoded: Future[_Decoded]) -> Callable[[], None] | None:
+    def _separated(
+        self, job: Job, decoded: Future[_Decoded], title: str | None
+    ) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
         try:
             track = decoded.result()
             with track.files as files, contextlib.closing(track.spool):
-                finish = self._call(self._separate, job, track, begin)
+                finish = self._call(self._separate, job, track, begin, title)
                 return partial(self._after, files.pop_all(), finish)
         except Exception as exc:
             self._fail(job, exc)
@@ -267,12 +271,14 @@ class Batch:
         with files:
             finish()
 
-    def _separate(self, job: Job, track: _Decoded, begin: float) -> Callable[[], None]:
+    def _separate(
+        self, job: Job, track: _Decoded, begin: float, title: str | None
+    ) -> Callable[[], None]:
         writer = TrackWriter(job.paths, self._target(track), job.page)
         passes = self.separator.plan(track.mixture.length)
         names, position = self.separator.stems, 0
         try:
-            for stems in self.separator.blocks(track.mixture, passes):
+            for stems in self.separator.blocks(track.mixture, passes, title):
                 start, position = position, position + stems.shape[-1]
                 mixture = partial(track.mixture.samples, start, position)
                 writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
