@@ -29,6 +29,7 @@ from .engine.options import (
 )
 from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
+from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
 from .log import fatal, is_terminal, log_to_stderr, logger
@@ -198,12 +199,14 @@ def _separate_tracks(args: argparse.Namespace) -> int:
     options = _separator_options(args, output)
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
-    jobs = plan_jobs(_find_tracks(args), output, separator.name, stems)
+    folders = Folders()
+    jobs = plan_jobs(_find_tracks(args, folders), output, separator.name, stems, folders)
     console = Console(len(jobs), quiet=args.quiet, json=args.json)
     if args.ray is None:
         _separate_here(args, separator, output, jobs, console)
     else:
         del separator
+        options["folders"] = folders
         _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
     return console.failures
@@ -247,12 +250,16 @@ def _separate_on_ray(
     )
 
 
-def _find_tracks(args: argparse.Namespace) -> Iterator[Place]:
-    """The tracks that the command line and its list name. Raises `OptionError` if none is."""
+def _find_tracks(args: argparse.Namespace, folders: Folders) -> Iterator[Place]:
+    """The tracks that the command line and its list name, which `folders` notes.
+
+    Raises `OptionError` if none is.
+    """
     from .io.tracks import find_tracks, read_list
 
     listed = () if args.from_file is None else read_list(args.from_file)
-    found = find_tracks(itertools.chain(args.tracks, listed), leave_out=args.out)
+    names = folders.noting(itertools.chain(args.tracks, listed))
+    found = find_tracks(names, leave_out=args.out)
     first = next(found, None)
     if first is None:
         raise OptionError(f"{args.from_file}: names no track")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError, SaveAudioError
@@ -42,6 +42,13 @@ CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
+class _Track(NamedTuple):
+    """A track, and its folder below the one that was named."""
+
+    place: Place
+    folder: str
+
+
 @dataclass(frozen=True)
 class Output:
     """What is written of a track, where and how. Raises `OptionError` for what cannot be."""
@@ -60,7 +67,8 @@ class Output:
     filename: str = option(
         DEFAULT_FILENAME,
         "name of each stem's file, from {track}, {trackext}, {parent} (the track's folder),"
-        " {model}, {stem} and {ext} (default: %(default)s, or {track}.{ext} for one of all stems)",
+        " {folder} (its folders below the one that was named, to keep their shape), {model}, {stem}"
+        " and {ext} (default: %(default)s, or {track}.{ext} for one of all stems)",
         metavar="TEMPLATE",
     )
     player: bool = option(
@@ -163,7 +171,7 @@ class Output:
             check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        self._path(Path("track.wav"), "model", "stem")  # the template makes sense
+        self._path(_Track(Path("track.wav"), "folder"), "model", "stem")  # the template makes sense
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(self.encoding)
@@ -304,41 +312,55 @@ class Output:
         others = (other for name, other in stems.items() if name != self.two_stems)
         return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
-    def paths(self, track: Place, model: str, stems: Sequence[str]) -> dict[str, Place]:
-        """The file of each stem of `track`; all are within the folder, whatever the names are."""
+    def paths(
+        self,
+        track: Place,
+        model: str,
+        stems: Sequence[str],
+        folder_of: Callable[[Place], str] = lambda track: "",
+    ) -> dict[str, Place]:
+        """The file of each stem of `track`; all are within the folder, whatever the names are.
+
+        `folder_of` gives the track's folder below the one that was named.
+        """
         if self.is_pipe:
             if len(stems) != 1 and not self.is_together:
                 raise OptionError(
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        paths = {stem: self._path(track, model, stem) for stem in stems}
+        found = _Track(track, folder_of(track))
+        paths = {stem: self._path(found, model, stem) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
             )
         return paths
 
-    def page(self, track: Place, model: str) -> Place | None:
+    def page(
+        self, track: Place, model: str, folder_of: Callable[[Place], str] = lambda track: ""
+    ) -> Place | None:
         """The page to listen to `track` with, if one is wanted: beside the stems."""
         if not self.player:
             return None
         template = self._template if "{stem}" in self._template else DEFAULT_FILENAME
-        return self._filled(template, track, model, PAGE, "html")
+        return self._filled(template, _Track(track, folder_of(track)), model, PAGE, "html")
 
     def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: Place, model: str, stem: str) -> Place:
+    def _path(self, track: _Track, model: str, stem: str) -> Place:
         return self._filled(self._template, track, model, stem, self.format)
 
-    def _filled(self, template: str, track: Place, model: str, stem: str, ext: str) -> Place:
+    def _filled(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
         """The file in the output folder that a template means."""
+        track = found.place
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
             "parent": _safe(_folder_name(track)),
+            "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
             "model": model,
             "stem": stem,
             "ext": ext,
@@ -348,7 +370,7 @@ class Output:
         except (KeyError, IndexError, ValueError, AttributeError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        return _below(self._place, relative)
+        return _below(self._place, relative if found.folder else relative.lstrip("/"))
 
 
 def _temporary_folder() -> Path:

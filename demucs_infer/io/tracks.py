@@ -17,6 +17,7 @@ from typing import IO
 
 from ..errors import LoadAudioError, OptionError
 from .console import standard_input
+from .folders import Folders
 from .output import PIPE, Output
 from .storage import Place, Url, place
 
@@ -147,14 +148,22 @@ def _below(folder: Path, leave_out: Place | None) -> list[Path]:
 
 
 def plan_jobs(
-    tracks: Iterable[Place], output: Output, model: str, sources: Sequence[str]
+    tracks: Iterable[Place],
+    output: Output,
+    model: str,
+    sources: Sequence[str],
+    folders: Folders | None = None,
 ) -> list[Job]:
     """The jobs for `tracks`, of whose stems none is in another's way.
 
+    `folders` are those below which the tracks were found.
+
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
-    naming = partial(output.paths, model=model, stems=output.stems(sources))
-    jobs = [Job(track, naming, partial(output.page, model=model)) for track in tracks]
+    below = (folders or Folders()).of
+    naming = partial(output.paths, model=model, stems=output.stems(sources), folder_of=below)
+    paging = partial(output.page, model=model, folder_of=below)
+    jobs = [Job(track, naming, paging) for track in tracks]
     if output.is_pipe:
         if len(jobs) > 1:
             raise OptionError(f"standard output takes one track, not {len(jobs)}")
@@ -183,7 +192,7 @@ def _check_owner(jobs: Sequence[Job], job: Job, path: Place) -> None:
         if _identity(path) in map(_identity, other.files):
             raise OptionError(
                 f"{other.track} and {job.track} would both become {path}: tell them apart with"
-                " {parent} or {trackext} in --filename"
+                " {folder}, {parent} or {trackext} in --filename"
             )
 
 
