@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
 from demucs_infer.io.spool import Workspace
+from demucs_infer.separate import main
 
 from .browser import Listener, chromium
+from .helpers import SOURCES
 from .synth import RATE, song
 
 SECONDS = 4
@@ -205,3 +209,37 @@ def test_a_track_that_is_too_long() -> None:
     check_length("a", LONGEST)
     with pytest.raises(OptionError, match="takes 21 minutes"):
         check_length("a.mp3", LONGEST + 60)
+
+
+def test_the_command_line_writes_one(
+    driver: Any, repo: Path, track: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of sums, beside the stems and with those of a stem file; it is one of a track's files."""
+    common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--player"]
+    arguments = [*common, "--json", "-o", str(tmp_path), str(track)]
+    main([*arguments, "--stems", "vocals,music=drums+bass+other"])
+    (line,) = capsys.readouterr().out.splitlines()
+    page = tmp_path / "tiny/track/player.html"
+    assert json.loads(line)["player"] == str(page)
+    listener = Listener(driver, page)
+    assert listener.run("return player.stems.map((stem) => stem.name)") == ["vocals", "music"]
+    assert listener.run("return [player.track.title, player.track.model]") == ["track", "tiny"]
+    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
+    listener = Listener(driver, page)
+    assert listener.run("return player.stems.map((stem) => stem.name)") == SOURCES
+    capsys.readouterr()
+    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
+    assert json.loads(capsys.readouterr().out)["skipped"] is True
+    page.unlink()
+    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
+    assert json.loads(capsys.readouterr().out)["skipped"] is False
+    assert page.exists()
+
+
+def test_the_page_of_a_track_that_is_too_long_is_refused(
+    repo: Path, track: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demucs_infer.io.player.LONGEST", 1)
+    with pytest.raises(OptionError, match="leave out --player, or use --start and --duration"):
+        Separator("tiny", repo, device="cpu").separate_to_files(track, tmp_path / "o", player=True)
+    assert list((tmp_path / "o").iterdir()) == []
