@@ -200,6 +200,7 @@ def test_fewer_stems_and_longer_names(repo: Path, song: Path, tmp_path: Path) ->
     assert len(AudioFile(path)) == 3
 
 
+@pytest.mark.slow
 def test_six_stems_become_four(
     song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,10 +323,10 @@ def sound_start(path: Path) -> float:
     [
         ("mp4", 0, 0),
         ("mp4", 0.75, 0),
-        ("mkv", 0.75, 0),
         ("mkv", 0, 0.4),
-        ("avi", 0, 0),
-        ("ts", 0.75, 0),
+        pytest.param("mkv", 0.75, 0, marks=pytest.mark.slow),
+        pytest.param("avi", 0, 0, marks=pytest.mark.slow),
+        pytest.param("ts", 0.75, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_video_comes_back(
@@ -380,6 +381,7 @@ def test_what_has_no_picture_for_mp4(
     assert "(wmv2) cannot be in MP4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_music_with_true_stems(tmp_path: Path) -> None:
     """The first stream of another's file is separated; the streams of ours sum to its mix."""
     separator = Separator("demo", device="cpu", shifts=0)
