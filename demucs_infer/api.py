@@ -40,11 +40,11 @@ from .io.batch import TrackResult, separate_file
 from .io.mixture import Decoder, Mixture
 from .io.output import Output
 from .io.parts import Part
-from .io.pcm import as_samples
+from .io.pcm import as_samples, strange_samples
 from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
 from .log import fatal
-from .pretrained import get_model, list_models
+from .pretrained import get_model, list_models, model_label
 
 __all__ = [
     "LoadAudioError",
@@ -174,8 +174,8 @@ class Separator:
 
     @property
     def name(self) -> str:
-        """Name of the model."""
-        return str(self._chosen(ModelOptions).model)
+        """Name of the model, as it stands in paths of stems: without the folder of its file."""
+        return model_label(self._chosen(ModelOptions).model)
 
     @updates(SeparationOptions)
     def update_parameter(self, changes: dict[str, Any]) -> None:
@@ -215,8 +215,9 @@ class Separator:
             raise OptionError(
                 f"a track must be [channels, samples] and not empty: {list(samples.shape)}"
             )
-        if not samples.isfinite().all():
-            raise OptionError("the track has samples that are not finite (NaN or Inf)")
+        reason = strange_samples(samples)
+        if reason:
+            raise OptionError(f"the track has samples that are {reason}")
         samples = samples.reshape(-1, samples.shape[-1])
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)
@@ -232,9 +233,9 @@ class Separator:
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
-        with local_copy(place(os.fspath(track))) as path:
+        with local_copy(place(track)) as path:
             audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.part)
+            decoder = Decoder(audio, self.samplerate, self.audio_channels, part=self.part)
             return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -266,7 +267,7 @@ class Separator:
         known = {option.name for option in fields(SeparationOptions)}
         changes = {name: options.pop(name) for name in known & options.keys()}
         output = replace(out, **options) if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self._changed(changes), place(os.fspath(file)), output)
+        return separate_file(self._changed(changes), place(file), output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
         """This, with other options, for one call; the model is the same."""

@@ -1,42 +1,120 @@
-"""Convert a checkpoint to safetensors: python -m demucs_infer.convert IN OUT."""
+"""Convert a checkpoint to safetensors or ONNX: python -m demucs_infer.convert IN OUT."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .errors import DemucsInferError
+from .errors import DemucsInferError, ModelLoadingError, OptionError
 from .log import fatal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LARGEST_CONFIG = 2**16  # bytes
+
+Write = Callable[["nn.Module", Mapping[str, Any], Path], object]
 
 
 def main(opts: Sequence[str] | None = None) -> None:
     """Run the command with `opts` (default: those of the process)."""
     parser = argparse.ArgumentParser(
         prog="python -m demucs_infer.convert",
-        description="Convert a .th checkpoint, quantized or not, to safetensors. The weights keep"
-        " their precision; the model is built once to see that they fit.",
+        description="Convert a checkpoint, quantized or not, to safetensors, or its network to"
+        " ONNX. The weights keep their precision in safetensors; the model is built once to see"
+        " that they fit.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="a .th or .safetensors file")
-    parser.add_argument("target", type=Path, metavar="OUT", help="a .safetensors file")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a .safetensors or .onnx file")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="what ZFTurbo's training toolkit was given for the model; IN is then its .ckpt file,"
+        " of weights alone or with the state of a training",
+    )
     args = parser.parse_args(opts)
     try:
-        convert(args.checkpoint, args.target)
+        convert(args.checkpoint, args.target, args.config)
     except (DemucsInferError, OSError) as exc:
         fatal(exc)
 
 
-def convert(checkpoint: Path, target: Path) -> None:
-    """Convert a checkpoint file. Raises `ModelLoadingError`, or `OSError` if writing fails."""
-    from .errors import OptionError
-    from .hub.packages import read_package, write_safetensors
-    from .states import load_model
+def convert(checkpoint: Path, target: Path, config: Path | None = None) -> None:
+    """Convert a checkpoint file; with `config`, one of ZFTurbo's training toolkit.
 
-    if target.suffix != ".safetensors":
-        raise OptionError(f"{target}: the name must end in .safetensors")
-    package = read_package(checkpoint)
-    load_model(package)
+    Raises `ModelLoadingError`, `OptionError` for a name of `target` that tells no format, or
+    `OSError` if writing fails.
+    """
+    if target.suffix not in WRITERS:
+        raise OptionError(f"{target}: the name must end in {' or '.join(WRITERS)}")
+    from .hub.packages import read_package
+    from .states import build_model
+
+    package = read_package(checkpoint) if config is None else read_trained(checkpoint, config)
+    WRITERS[target.suffix](build_model(package, str(checkpoint)), package, target)
+
+
+def _write_safetensors(model: nn.Module, package: Mapping[str, Any], target: Path) -> None:
+    from .hub.packages import write_safetensors
+
     write_safetensors(package, target)
+
+
+def _write_onnx(model: nn.Module, package: Mapping[str, Any], target: Path) -> None:
+    from .export import export
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of what it can do without
+    export(model, target)
+
+
+WRITERS: dict[str, Write] = {".safetensors": _write_safetensors, ".onnx": _write_onnx}
+
+
+def read_trained(checkpoint: Path, config: Path) -> dict[str, Any]:
+    """Read a checkpoint of ZFTurbo's training toolkit and its configuration as a package.
+
+    Raises `ModelLoadingError` for a model type that is not ours, or a file that cannot be read.
+    """
+    from .hub.content import Content
+    from .hub.packages import read_weights
+
+    values = Content.read(config, "configuration").yaml(LARGEST_CONFIG)
+    try:
+        klass, kwargs = _described(values)
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ModelLoadingError(f"{config}: is no configuration of a model ({exc!r})") from exc
+    except ModelLoadingError as exc:
+        raise ModelLoadingError(f"{config}: {exc}") from exc
+    return {"klass": klass, "args": (), "kwargs": kwargs, "state": read_weights(checkpoint)}
+
+
+def _described(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The class and the options of the model that a configuration describes."""
+    from .hub.pickles import ClassName
+    from .states import MODEL_CLASSES
+    from .utils import shortened
+
+    families = {name.partition(".")[0]: name for name in MODEL_CLASSES}
+    kind, training = config["model"], config["training"]
+    if not isinstance(kind, str) or kind not in families:
+        named = shortened(kind) if isinstance(kind, str) else "no model type by name"
+        raise ModelLoadingError(f"has {named}, and can have {', '.join(families)}")
+    options = dict(config[kind])
+    if options.get("num_subbands") == 1:  # an option of the toolkit's own network, without effect
+        del options["num_subbands"]
+    rate = training["samplerate"]
+    segment = training["segment"] if "segment" in training else config["audio"]["chunk_size"] / rate
+    given = {
+        "sources": training["instruments"],
+        "audio_channels": training["channels"],
+        "samplerate": rate,
+        "segment": segment,
+    }
+    return ClassName(f"demucs.{families[kind]}"), {**options, **given}
 
 
 if __name__ == "__main__":

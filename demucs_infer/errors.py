@@ -10,9 +10,14 @@ DemucsInferError
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
+from .log import printable
+
 
 class DemucsInferError(Exception):
     """Base class of the package's exceptions; its text is one line that says what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelLoadingError(DemucsInferError, RuntimeError):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ZEROS, ROLLOFF = 24, 0.945  # of julius: zero crossings of the filter's sinc, and its cutoff
-LARGEST_KERNEL = 2**24  # coefficients
+LARGEST_KERNEL = 2**20  # coefficients: julius makes a million of them a second
 AT_ONCE = 16  # samples that a kernel gives, at least
 
 

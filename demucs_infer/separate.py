@@ -33,7 +33,7 @@ from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
 from .log import fatal, is_terminal, log_to_stderr, logger
-from .pretrained import DEFAULT_MODEL, add_model_flags
+from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .api import Separator
     from .io.batch import TrackResult
     from .io.output import Output
-    from .io.tracks import Job
+    from .io.tracks import TrackJob
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -192,19 +192,23 @@ def _take_address(args: argparse.Namespace) -> None:
 def _separate_tracks(args: argparse.Namespace) -> int:
     """Separate every track and return how many failed."""
     from .api import Separator
-    from .io.batch import checked_stems
+    from .io.batch import TrackResult, checked_stems
     from .io.tracks import plan_jobs
 
     output = _make_output(args)
     options = _separator_options(args, output)
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
+    faults: list[tuple[Place, DemucsInferError]] = []
     folders = Folders()
-    jobs = plan_jobs(_find_tracks(args, folders), output, separator.name, stems, folders)
-    console = Console(len(jobs), quiet=args.quiet, json=args.json)
+    tracks = _find_tracks(args, faults, folders)
+    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
+    console = Console(len(jobs) + len(faults), quiet=args.quiet, json=args.json)
+    for name, fault in faults:
+        console.report(TrackResult(name, separator.name, error=fault).as_json())
     if args.ray is None:
         _separate_here(args, separator, output, jobs, console)
-    else:
+    elif jobs:
         del separator
         options["folders"] = folders
         _separate_on_ray(args, options, output, jobs, console)
@@ -216,7 +220,7 @@ def _separate_here(
     args: argparse.Namespace,
     separator: Separator,
     output: Output,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrackJob],
     console: Console,
 ) -> None:
     from .io.batch import Batch
@@ -233,7 +237,7 @@ def _separate_on_ray(
     args: argparse.Namespace,
     options: dict[str, Any],
     output: Output,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrackJob],
     console: Console,
 ) -> None:
     from .cluster import separate_on_ray
@@ -250,20 +254,25 @@ def _separate_on_ray(
     )
 
 
-def _find_tracks(args: argparse.Namespace, folders: Folders) -> Iterator[Place]:
+def _find_tracks(
+    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]], folders: Folders
+) -> Iterator[Place]:
     """The tracks that the command line and its list name, which `folders` notes.
 
-    Raises `OptionError` if none is.
+    `faults` takes what goes wrong. Raises `OptionError` if there is neither.
     """
     from .io.tracks import find_tracks, read_list
 
-    listed = () if args.from_file is None else read_list(args.from_file)
+    def report(name: Place, error: DemucsInferError) -> None:
+        faults.append((name, error))
+
+    listed = () if args.from_file is None else read_list(args.from_file, report)
     names = folders.noting(itertools.chain(args.tracks, listed))
-    found = find_tracks(names, leave_out=args.out)
+    found = find_tracks(names, leave_out=args.out, report=report)
     first = next(found, None)
-    if first is None:
+    if first is None and not faults:
         raise OptionError(f"{args.from_file}: names no track")
-    return itertools.chain((first,), found)
+    return itertools.chain(() if first is None else (first,), found)
 
 
 def _model_name(args: argparse.Namespace) -> str:
@@ -275,7 +284,7 @@ def _make_output(args: argparse.Namespace) -> Output:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
-    folder = PIPE if args.out == PIPE else args.out / _model_name(args)
+    folder = PIPE if args.out == PIPE else args.out / model_label(_model_name(args))
     return Output(**{**values_of(Output, args), "folder": folder})
 
 

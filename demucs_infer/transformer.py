@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import LayerScale
-from .engine.cpu_kernels import attention, packed, unpacked
+from .engine.cpu_kernels import attention, feed_forward, linear, project
 from .errors import OptionError
 from .utils import capture_init, signature_of
 
@@ -125,20 +125,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Attend from `x` `[B, T, C]` to `memory` `[B, U, C]`, or to itself."""
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if memory is None:
-            projected = F.linear(packed(x), self.in_proj_weight, self.in_proj_bias)
-            query, key, value = unpacked(projected).chunk(3, -1)
+            query, key, value = linear(x, weight, bias).chunk(3, -1)
         else:
-            dim = x.shape[-1]
-            weight, bias = self.in_proj_weight, self.in_proj_bias
-            query = unpacked(F.linear(packed(x), weight[:dim], bias[:dim]))
-            key, value = unpacked(F.linear(packed(memory), weight[dim:], bias[dim:])).chunk(2, -1)
+            query = linear(x, weight[:dim], bias[:dim])
+            key, value = linear(memory, weight[dim:], bias[dim:]).chunk(2, -1)
         query, key, value = (
             rearrange(part, "b t (h c) -> b h t c", h=self.num_heads)
             for part in (query, key, value)
         )
         mixed = rearrange(attention(query, key, value), "b h t c -> b t (h c)")
-        return unpacked(self.out_proj(packed(mixed)))
+        return project(self.out_proj, mixed)
 
 
 class TransformerLayer(nn.Module):
@@ -174,8 +172,7 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(options.dim)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.linear1(packed(x)))
-        return self.gamma_2(unpacked(self.linear2(hidden)))
+        return self.gamma_2(feed_forward(x, self.linear1, self.activation, self.linear2))
 
 
 class SelfLayer(TransformerLayer):

@@ -141,6 +141,19 @@ def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) ->
     assert_same_stems(job / "ray", job / "plain")
 
 
+def test_ended_by_a_signal(job: Path, repo: Path) -> None:
+    """Ray has a handler of its own, and workers that die after the command has let go of them."""
+    process = on_ray(repo, "in", "-o", "ended", cwd=job)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["error"] is None
+    process.send_signal(signal.SIGTERM)
+    results, errors = finish(process)
+    assert (process.returncode, errors) == (143, ["demucs-infer: error: ended by SIGTERM"])
+    assert len(results) < 39
+    assert len(list((job / "ended/tiny").iterdir())) >= 1 + len(results)
+    assert not list((job / "ended/tiny").glob(".*"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_is_killed(job: Path, repo: Path) -> None:
     process = on_ray(repo, "in", "-o", "killed", cwd=job, DEMUCS_INFER_TEST=str(job))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from demucs_infer.audio import AudioFile, save_audio
@@ -111,3 +113,51 @@ def test_a_name_that_looks_like_a_protocol_is_a_name(name: str, tmp_path: Path) 
 def test_the_table_names_readers_that_there_are() -> None:
     known = {name for names in av.formats_available for name in names.split(",")}
     assert set(DEMUXERS) <= known
+
+
+def movie_with_its_sound_in(other: Path, path: Path) -> None:
+    """A QuickTime file whose only track is in `other`, by name and by an alias with its path."""
+    with av.open(str(path), "w", format="mov") as container:
+        stream = container.add_stream("pcm_s16le", rate=44100)
+        stream.layout = "stereo"
+        frame = av.AudioFrame.from_ndarray(np.ones((1, 8820), np.int16), "s16", "stereo")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    here = bytes.fromhex("0000000c75726c2000000001")  # "url ": the samples are in this file
+    movie = path.read_bytes()
+    assert movie.count(here) == 1
+    path.write_bytes(_grown(movie, movie.index(here), len(here), _alias(other)))
+
+
+def _alias(path: Path) -> bytes:
+    """A data reference of kind `alis`, as QuickTime's writers make it."""
+    name, text = path.name.encode(), str(path).encode()
+    body = bytes(4) + bytes(10) + bytes([4]) + b"disk".ljust(27, b"\0") + bytes(12)
+    body += bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16) + struct.pack(">hh", 1, 1)
+    body += bytes(16) + struct.pack(">hH", 2, len(text)) + text + bytes(len(text) % 2)
+    body += struct.pack(">hH", -1, 0)
+    return struct.pack(">I", 8 + len(body)) + b"alis" + body
+
+
+def _grown(movie: bytes, at: int, length: int, box: bytes) -> bytes:
+    """`movie` with `box` in place of `length` bytes; the boxes around it grow, too."""
+    data = bytearray(movie[:at] + box + movie[at + length :])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        place = movie.rindex(name, 0, at) - 4
+        size = int.from_bytes(movie[place : place + 4], "big") + len(box) - length
+        data[place : place + 4] = size.to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_a_movie_whose_sound_is_in_another_file(tmp_path: Path) -> None:
+    wav = tmp_path / "secret.wav"  # FFmpeg looks for it beside the movie
+    save_audio(noise(2, 44100), wav, 44100)
+    path = tmp_path / "movie.mov"
+    movie_with_its_sound_in(wav, path)
+    options = {"enable_drefs": "1", "use_absolute_path": "1"}
+    with av.open(str(path), options=options) as container:  # so it is an attack
+        theirs = next(container.decode(audio=0)).to_ndarray()
+    assert len(np.unique(theirs)) > 1000
+    with pytest.raises(LoadAudioError, match="no audio samples"):
+        AudioFile(path).read()

@@ -86,7 +86,7 @@ def test_layers_in_bands_equal_the_reference(
 ) -> None:
     """Large models are cut along frequency on a CPU; here, in bands of a few rows."""
     monkeypatch.setattr(cpu_kernels, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(cpu_kernels, "BAND_BYTES", 2**13)
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**13)
     theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])
     with torch.no_grad():

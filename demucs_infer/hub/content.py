@@ -6,10 +6,14 @@ A file that is hashed by its name and opened again by its name may be another on
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ..errors import ModelLoadingError
 
@@ -36,6 +40,22 @@ class Content:
             reason = getattr(exc, "strerror", None) or exc
             raise ModelLoadingError(f"{path}: cannot be read ({reason})") from exc
 
+    def yaml(self, limit: int) -> Any:
+        """The values of a YAML file of at most `limit` bytes.
+
+        Raises `ModelLoadingError` for what is no YAML, for dates and numbers that Python refuses,
+        and for aliases, which make a few lines endless.
+        """
+        if len(self.data) > limit:
+            raise ModelLoadingError(
+                f"{self.path}: has {len(self.data)} bytes, and may have {limit}"
+            )
+        try:
+            return yaml.load(self.data.decode("utf-8"), PlainLoader)
+        except Exception as exc:  # also those that the constructors of values run into
+            text = " ".join(str(exc).split()) or type(exc).__name__
+            raise ModelLoadingError(f"{self.path}: is not valid YAML ({text[:300]})") from exc
+
     @property
     def digest(self) -> str:
         """The SHA-256 of the bytes, in hex."""
@@ -52,3 +72,23 @@ class Content:
         """Raise `ModelLoadingError` unless the SHA-256 starts with `checksum`."""
         if damage := self.damage(checksum):
             raise ModelLoadingError(f"{damage}: fetch it again")
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Makes a tree of plain values, and refuses what would tie its branches together."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias is not supported here")
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave merges alone, which have no value then."""
+
+
+# Numbers such as 1e-3, which are text to YAML 1.1.
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)

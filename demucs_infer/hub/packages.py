@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelLoadingError
-from ..utils import appearing
+from ..utils import appearing, shortened
 from .content import Content
 from .pickles import ClassName, Refused, make_fraction, read_pickled
 
@@ -73,8 +74,11 @@ def _unfold_structure(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind in ("_list", "_tuple"):
         items = [_unfold_structure(item, tensors) for item in value]
         return items if kind == "_list" else tuple(items)
-    raise Refused(f"the structure node {kind!r}: {value!r}")
+    raise Refused(f"the structure node {shortened(kind)}")
 
+
+WRAPPERS = ("state_dict", "state", "model_state_dict")  # that trainings put weights under
+PARALLEL = "module."  # before the names of weights that several GPUs trained
 
 READERS = {".th": read_pickled, ".safetensors": _read_safetensors}
 
@@ -98,6 +102,25 @@ def read_state(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     return _read_with(read_pickled, file)
 
 
+def read_weights(file: str | os.PathLike[str] | Content) -> dict[str, Tensor]:
+    """Read the weights of a file that a training saved, with or without what else it keeps.
+
+    What is no tensor is left out, and never run. Raises `ModelLoadingError` if weights are not all
+    that is there, or if the file is damaged.
+    """
+    path = file.path if isinstance(file, Content) else Path(file)
+    tensors_only = path.suffix == ".safetensors"
+    reader = safetensors.torch.load if tensors_only else partial(read_pickled, skip=True)
+    state: Any = _read_with(reader, file)
+    while wrapped := [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]:
+        state = wrapped[0]
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others or not state:
+        found = shortened(others[0]) if others else "nothing"
+        raise ModelLoadingError(f"{path}: holds {found} where the weights of a model should be")
+    return {str(name).removeprefix(PARALLEL): value for name, value in state.items()}
+
+
 def _read_with(
     reader: Callable[[bytes], Any], file: str | os.PathLike[str] | Content
 ) -> dict[str, Any]:
@@ -111,7 +134,8 @@ def _read_with(
             f"{path}: refused, it holds {exc}, which is no part of a Demucs checkpoint"
         ) from exc
     except Exception as exc:  # whatever a damaged or hostile file brings about
-        raise ModelLoadingError(f"{path}: cannot be read as a checkpoint ({exc!r})") from exc
+        reason = shortened(exc)
+        raise ModelLoadingError(f"{path}: cannot be read as a checkpoint ({reason})") from exc
     if not isinstance(package, dict):
         raise ModelLoadingError(f"{path}: holds a {type(package).__name__}, not a Demucs package")
     return package

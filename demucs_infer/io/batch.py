@@ -32,13 +32,14 @@ from .console import standard_input
 from .container import Picture, read_cover
 from .decode import AudioFile
 from .encode import encoding_errors
-from .mixture import Decoder, Mixture, Moments
+from .mixture import NO_LIMITS, Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
+from .packets import Damage
 from .parts import Part
 from .player import check_length
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
-from .tracks import Job, plan_jobs
+from .tracks import TrackJob, plan_jobs
 from .writer import Extras, StemFile, Target, TrackWriter
 
 
@@ -77,8 +78,8 @@ class TrackResult:
     """What became of a track.
 
     `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
-    were drawn for the shifts, model by model. `error` is what went wrong, if anything did; `player`
-    the page to listen with.
+    were drawn for the shifts, model by model. `damaged` is what of the track could not be read, and
+    `error` what went wrong, if anything did; `player` is the page to listen with.
     """
 
     input: Place
@@ -88,6 +89,7 @@ class TrackResult:
     elapsed: float | None = None
     offsets: Sequence[int] = ()
     skipped: bool = False
+    damaged: Damage | None = None
     error: Exception | None = None
     player: Place | None = None
     version: str = __version__
@@ -105,9 +107,15 @@ class TrackResult:
             name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
             for name, stem in self.stems.items()
         }
-        changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
-        page = None if self.player is None else str(self.player)
-        return {**vars(self), **changed, "offsets": list(self.offsets), "player": page}
+        changed = {
+            "input": str(self.input),
+            "stems": stems,
+            "offsets": list(self.offsets),
+            "damaged": None if self.damaged is None else self.damaged.as_json(),
+            "error": self.message or None,
+            "player": None if self.player is None else str(self.player),
+        }
+        return {**vars(self), **changed}
 
 
 class _Stopped(Exception):
@@ -123,6 +131,7 @@ class _Decoded:
     rate: int  # of the file, hertz
     length: int  # of what is separated of the file, samples
     bits: int  # of the file's samples, 32 for float; 0 if they are lossy
+    damage: Damage
     tags: dict[str, str]
     extras: Extras
     files: contextlib.ExitStack  # gives back the rest when the stems are there
@@ -134,7 +143,7 @@ class Batch:
     `announce` is called before a track is separated, and gives a title for its progress bar;
     `report` is called with what became of it, from any
     thread, but for one track at a time. `call` calls a function with arguments where the model may
-    be run: batches that share a model share a thread for it.
+    be run: batches that share a model share a thread for it. `limits` are those of every track.
     """
 
     def __init__(
@@ -146,7 +155,9 @@ class Batch:
         announce: Callable[[Place], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
+        limits: Limits = NO_LIMITS,
     ) -> None:
+        self.limits = limits
         self.separator = separator
         self.output = output
         self.space = space
@@ -155,7 +166,7 @@ class Batch:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job], *, skip_existing: bool = False) -> None:
+    def run(self, jobs: Sequence[TrackJob], *, skip_existing: bool = False) -> None:
         """Separate every track. Raises nothing for a track that fails: it is reported.
 
         With `skip_existing`, tracks whose stems are all there are reported as skipped.
@@ -176,7 +187,7 @@ class Batch:
             finally:
                 self._stop.set()
 
-    def _skipped(self, job: Job) -> bool:
+    def _skipped(self, job: TrackJob) -> bool:
         try:
             if not job.is_done:
                 return False
@@ -189,11 +200,11 @@ class Batch:
         return True
 
     def _read_ahead(
-        self, reader: Executor, jobs: Iterable[Job]
-    ) -> Iterator[tuple[Job, Future[_Decoded]]]:
-        ahead: deque[tuple[Job, Future[_Decoded]]] = deque()
+        self, reader: Executor, jobs: Iterable[TrackJob]
+    ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
+        ahead: deque[tuple[TrackJob, Future[_Decoded]]] = deque()
         for job in jobs:
-            ahead.append((job, reader.submit(self._decode, job.track)))
+            ahead.append((job, reader.submit(self._decode_job, job)))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
@@ -203,6 +214,10 @@ class Batch:
         self._input = self.space.file()
         with encoding_errors(self._input), self._input.open("wb") as file:
             shutil.copyfileobj(standard_input(), file)
+
+    def _decode_job(self, job: TrackJob) -> _Decoded:
+        job.check_targets()
+        return self._decode(job.track)
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
@@ -214,7 +229,9 @@ class Batch:
 
     def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels, separator.part)
+        decoder = Decoder(
+            file, separator.samplerate, separator.audio_channels, self.limits, separator.part
+        )
         extras = self._extras(file, decoder, stack)
         spool, moments = self._spool(stack), Moments()
         for block in decoder.blocks(None if extras.original is None else extras.original.write):
@@ -231,6 +248,7 @@ class Batch:
             decoder.rate,
             decoder.length,
             file.bits,
+            decoder.damage,
             {"title": self.output.track_name(track), **file.tags},
             extras,
             stack.pop_all(),
@@ -254,7 +272,7 @@ class Batch:
         return Extras(read_cover(file), original=self._spool(stack) if own else None)
 
     def _separated(
-        self, job: Job, decoded: Future[_Decoded], title: str | None
+        self, job: TrackJob, decoded: Future[_Decoded], title: str | None
     ) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
@@ -272,7 +290,7 @@ class Batch:
             finish()
 
     def _separate(
-        self, job: Job, track: _Decoded, begin: float, title: str | None
+        self, job: TrackJob, track: _Decoded, begin: float, title: str | None
     ) -> Callable[[], None]:
         writer = TrackWriter(job.paths, self._target(track), job.page)
         passes = self.separator.plan(track.mixture.length)
@@ -291,6 +309,7 @@ class Batch:
             self.separator.name,
             seconds=track.length / track.rate,
             offsets=[task.offset for task in passes if task.offset is not None],
+            damaged=track.damage or None,
         )
         return partial(self._finish, job, writer, result, begin)
 
@@ -310,7 +329,9 @@ class Batch:
             track.extras,
         )
 
-    def _finish(self, job: Job, writer: TrackWriter, result: TrackResult, begin: float) -> None:
+    def _finish(
+        self, job: TrackJob, writer: TrackWriter, result: TrackResult, begin: float
+    ) -> None:
         try:
             stems = writer.finish(self._check_stop)
         except Exception as exc:
@@ -323,7 +344,7 @@ class Batch:
         if self._stop.is_set():
             raise _Stopped
 
-    def _fail(self, job: Job, exc: Exception) -> None:
+    def _fail(self, job: TrackJob, exc: Exception) -> None:
         if isinstance(exc, _Stopped):
             return
         logger.debug("", exc_info=exc)

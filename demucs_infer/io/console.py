@@ -104,6 +104,22 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Leave the signals of `ENDING` as they are after the block, in which others handle them."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield
+    except SystemExit as exc:  # what their handlers make of a signal
+        if exc.code in ENDING:
+            raise Ended(int(exc.code or 0)) from exc
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def put(text: str, stream: Any) -> None:
     """Write `text` and the end of a line to `stream`, which is standard output.
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ..errors import SaveAudioError
 from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
-from .decode import AV_ERRORS, AudioFile
+from .decode import AudioFile
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
+from .packets import AV_ERRORS
 from .tags import clean_tags
 
 LONGEST_NAME = 32  # characters of a stem's name in it

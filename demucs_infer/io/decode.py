@@ -10,21 +10,28 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import torch
-from av.audio.resampler import AudioResampler
 from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import logger
 from .demuxers import open_audio
+from .mending import missing_bytes, parts
+from .packets import (
+    AV_ERRORS,
+    MAX_CHANNELS,
+    SAMPLE_RATES,
+    Converter,
+    Damage,
+    StreamDecoder,
+    Tally,
+)
 from .pcm import convert_audio
 from .tags import clean_tags
 
-AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
 SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
 
 
@@ -45,7 +52,7 @@ class AudioFile:
     def info(self) -> dict[str, Any]:
         """What the file says of itself: `format` (with `duration`) and `streams`."""
         with self._open() as container:
-            duration = container.duration
+            duration = self._whole_duration(container)
             return {
                 "format": {
                     "filename": str(self.path),
@@ -64,6 +71,15 @@ class AudioFile:
                     for stream in container.streams
                 ],
             }
+
+    def _whole_duration(self, first: Any) -> int | None:
+        """Of all links of a chained stream, in FFmpeg's unit; `first` is the open one."""
+        durations = [first.duration]
+        with self._opened() as pieces:
+            for piece in pieces[1:]:
+                with self._container(piece) as container:
+                    durations.append(container.duration)
+        return None if None in durations else sum(durations)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -157,37 +173,52 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: there are no samples in this part of the file")
         return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
 
-    def blocks(self, stream: int = 0) -> Iterator[Tensor]:
-        """Decode an audio stream frame by frame, as float32 `[C, n]`."""
-        decoded = 0
-        with self._open() as container:
-            if not 0 <= stream < len(container.streams.audio):
-                raise LoadAudioError(f"{self.name}: there is no audio in this file")
-            resampler = AudioResampler(format="flt")  # interleaved: PyAV crashes on 8 planes
-            try:
-                for frame in container.decode(container.streams.audio[stream]):
-                    for converted in resampler.resample(frame):
-                        decoded += converted.samples
-                        samples = converted.to_ndarray().reshape(converted.samples, -1)
-                        yield torch.from_numpy(samples.T.copy())
-            except AV_ERRORS as exc:
-                if not decoded:
-                    raise LoadAudioError(
-                        f"{self.name}: cannot be decoded ({_reason(exc)})"
-                    ) from exc
-                logger.warning(
-                    "%s: is damaged or cut off after %.1f s (%s): the part before that is used",
-                    self.name,
-                    decoded / self.samplerate(stream),
-                    _reason(exc),
-                )
-        if not decoded:
-            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+    def blocks(self, stream: int = 0, damage: Damage | None = None) -> Iterator[Tensor]:
+        """Decode an audio stream packet by packet, as float32 `[C, n]`.
 
-    def part(self, first: int, last: int | None) -> Iterator[Tensor]:
+        What cannot be decoded is skipped, with silence for it where the file has a clock; rates and
+        channels that change are converted to the first. `damage` is told of it. Raises
+        `LoadAudioError` if less than half of the packets can be decoded.
+        """
+        tally, converter = Tally(Damage() if damage is None else damage), Converter()
+        try:
+            with self._opened() as pieces:
+                for piece in pieces:
+                    with self._container(piece) as container:
+                        found = self._stream(container, stream)
+                        yield from StreamDecoder(container, found, tally, converter).blocks()
+                        self._check_size(piece, found, tally)
+            yield from converter.flush()
+        except AV_ERRORS as exc:
+            raise LoadAudioError(f"{self.name}: cannot be decoded ({_reason(exc)})") from exc
+        self._judge(tally, converter.samples)
+
+    @staticmethod
+    def _check_size(piece: BinaryIO, stream: Any, tally: Tally) -> None:
+        missing = missing_bytes(piece)
+        if missing and stream.codec_context.bit_rate:
+            tally.miss(8 * missing / stream.codec_context.bit_rate)
+
+    def _judge(self, tally: Tally, samples: int) -> None:
+        if tally.good < tally.bad:
+            raise LoadAudioError(
+                f"{self.name}: is no audio file that can be read: {tally.bad} of its"
+                f" {tally.good + tally.bad} packets cannot be decoded"
+            )
+        if not samples:
+            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+        if tally.damage:
+            logger.warning("%s: is %s", self.name, tally.damage)
+
+    def _stream(self, container: Any, stream: int) -> Any:
+        if not 0 <= stream < len(container.streams.audio):
+            raise LoadAudioError(f"{self.name}: there is no audio in this file")
+        return container.streams.audio[stream]
+
+    def part(self, first: int, last: int | None, damage: Damage | None = None) -> Iterator[Tensor]:
         """Samples `[C, n]` of the first audio stream from `first` on, up to `last` if given."""
         position = 0
-        for block in self.blocks():
+        for block in self.blocks(damage=damage):
             start, position = position, position + block.shape[-1]
             stop = position if last is None else last
             if position > first:
@@ -212,21 +243,44 @@ class AudioFile:
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
+        """The container, of a chained stream the first one."""
+        with self._opened() as pieces, self._container(pieces[0]) as container:
+            yield container
+
+    @contextmanager
+    def _opened(self) -> Iterator[list[BinaryIO]]:
         if not self.path.exists():
             raise LoadAudioError(f"{self.name}: no such file")
         if self.path.is_dir():
             raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
+        if not self.path.is_file():
+            raise LoadAudioError(f"{self.name}: is no regular file: copy what it gives to one")
         if not self.path.stat().st_size:
             raise LoadAudioError(f"{self.name}: the file is empty")
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(self.path.open("rb"))
-                container = stack.enter_context(open_audio(file, self.path.name))
-            except AV_ERRORS as exc:
-                raise LoadAudioError(
-                    f"{self.name}: is no audio file that can be read ({_reason(exc)})"
-                ) from exc
+                pieces = parts(stack.enter_context(self.path.open("rb")))
+            except OSError as exc:
+                raise LoadAudioError(f"{self.name}: cannot be read ({_reason(exc)})") from exc
+            yield pieces
+
+    @contextmanager
+    def _container(self, piece: BinaryIO) -> Iterator[Any]:
+        try:
+            container = open_audio(piece, self.path.name)
+        except AV_ERRORS as exc:
+            raise LoadAudioError(
+                f"{self.name}: is no audio file that can be read ({_reason(exc)})"
+            ) from exc
+        with container:
+            for stream in container.streams.audio:
+                self._check(stream)
             yield container
+
+    def _check(self, stream: Any) -> None:
+        channels = getattr(stream, "channels", None) or 0
+        if channels > MAX_CHANNELS:
+            raise LoadAudioError(f"{self.name}: has {channels} channels, more than {MAX_CHANNELS}")
 
 
 def _reason(exc: BaseException) -> str:

@@ -10,6 +10,7 @@ network. Two walls are before that, and each holds alone:
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, BinaryIO
 
 import av
@@ -35,7 +36,24 @@ DEMUXERS = " ".join(
         "vag vividas vivo vmd vpk wady wc3movie wsaud wsvqa xa xmd xmv xvag yop",
     ]
 ).split()
-WALLS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "none"}
+MAX_FRAME = 2**21  # samples of one frame: Monkey's Audio has the longest, with 1 179 648
+
+
+@cache
+def _walls() -> dict[str, str]:
+    return {
+        "format_whitelist": ",".join(DEMUXERS),
+        "protocol_whitelist": "none",
+        # Pictures are not looked at: some of a few bytes take gigabytes.
+        "codec_whitelist": ",".join(filter(_decodes_sound, sorted(av.codecs_available))),
+    }
+
+
+def _decodes_sound(name: str) -> bool:
+    try:
+        return av.Codec(name, "r").type == "audio"
+    except ValueError:  # it encodes only
+        return False
 
 
 class _Named:
@@ -48,6 +66,10 @@ class _Named:
 
 def open_audio(file: BinaryIO, name: str) -> Any:
     """An open file as PyAV's container. Raises what PyAV raises; `file` stays the caller's."""
-    return av.open(
-        _Named(file, name), "r", container_options=dict(WALLS), metadata_errors="replace"
+    container = av.open(
+        _Named(file, name), "r", container_options=dict(_walls()), metadata_errors="replace"
     )
+    for stream in container.streams.audio:
+        if stream.codec_context is not None:
+            stream.codec_context.options = {"max_samples": str(MAX_FRAME)}
+    return container

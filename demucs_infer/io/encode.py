@@ -22,8 +22,9 @@ from torch import Tensor
 from ..errors import MissingDependencyError, OptionError, SaveAudioError
 from ..resample import resample
 from ..utils import appearing
-from .decode import AV_ERRORS, _reason
+from .decode import _reason
 from .formats import DEFAULT_BITS, LAYOUTS, Encoding
+from .packets import AV_ERRORS
 from .pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
 from .tags import clean_tags
 

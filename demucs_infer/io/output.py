@@ -6,10 +6,10 @@ Importing this needs no PyTorch.
 from __future__ import annotations
 
 import os
-import posixpath
 import re
+import string
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,16 +20,18 @@ from ..log import logger
 from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
 from .stems import Stem, mix
-from .storage import Place, Url, place
+from .storage import LocalPath, Named, Place, Url, place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .spool import Workspace
 
-PIPE = Path("-")  # stands for standard input or standard output
+PIPE = LocalPath("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
+# A field of a template, with its letter, conversion, and alignment, width and precision.
+FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
 OTHER_METHODS = ("none", "add", "minus")
 DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
@@ -160,7 +162,8 @@ class Output:
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoding", self._encoding())
         self._check_choices()
-        if isinstance(self._place, Url) and self._place.is_web:
+        self._place.check()
+        if self._place.is_web:
             raise OptionError(f"{self.folder}: addresses of the web can only be read")
         if self.is_together and "{stem}" in self._template:
             raise OptionError(
@@ -171,7 +174,9 @@ class Output:
             check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        self._path(_Track(Path("track.wav"), "folder"), "model", "stem")  # the template makes sense
+        self._path(
+            _Track(LocalPath("track.wav"), "folder"), "model", "stem"
+        )  # the template makes sense
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(self.encoding)
@@ -222,14 +227,14 @@ class Output:
 
     @property
     def _place(self) -> Place:
-        return self.folder if isinstance(self.folder, Url) else place(os.fspath(self.folder))
+        return place(self.folder)
 
     @property
     def is_pipe(self) -> bool:
         """Whether the stem goes to standard output."""
         return self._place == PIPE
 
-    def workspace(self) -> Workspace:
+    def workspace(self, patience: float = 0) -> Workspace:
         """Room for what is not finished: among the stems if they are local, to be renamed there.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
@@ -237,11 +242,10 @@ class Output:
         from .spool import Workspace
 
         folder = self._place
-        if isinstance(folder, Url):
-            folder.check_writable()
-        elif not self.is_pipe:
-            return Workspace(folder)
-        return Workspace(_temporary_folder())
+        if isinstance(folder, LocalPath) and not self.is_pipe:
+            return Workspace(folder, patience)
+        folder.check_writable()
+        return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives.
@@ -314,7 +318,7 @@ class Output:
 
     def paths(
         self,
-        track: Place,
+        track: Named,
         model: str,
         stems: Sequence[str],
         folder_of: Callable[[Place], str] = lambda track: "",
@@ -323,6 +327,7 @@ class Output:
 
         `folder_of` gives the track's folder below the one that was named.
         """
+        track = place(track)
         if self.is_pipe:
             if len(stems) != 1 and not self.is_together:
                 raise OptionError(
@@ -344,33 +349,46 @@ class Output:
         if not self.player:
             return None
         template = self._template if "{stem}" in self._template else DEFAULT_FILENAME
-        return self._filled(template, _Track(track, folder_of(track)), model, PAGE, "html")
+        return self._file(template, _Track(track, folder_of(track)), model, PAGE, "html")
 
     def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
     def _path(self, track: _Track, model: str, stem: str) -> Place:
-        return self._filled(self._template, track, model, stem, self.format)
+        return self._file(self._template, track, model, stem, self.format)
 
-    def _filled(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
+    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
         """The file in the output folder that a template means."""
         track = found.place
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
-            "parent": _safe(_folder_name(track)),
+            "parent": _safe(track.parent_name),
             "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
             "model": model,
             "stem": stem,
             "ext": ext,
         }
         try:
-            relative = template.format(**values)
-        except (KeyError, IndexError, ValueError, AttributeError) as exc:
+            relative = _filled(template, values)
+        except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        return _below(self._place, relative if found.folder else relative.lstrip("/"))
+        return self._place.below(relative if found.folder else relative.lstrip("/"))
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """`template.format(**values)`, but for what reaches into Python or makes much of little.
+
+    Raises `ValueError` or `LookupError` for no template.
+    """
+    if "\0" in template:
+        raise ValueError("a NUL is in it")
+    for _, name, width, conversion in string.Formatter().parse(template):
+        if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
+            raise ValueError(f"{name} is no field")
+    return template.format(**values)
 
 
 def _temporary_folder() -> Path:
@@ -378,25 +396,6 @@ def _temporary_folder() -> Path:
         return Path(tempfile.gettempdir())
     except OSError as exc:
         raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
-
-
-def _below(folder: Place, relative: str) -> Place:
-    """`relative` in `folder`. Raises `OptionError` if that is another place."""
-    path: Place
-    if isinstance(folder, Url):
-        normal = posixpath.normpath(relative)
-        path, inside = folder / normal, not re.match(r"/|\.$|\.\.(/|$)", normal)
-    else:
-        path = Path(os.path.normpath(folder / relative))
-        inside = Path(os.path.normpath(folder)) in path.parents
-    if not inside:
-        raise OptionError(f"{path} would be outside of the output folder {folder}")
-    return path
-
-
-def _folder_name(track: Place) -> str:
-    """What `{parent}` stands for."""
-    return track.folder_name if isinstance(track, Url) else Path.cwd().joinpath(track).parent.name
 
 
 def _split(track: Place) -> tuple[str, str]:
@@ -408,5 +407,5 @@ def _split(track: Place) -> tuple[str, str]:
 def _safe(name: str) -> str:
     """`name` as the name of a folder: dots alone mean another one; Windows drops them at an end."""
     if os.name == "nt":
-        name = name.rstrip(". ")
+        name = re.sub(r'[<>:"/\\|?*]', "_", name).rstrip(". ")
     return name if name.strip(".") else "_"

@@ -20,6 +20,7 @@ from typing import IO
 from torch import Tensor
 
 from ..engine.threads import worker_pool
+from ..errors import SaveAudioError
 from ..resample import Resampler
 from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
@@ -29,7 +30,7 @@ from .output import MIX, PIPE, Output
 from .pcm import RESCALING, prevent_clip, rescale_divisor
 from .player import About, PlayerWriter
 from .spool import Spool, Workspace
-from .storage import Place, Url
+from .storage import Place, Undo, replaced_by
 
 BLOCK = 2**16  # samples that are read from a spool at once
 
@@ -273,13 +274,21 @@ class TrackWriter:
         for path, future in encoded.items():
             with self._writing(path):
                 future.result()
-        for path, writer in self._writers.items():
-            with self._writing(path):
-                _publish(writer.file, path)
+        self._publish()
         return {
             name: StemFile(self.paths[name], signal.peak, 1 / signal.divisor)
             for name, signal in self._signals.items()
         }
+
+    def _publish(self) -> None:
+        """Let all files appear, or none: one that fails takes back those before it."""
+        with contextlib.ExitStack() as published:
+            for path, writer in self._writers.items():
+                with self._writing(path):
+                    published.callback(_taking_back, _publish(writer.file, path))
+            published.pop_all()
+        for writer in self._writers.values():
+            replaced_by(writer.file).unlink(missing_ok=True)
 
     def _choose_divisors(self) -> None:
         clip, signals = self.target.output.clip_mode, self._signals.values()
@@ -296,14 +305,20 @@ class TrackWriter:
             writer.file.unlink(missing_ok=True)
 
 
-def _publish(file: Path, path: Place) -> None:
-    """Give `file`, which is whole, its name, or copy it to a store or to standard output."""
-    if isinstance(path, Url):
-        path.publish(file)
-        file.unlink()
-    elif path == PIPE:
+def _publish(file: Path, path: Place) -> Undo:
+    """Give `file`, which is whole, its name, or copy it to a store or to standard output.
+
+    Returns what takes that back.
+    """
+    if path == PIPE:
         with file.open("rb") as source, standard_output() as sink:
             shutil.copyfileobj(source, sink)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(path)
+        return lambda: None
+    undo = path.publish(file)
+    file.unlink(missing_ok=True)
+    return undo
+
+
+def _taking_back(undo: Undo) -> None:
+    with contextlib.suppress(OSError, SaveAudioError):  # the first error is the one to tell
+        undo()
