@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import SaveAudioError
 from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
 from .decode import AudioFile
+from .demuxers import PICTURES
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
 from .packets import AV_ERRORS
@@ -205,7 +206,7 @@ class Picture:
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
         """The container and its first stream that moves."""
-        with self.audio._open() as container:
+        with self.audio._open(PICTURES) as container:
             stream = next(filter(_moves, container.streams.video), None)
             if stream is None:
                 raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
@@ -235,6 +236,8 @@ class Picture:
         with av.open(io.BytesIO(), "w", format="mp4") as trial:
             try:
                 trial.add_stream_from_template(stream, opaque=True)
+                if not stream.width:
+                    raise ValueError("its size is not known")
             except ValueError as exc:
                 raise SaveAudioError(
                     f"{self.audio.name}: its picture ({stream.codec_context.name}) cannot be in"

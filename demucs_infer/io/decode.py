@@ -242,9 +242,9 @@ class AudioFile:
         return SAMPLE_BITS.get(kind, 0)
 
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self, pictures: Sequence[str] = ()) -> Iterator[Any]:
         """The container, of a chained stream the first one."""
-        with self._opened() as pieces, self._container(pieces[0]) as container:
+        with self._opened() as pieces, self._container(pieces[0], pictures) as container:
             yield container
 
     @contextmanager
@@ -265,9 +265,9 @@ class AudioFile:
             yield pieces
 
     @contextmanager
-    def _container(self, piece: BinaryIO) -> Iterator[Any]:
+    def _container(self, piece: BinaryIO, pictures: Sequence[str] = ()) -> Iterator[Any]:
         try:
-            container = open_audio(piece, self.path.name)
+            container = open_audio(piece, self.path.name, pictures)
         except AV_ERRORS as exc:
             raise LoadAudioError(
                 f"{self.name}: is no audio file that can be read ({_reason(exc)})"
