@@ -29,6 +29,7 @@ from .engine.options import (
 )
 from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
+from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
 from .log import fatal, is_terminal, log_to_stderr, logger
@@ -199,7 +200,9 @@ def _separate_tracks(args: argparse.Namespace) -> int:
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
     faults: list[tuple[Place, DemucsInferError]] = []
-    jobs = plan_jobs(_find_tracks(args, faults), output, separator.name, stems)
+    folders = Folders()
+    tracks = _find_tracks(args, faults, folders)
+    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
     console = Console(len(jobs) + len(faults), quiet=args.quiet, json=args.json)
     for name, fault in faults:
         console.report(TrackResult(name, separator.name, error=fault).as_json())
@@ -207,6 +210,7 @@ def _separate_tracks(args: argparse.Namespace) -> int:
         _separate_here(args, separator, output, jobs, console)
     elif jobs:
         del separator
+        options["folders"] = folders
         _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
     return console.failures
@@ -251,11 +255,11 @@ def _separate_on_ray(
 
 
 def _find_tracks(
-    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]]
+    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]], folders: Folders
 ) -> Iterator[Place]:
-    """The tracks that the command line and its list name; `faults` takes what goes wrong.
+    """The tracks that the command line and its list name, which `folders` notes.
 
-    Raises `OptionError` if there is neither.
+    `faults` takes what goes wrong. Raises `OptionError` if there is neither.
     """
     from .io.tracks import find_tracks, read_list
 
@@ -263,7 +267,7 @@ def _find_tracks(
         faults.append((name, error))
 
     listed = () if args.from_file is None else read_list(args.from_file, report)
-    names = itertools.chain(args.tracks, listed)
+    names = folders.noting(itertools.chain(args.tracks, listed))
     found = find_tracks(names, leave_out=args.out, report=report)
     first = next(found, None)
     if first is None and not faults:
