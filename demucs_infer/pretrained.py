@@ -108,7 +108,7 @@ def get_model(
 def get_model_from_args(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_flags` ask for."""
     return get_model(
-        name=args.sig or args.name or DEFAULT_MODEL,
+        name=getattr(args, "sig", None) or args.name or DEFAULT_MODEL,
         repo=args.repo,
         cache_dir=getattr(args, "cache_dir", None),
         offline=getattr(args, "offline", None),
