@@ -41,7 +41,7 @@ from .io.output import Output
 from .io.pcm import as_samples, strange_samples
 from .io.storage import local_copy, place
 from .log import fatal
-from .pretrained import get_model, list_models
+from .pretrained import get_model, list_models, model_label
 
 __all__ = [
     "LoadAudioError",
@@ -170,8 +170,8 @@ class Separator:
 
     @property
     def name(self) -> str:
-        """Name of the model."""
-        return str(self._chosen(ModelOptions).model)
+        """Name of the model, as it stands in paths of stems: without the folder of its file."""
+        return model_label(self._chosen(ModelOptions).model)
 
     @updates(SeparationOptions)
     def update_parameter(self, changes: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from .io.console import Console, command, put
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
 from .log import fatal, log_to_stderr, logger
-from .pretrained import DEFAULT_MODEL, add_model_flags
+from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +243,7 @@ def _bag_size(separator: Separator) -> int | None:
     return None if models is None else len(models)
 
 
-def _absolute(folder: str | os.PathLike[str]) -> object:
+def _absolute(folder: object) -> object:
     return folder.resolve() if isinstance(folder, Path) else folder
 
 
@@ -315,7 +315,7 @@ def _make_output(args: argparse.Namespace) -> Output:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
-    folder = PIPE if args.out == PIPE else args.out / _model_name(args)
+    folder = PIPE if args.out == PIPE else args.out / model_label(_model_name(args))
     return Output(**{**values_of(Output, args), "folder": folder})
 
 

@@ -13,7 +13,7 @@ import yaml
 from demucs_infer.api import LoadAudioError, LoadModelError, Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub.registry import registry
+from demucs_infer.hub.registry import bags
 
 from .helpers import SOURCES, TINY, assert_close, noise, save_package, shake
 
@@ -182,7 +182,7 @@ def test_only_some_stems(repo: Path) -> None:
 def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bag = registry()["bags"]["htdemucs_ft"]
+    bag = bags()["htdemucs_ft"]
     for signature in bag["models"]:
         torch.manual_seed(int(signature[:4], 16))
         save_package(tmp_path / f"{signature}.th", shake(demucs.htdemucs.HTDemucs(**TINY)))

@@ -73,7 +73,10 @@ class ModelOptions:
     """Which model, and where it comes from."""
 
     model: str = option(
-        DEFAULT_MODEL, "name of a bag or signature of a model (see `list_models`)", ""
+        DEFAULT_MODEL,
+        "name of a bag or signature of a model (see `list_models`), its file, or"
+        " hf://[NAMESPACE/]NAME[@REVISION]",
+        "",
     )
     repo: str | os.PathLike[str] | None = option(
         None,

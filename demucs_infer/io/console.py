@@ -52,10 +52,15 @@ class _Forgiving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._in_bar = False
 
     def write(self, text: str) -> int:
+        whole = text.endswith("\n")
+        # A message gets a line of its own; the bar goes on below.
+        start = "\n" if self._in_bar and whole and text[0] not in "\r\n" else ""
+        self._in_bar = text.startswith("\r") or (self._in_bar and not whole)
         with contextlib.suppress(OSError):
-            write(text, self._stream)
+            write(start + text, self._stream)
         return len(text)
 
     def flush(self) -> None:

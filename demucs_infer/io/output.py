@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import string
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
-from ..errors import OptionError
+from ..errors import OptionError, SaveAudioError
 from .console import check_standard_output
 from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
 from .storage import LocalPath, Named, Place, Url, place
@@ -243,6 +245,13 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
         if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
             raise ValueError(f"{name} is no field")
     return template.format(**values)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as exc:
+        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
 def _split(track: Place) -> tuple[str, str]:

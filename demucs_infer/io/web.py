@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from .. import __version__
 from ..errors import LoadAudioError
-from ..hub.web import Broken, Patience, innermost, one_line, received, shown, status_line
+from ..hub.http import Broken, Patience, innermost, one_line, received, shown, status_line
 
 if TYPE_CHECKING:
     from requests import Response
