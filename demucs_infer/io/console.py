@@ -55,10 +55,15 @@ class _Forgiving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._in_bar = False
 
     def write(self, text: str) -> int:
+        whole = text.endswith("\n")
+        # A message gets a line of its own; the bar goes on below.
+        start = "\n" if self._in_bar and whole and text[0] not in "\r\n" else ""
+        self._in_bar = text.startswith("\r") or (self._in_bar and not whole)
         with contextlib.suppress(OSError):
-            write(text, self._stream)
+            write(start + text, self._stream)
         return len(text)
 
     def flush(self) -> None:
@@ -201,8 +206,11 @@ def _clock(seconds: float) -> str:
 class Console:
     """Tells the user what happens to `count` tracks: on standard error, and as JSON if wanted."""
 
-    def __init__(self, count: int, *, quiet: bool = False, json: bool = False) -> None:
+    def __init__(
+        self, count: int, *, quiet: bool = False, json: bool = False, pipe: bool = False
+    ) -> None:
         self.count, self.quiet, self.json = count, quiet, json
+        self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
         self.output = sys.stdout  # others may stand for it while Ray runs
         self.failed: list[str] = []
         self.done = self.skipped = 0
@@ -210,9 +218,20 @@ class Console:
         self._begin = time.monotonic()
         self._begun = 0
 
+    def introduce(self, models: int | None, folder: object) -> None:
+        """Say how many models a bag has (`None`: no bag), and where stems go."""
+        if models is not None:
+            self._tell(
+                f"Selected model is a bag of {models} models."
+                " You will see that many progress bars per track."
+            )
+        self._tell(f"Separated tracks will be stored in {folder}")
+
     def announce(self, track: object) -> str:
         """Say that `track` is begun, and give a title for its progress bar."""
-        if not self.quiet:
+        if self.talks:
+            self._tell(f"Separating track {track}")
+        elif not self.quiet:
             say("Separating", bold(track))
         self._begun = max(self._begun, self.done) + 1
         name = printable(re.split(r"[/\\]", str(track))[-1])
@@ -226,6 +245,12 @@ class Console:
             return ""
         seconds = (time.monotonic() - self._begin) / separated * (self.count - self.done)
         return f", {_clock(seconds)} left"
+
+    def _tell(self, line: str) -> None:
+        """Write what programs look for on standard output; where nobody reads, nothing is lost."""
+        if self.talks:
+            with contextlib.suppress(OSError):
+                write(printable(line) + "\n", self.output)
 
     def report(self, result: Mapping[str, Any]) -> None:
         """Take what `TrackResult.as_json` gives."""
