@@ -4,4 +4,4 @@ The command line is `demucs-infer`, the Python interface `demucs_infer.api.Separ
 this package does not import PyTorch.
 """
 
-__version__ = "0.1.0"
+__version__ = "5.0.0"

@@ -36,11 +36,12 @@ from .engine.run import stem_indices
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
-from .io.mixture import Decoder, Mixture
+from .io.mixture import Decoder, Limits, Mixture
 from .io.output import Output
-from .io.pcm import as_samples
+from .io.pcm import as_samples, strange_samples
 from .io.storage import local_copy, place
-from .pretrained import get_model, list_models
+from .log import fatal
+from .pretrained import get_model, list_models, model_label
 
 __all__ = [
     "LoadAudioError",
@@ -126,6 +127,7 @@ class Separator:
         if options.batch_size is not None and options.batch_size < 1:
             raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
         options_of(ApplyOptions, vars(options))
+        options_of(Limits, vars(options))
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
@@ -169,8 +171,8 @@ class Separator:
 
     @property
     def name(self) -> str:
-        """Name of the model."""
-        return str(self._chosen(ModelOptions).model)
+        """Name of the model, as it stands in paths of stems: without the folder of its file."""
+        return model_label(self._chosen(ModelOptions).model)
 
     @updates(SeparationOptions)
     def update_parameter(self, changes: dict[str, Any]) -> None:
@@ -210,8 +212,9 @@ class Separator:
             raise OptionError(
                 f"a track must be [channels, samples] and not empty: {list(samples.shape)}"
             )
-        if not samples.isfinite().all():
-            raise OptionError("the track has samples that are not finite (NaN or Inf)")
+        reason = strange_samples(samples)
+        if reason:
+            raise OptionError(f"the track has samples that are {reason}")
         samples = samples.reshape(-1, samples.shape[-1])
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)
@@ -225,9 +228,9 @@ class Separator:
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
-        with local_copy(place(os.fspath(track))) as path:
+        with local_copy(place(track)) as path:
             audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels)
+            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits)
             return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -257,12 +260,18 @@ class Separator:
         written, `OptionError` for options that cannot be had.
         """
         output = out if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self, place(os.fspath(file)), output)
+        return separate_file(self, place(file), output)
 
     @property
     def stems(self) -> list[str]:
         """The stems that are separated, in their order."""
         return list(self._chosen(SeparationOptions).stems or self._model.sources)
+
+    @property
+    def limits(self) -> Limits:
+        """The tracks that are accepted."""
+        limits: Limits = options_of(Limits, vars(self._chosen(SeparationOptions)))
+        return limits
 
     def plan(self, length: int) -> list[Pass]:
         """The passes over a track of `length` samples at the model's rate, with offsets drawn."""
@@ -297,3 +306,6 @@ class Separator:
 
 for _option in fields(SeparatorOptions):
     setattr(Separator, _attribute(_option.name), _option.default)
+
+if __name__ == "__main__":
+    fatal("this module has no command: run demucs-infer, or python -m demucs_infer", status=2)

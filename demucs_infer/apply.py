@@ -33,6 +33,7 @@ from .engine.source import Source, TensorChunk, tensor_chunk
 from .errors import OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
+from .io.pcm import strange_samples
 from .utils import center_trim
 
 __all__ = [
@@ -168,5 +169,6 @@ def _check_mixture(model: nn.Module, mix: TensorChunk) -> None:
         )
     if not mix.tensor.is_floating_point():
         raise OptionError(f"the mixture must be floating point, not {mix.tensor.dtype}")
-    if not mix.tensor.isfinite().all():
-        raise OptionError("the mixture has values that are not finite (NaN or Inf)")
+    reason = strange_samples(mix.tensor)
+    if reason:
+        raise OptionError(f"the mixture has values that are {reason}")

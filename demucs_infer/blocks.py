@@ -9,6 +9,7 @@ layers are those of Demucs (Défossez et al., 2019, arXiv:1911.13254) and Hybrid
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, in_bands, rows
+from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, Reach, in_tiles
 from .errors import OptionError
 from .utils import unfold
 
@@ -46,7 +47,7 @@ class ScaledEmbedding(nn.Module):
         self.scale = scale
 
     def forward(self) -> Tensor:
-        """All vectors, as `[num_embeddings, embedding_dim]`."""
+        """Return all vectors, as `[num_embeddings, embedding_dim]`."""
         return self.embedding.weight * self.scale
 
 
@@ -131,7 +132,7 @@ class LocalState(nn.Module):
 
 
 class DConvOptions(NamedTuple):
-    """What a `DConv` is made of, beside its number of channels."""
+    """Options of a `DConv`, beside its number of channels."""
 
     depth: int = 2
     comp: float = 4
@@ -237,8 +238,7 @@ class HEncLayer(nn.Module):
         kernel, stride, pad = options.kernel_size, options.stride, options.padding
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
         self.empty, self.pad, self.halo = options.empty, pad, options.halo
-        self.by_rows = not (options.norm or self.halo)
-        self.chout = chout
+        self.widest = None if options.norm or options.halo else 2 * chout  # channels in a tile
         self.conv: nn.Module
         if options.freq:
             self.conv = nn.Conv2d(chin, chout, (kernel, 1), (stride, 1))
@@ -255,18 +255,15 @@ class HEncLayer(nn.Module):
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         """Encode `x`; `inject` is added after the first convolution (the other branch joins)."""
-        if not self.freq:
-            x = x.flatten(1, -2)
-            return self._encoded(F.pad(x, (0, -x.shape[-1] % self.stride)), inject)
+        if self.freq:
+            encode = functools.partial(self._encode, inject=inject)
+            return in_tiles(
+                encode, [x], Reach(self.kernel_size, self.stride, self.pad), self.widest
+            )
+        x = x.flatten(1, -2)
+        return self._encode(F.pad(x, (0, -x.shape[-1] % self.stride)), inject)
 
-        def band(start: int, stop: int) -> Tensor:
-            first, last = start * self.stride, (stop - 1) * self.stride + self.kernel_size
-            return self._encoded(rows(x, first - self.pad, last - self.pad), inject)
-
-        count = (x.shape[2] + 2 * self.pad - self.kernel_size) // self.stride + 1
-        return in_bands(band, x, count, 2 * self.chout) if self.by_rows else band(0, count)
-
-    def _encoded(self, x: Tensor, inject: Tensor | None) -> Tensor:
+    def _encode(self, x: Tensor, inject: Tensor | None) -> Tensor:
         y = self.conv(x)
         if self.empty:
             return y
@@ -278,7 +275,7 @@ class HEncLayer(nn.Module):
         if self.rewrite is None:
             return y
         if self.halo:
-            y = rows(y, -self.halo, y.shape[2] + self.halo)
+            y = F.pad(y, (0, 0, self.halo, self.halo))
         return F.glu(self.norm2(self.rewrite(y)), dim=1)
 
 
@@ -289,9 +286,10 @@ class HDecLayer(nn.Module):
         super().__init__()
         kernel, stride, self.pad = options.kernel_size, options.stride, options.padding
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
-        self.chin, self.chout = chin, chout
-        self.empty, self.last, self.halo = options.empty, last, options.halo
-        self.by_rows = not options.norm
+        self.chin, self.empty, self.last, self.halo = chin, options.empty, last, options.halo
+        # Channels in a tile, of either half of the layer.
+        self.widest: int | None = None if options.norm else 2 * chin
+        self.widest_out: int | None = None if options.norm else chout
         self.conv_tr: nn.Module
         if options.freq:
             self.conv_tr = nn.ConvTranspose2d(chin, chout, (kernel, 1), (stride, 1))
@@ -312,7 +310,7 @@ class HDecLayer(nn.Module):
         Also returns what the last convolution saw: an empty layer of the other branch starts there.
         """
         before = self.rewritten(x, skip)
-        return (self._spread_rows(before) if self.freq else self._spread(before, length)), before
+        return self._spread(before, length), before
 
     def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """The layer up to its transposed convolution."""
@@ -320,44 +318,28 @@ class HDecLayer(nn.Module):
             x = x.view(x.shape[0], self.chin, -1, x.shape[-1])
         if self.empty:
             return x
-        if not self.freq:
-            return self._rewritten(x if skip is None else x + skip)
+        inputs = [x] if skip is None else [x, skip]
+        if self.freq:
+            neighbours = Reach(2 * self.halo + 1, pad=self.halo)
+            return in_tiles(self._rewrite, inputs, neighbours, self.widest)
+        return self._rewrite(*inputs)
 
-        def band(start: int, stop: int) -> Tensor:
-            start, stop = start - self.halo, stop + self.halo
-            y = rows(x, start, stop)
-            return self._rewritten(y if skip is None else y + rows(skip, start, stop))
-
-        count = x.shape[2]
-        return in_bands(band, x, count, 2 * self.chin) if self.by_rows else band(0, count)
-
-    def _rewritten(self, y: Tensor) -> Tensor:
+    def _rewrite(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = x if skip is None else x + skip
         if self.rewrite is not None:
             y = F.glu(self.norm1(self.rewrite(y)), dim=1)
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
 
     def _spread(self, y: Tensor, length: int) -> Tensor:
-        """The transposed convolution in time, trimmed to `length` steps."""
-        z = self.norm2(self.conv_tr(y))[..., self.pad : self.pad + length]
+        """Half of the detail comes back: cut by `pad` at either end, or to `length` in time."""
+        if self.freq:
+            reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
+            return in_tiles(self._transpose, [y], reach, self.widest_out)
+        return self._transpose(y)[..., self.pad : self.pad + length]
+
+    def _transpose(self, y: Tensor) -> Tensor:
+        z = self.norm2(self.conv_tr(y))
         return z if self.last else F.gelu(z)
-
-    def _spread_rows(self, y: Tensor) -> Tensor:
-        """The transposed convolution along frequency, without the `pad` rows at either end."""
-        kernel, stride, pad, count = self.kernel_size, self.stride, self.pad, y.shape[2]
-
-        def band(start: int, stop: int) -> Tensor:
-            # Row `i` of `y` reaches `kernel` rows of the result, from `i * stride` on.
-            start, stop = start + pad, stop + pad
-            first, last = (
-                max(0, (start - kernel) // stride + 1),
-                min(count, (stop - 1) // stride + 1),
-            )
-            z = self.norm2(self.conv_tr(y[:, :, first:last]))
-            z = z[:, :, start - first * stride : stop - first * stride]
-            return z if self.last else F.gelu(z)
-
-        total = (count - 1) * stride + kernel - 2 * pad
-        return in_bands(band, y, total, self.chout) if self.by_rows else band(0, total)
 
 
 class MultiEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What models there are, and the commands `--list-models` and `--download`.
+"""The catalog of models, and the commands `--list-models` and `--download`.
 
 Neither needs PyTorch.
 """
@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
-from .hub.registry import MEGABYTE, bags, cache_folder, checkpoints, is_community
+from .hub.registry import (
+    MEGABYTE,
+    NOT_STATED,
+    bags,
+    cache_folder,
+    checkpoints,
+    is_community,
+)
 from .io.console import json_text, put
-from .pretrained import open_remote, open_repo
+from .pretrained import find_model, open_remote, open_repo
 from .repo import RemoteRepo
 
 # The sections of the listing, by group and kind.
 TITLES = {
     ("embedded", "single"): "In the package, to try things out",
-    ("released", "bag"): "Bags of models",
-    ("released", "single"): "Single models",
+    ("released", "bag"): "Bags of models (licence of the weights: not stated)",
+    ("released", "single"): "Single models (licence of the weights: not stated)",
     ("community", "bag"): "Bags of the community (not by the authors of Demucs)",
     ("community", "single"): "Single models of the community",
     ("local", "bag"): "Bags of models",
@@ -33,7 +40,10 @@ TITLES = {
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file of a model; `size` is in bytes, rounded until it is on disk, None if not known."""
+    """A file of a model, which is at `path` or would be.
+
+    `size` is in bytes, rounded until it is on disk, None if not known; `sha256` is that of `url`.
+    """
 
     path: Path
     on_disk: bool
@@ -41,7 +51,7 @@ class CheckpointFile:
     url: str | None = None
     sha256: str | None = None
     source: str | None = None
-    license: str | None = None
+    licence: str = NOT_STATED
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,18 @@ class Entry:
 
     @property
     def on_disk(self) -> bool:
-        """Whether all of its files are there."""
+        """Tell whether all of its files are there."""
         return all(file.on_disk for file in self.files)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of its files that are there."""
+        return sorted({file.path.parent for file in self.files if file.on_disk})
+
+    @property
+    def licence(self) -> str:
+        """The licence of its weights, or those of its files."""
+        return "; ".join(sorted({file.licence for file in self.files})) or NOT_STATED
 
     @property
     def size(self) -> int | None:
@@ -69,7 +89,8 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """The entry as plain values."""
-        return {**asdict(self), "size": self.size, "on_disk": self.on_disk}
+        derived = {"size": self.size, "on_disk": self.on_disk, "licence": self.licence}
+        return {**asdict(self), **derived}
 
 
 def catalog(
@@ -91,7 +112,7 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
         yield Entry(name, "bag", group, bag["sources"], text, models, members)
     for sig, checkpoint in checkpoints().items():
         group, text = "embedded" if checkpoint.embedded else _group(sig), checkpoint.description
-        sources = list(checkpoint.sources or stems[sig])
+        sources = list(checkpoint.sources or stems.get(sig, ()))
         yield Entry(sig, "single", group, sources, text, [sig], [files[sig]])
 
 
@@ -102,7 +123,7 @@ def _group(name: str) -> str:
 def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
     path, there, item = remote.path(sig), remote.has_file(sig), checkpoints()[sig]
     size = path.stat().st_size if there else item.size
-    return CheckpointFile(path, there, size, item.url, item.sha256, item.source, item.license)
+    return CheckpointFile(path, there, size, item.url, item.sha256, item.source, item.licence)
 
 
 def _local(repo: Path) -> Iterator[Entry]:
@@ -160,13 +181,14 @@ def print_models(args: argparse.Namespace) -> None:
 
 
 def _described(entry: Entry) -> str:
-    """One line of a model: whether it is here, its size, stems, use and origin."""
+    """One line of a model: its presence, size, stems, use, origin and folder."""
     size = "size unknown" if entry.size is None else f"{round(entry.size / MEGABYTE)} MB"
     here = "on disk" if entry.on_disk else "not on disk"
+    where = f" [{', '.join(map(str, entry.folders))}]" if entry.on_disk else ""
     text = ": ".join(filter(None, (", ".join(entry.stems or ()), entry.description)))
-    origins = {f"{f.source}, licence: {f.license}" for f in entry.files if f.source}
+    origins = {f"{f.source}, licence: {f.licence}" for f in entry.files if f.source}
     origin = f" ({'; '.join(sorted(origins))})" if origins else ""
-    return f"{here:11}  {size:>12}  {text}{origin}".rstrip()
+    return f"{here:11}  {size:>12}  {text}{origin}".rstrip() + where
 
 
 def download_models(args: argparse.Namespace) -> None:
@@ -176,8 +198,10 @@ def download_models(args: argparse.Namespace) -> None:
     """
     if args.repo:
         raise OptionError("--download is for published models: leave out --repo")
-    models = open_repo(cache_dir=args.cache_dir, offline=args.offline)
-    wanted = dict.fromkeys(sig for name in args.download for sig in models.members(name))
-    models.model_repo.require(wanted)
-    for sig in wanted:
-        put(str(models.model_repo.fetch(sig)), sys.stdout)
+    where = {"cache_dir": args.cache_dir, "offline": args.offline}
+    wanted = [find_model(name, **where) for name in args.download]
+    for models, name in wanted:
+        models.require(name)
+    files = dict.fromkeys(path for models, name in wanted for path in models.fetch(name))
+    for path in files:
+        put(str(path), sys.stdout)

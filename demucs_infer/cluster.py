@@ -26,14 +26,16 @@ from typing import Any
 from .api import Separator
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.batch import Batch, TrackResult, checked_stems
+from .io.console import signals_kept
 from .io.output import Output
-from .io.storage import Place, place
+from .io.storage import LocalPath, Place, place
 from .io.tracks import plan_jobs
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
 RETRIES = 1  # of a track whose worker dies, among others and then alone
 DEATHS = 2 * (1 + RETRIES)  # after which a track is given up
 CPUS_PER_WORKER = 4  # without a GPU
+DYING = 5  # seconds that workers may take to die
 PART = 20_000  # tracks that are handed to Ray at once; it takes about 10 kB for each
 
 
@@ -79,7 +81,12 @@ class SeparateTracks:
         return partial(type(self), **self._arguments), ()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **self._separate(place(str(row["input"]))).as_json()}
+        try:
+            track = place(str(row["input"]))
+        except DemucsInferError as exc:
+            nowhere = TrackResult(LocalPath(), self.separator.name, error=exc)
+            return {**nowhere.as_json(), **row, "error": str(exc)}
+        return {**row, **self._separate(track).as_json()}
 
     def _separate(self, track: Place) -> TrackResult:
         name, results = self.separator.name, list[TrackResult]()
@@ -149,11 +156,8 @@ def separate_on_ray(
 
     Raises `DemucsInferError` if there is no cluster, or the workers cannot be started.
     """
-    output: Output = arguments["output"]
-    with output.workspace():
-        pass  # it can be written to
     waiting = dict.fromkeys(tracks)
-    with _connected(address, verbose):
+    with _cleared(arguments["output"]), _connected(address, verbose):
         workers = _Workers.of_cluster(arguments.get("device"), cpus_per_worker)
 
         def run(part: Sequence[str], calls: int) -> None:
@@ -165,10 +169,23 @@ def separate_on_ray(
             run(tracks[start : start + PART], IN_FLIGHT)
         if waiting:
             run(list(waiting), 1)
-    with output.workspace():
-        pass  # this removes what dead workers have left
     for track in waiting:
         report(_given_up(track, str(arguments["model"])))
+
+
+@contextlib.contextmanager
+def _cleared(output: Output) -> Iterator[None]:
+    """`output`, which can be written to, without what dead workers leave, however the block ends.
+
+    Those that are still dying then are waited for.
+    """
+    with output.workspace():
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(DemucsInferError), output.workspace(DYING):
+            pass
 
 
 def _given_up(track: str, model: str) -> dict[str, Any]:
@@ -226,7 +243,8 @@ def _connected(address: str, verbose: bool) -> Iterator[None]:
             stack.callback(ray.shutdown)
             _check_address(address)
             try:
-                ray.init(address or None, logging_level=level, log_to_driver=verbose)
+                with signals_kept():
+                    ray.init(address or None, logging_level=level, log_to_driver=verbose)
             except (OSError, RuntimeError, ValueError) as exc:
                 raise DemucsInferError(f"--ray {address}: no cluster ({_cause(exc)})") from exc
         context = ray.data.DataContext.get_current()
@@ -259,5 +277,5 @@ def _import_ray() -> Any:
         import ray
         import ray.data
     except ImportError as exc:
-        raise MissingDependencyError("ray[data]", "--ray", "ray") from exc
+        raise MissingDependencyError("ray[data]", "--ray") from exc
     return ray

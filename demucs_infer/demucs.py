@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,7 +70,7 @@ class DemucsOptions:
         check_architecture(self, "depth", "dconv_depth", "lstm_layers")
 
 
-class _Level:
+class _LevelLayers:
     """Makes the layers of one level, between `chin` channels outside and `channels` inside."""
 
     def __init__(self, options: DemucsOptions, index: int, chin: int, channels: int) -> None:
@@ -130,6 +131,21 @@ class _Level:
         ]
 
 
+def rescale_module(module: nn.Module, reference: float) -> None:
+    """Divide the weights of convolutions by the root of their deviation over `reference`."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.ConvTranspose2d)):
+            rescale_conv(layer, reference)
+
+
+@torch.no_grad()
+def rescale_conv(conv: Any, reference: float) -> None:
+    """Rescale one convolution as `rescale_module` does."""
+    scale = (conv.weight.std() / reference) ** 0.5
+    for parameter in filter(lambda p: p is not None, (conv.weight, conv.bias)):
+        parameter.div_(scale)
+
+
 class Demucs(nn.Module):
     """Demucs in the time domain.
 
@@ -151,7 +167,7 @@ class Demucs(nn.Module):
         self.segment = options.segment
         levels, chin, channels = [], options.audio_channels, options.channels
         for index in range(options.depth):
-            levels.append(_Level(options, index, chin, channels))
+            levels.append(_LevelLayers(options, index, chin, channels))
             chin, channels = channels, int(options.growth * channels)
         self.encoder = nn.ModuleList(level.encoder() for level in levels)
         self.decoder = nn.ModuleList(level.decoder() for level in reversed(levels))
@@ -200,7 +216,7 @@ class Demucs(nn.Module):
         return (x,)
 
     def exact_layers(self) -> list[nn.Module]:
-        """The output, which stays in float32 when the network is cast: nothing averages its noise."""
+        """The output, which stays in float32 in half precision: nothing averages its rounding."""
         (*_, last) = self.decoder[-1].children()
         return [last]
 
@@ -225,5 +241,5 @@ class Demucs(nn.Module):
         return renamed
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of any module, for older checkpoints too; the caller's dictionary is left alone."""
+        """Load weights, of older checkpoints too; the caller's dictionary is left alone."""
         return super().load_state_dict(self.current_names(state_dict), *args, **kwargs)

@@ -5,14 +5,19 @@ DemucsInferError
 │   └── DownloadError                     a checkpoint that cannot be fetched
 ├── AudioError
 │   ├── LoadAudioError                    a track that cannot be read
-│   └── SaveAudioError                    a stem that cannot be written
+│   └── SaveAudioError (OSError)          a stem that cannot be written
 ├── OptionError (ValueError)              a value that makes no sense where it was given
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
+from .log import printable
+
 
 class DemucsInferError(Exception):
     """Base class of the package's exceptions; its text is one line that says what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelLoadingError(DemucsInferError, RuntimeError):
@@ -34,7 +39,7 @@ class LoadAudioError(AudioError):
     """A track cannot be read, or holds nothing that can be separated."""
 
 
-class SaveAudioError(AudioError):
+class SaveAudioError(AudioError, OSError):
     """A stem cannot be written."""
 
 
@@ -43,8 +48,13 @@ class OptionError(DemucsInferError, ValueError):
 
 
 class MissingDependencyError(DemucsInferError, ImportError):
-    """An optional dependency is not installed; the message has the pip command."""
+    """An optional dependency is not installed; the message has the pip command.
 
-    def __init__(self, package: str, purpose: str, extra: str | None = None) -> None:
-        ours = f' (or pip install "demucs-infer[{extra}]")' if extra else ""
-        super().__init__(f"{purpose} needs {package}: pip install {package}{ours}")
+    The command names the packages themselves (`package`, with spaces between several): the name
+    demucs-infer is another project's in the package index.
+    """
+
+    def __init__(self, package: str, purpose: str) -> None:
+        # A shell would take brackets for a pattern.
+        names = " ".join(f'"{name}"' if "[" in name else name for name in package.split())
+        super().__init__(f"{purpose} needs {package}: pip install {names}")

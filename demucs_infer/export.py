@@ -60,7 +60,7 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as exc:
-        raise MissingDependencyError("onnx onnxscript", "export to ONNX", "onnx") from exc
+        raise MissingDependencyError("onnx onnxscript", "export to ONNX") from exc
     path = Path(path)
     ours: Any = model
     inputs = _example(ours)

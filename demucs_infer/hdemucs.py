@@ -32,7 +32,7 @@ from .errors import MissingDependencyError, OptionError
 from .spec import (
     channels_as_complex,
     complex_as_channels,
-    ispectro_inside,
+    istft_cropped,
     phase_of,
     reflect_pad,
     spectro,
@@ -97,7 +97,7 @@ class HDemucsOptions:
             raise OptionError("wiener_residual=True is not supported")
 
 
-class _Level(NamedTuple):
+class _UNetLevel(NamedTuple):
     """One level of the U-Net: channels of its input and output in each branch, and its layers."""
 
     spectral: bool  # there is a frequency axis left
@@ -111,7 +111,7 @@ class _Level(NamedTuple):
 
 
 class _Skip(NamedTuple):
-    """What an encoder level leaves for its decoder: outputs, and lengths of its inputs."""
+    """Skip connection of a level: outputs of its encoders, and lengths of their inputs."""
 
     x: Tensor
     xt: Tensor | None
@@ -119,8 +119,8 @@ class _Skip(NamedTuple):
     length_t: int
 
 
-def _plan_levels(options: Any) -> list[_Level]:
-    """Geometry of every level, from the outside to the bottom."""
+def _plan_levels(options: Any) -> list[_UNetLevel]:
+    """Plan the geometry of every level, from the outside to the bottom."""
     levels = []
     chin_t, chout_t = options.audio_channels, options.channels_time or options.channels
     chin, chout = (2 if options.cac else 1) * options.audio_channels, options.channels
@@ -156,7 +156,7 @@ def _plan_levels(options: Any) -> list[_Level]:
             pad=True,
             empty=merges,
         )
-        levels.append(_Level(spectral, merges, chin, chout, chin_t, chout_t, layer, layer_t))
+        levels.append(_UNetLevel(spectral, merges, chin, chout, chin_t, chout_t, layer, layer_t))
         chin, chin_t = chout, chout_t
         chout, chout_t = int(options.growth * chout), int(options.growth * chout_t)
         bins = 1 if bins <= options.kernel_size else bins // options.stride
@@ -199,10 +199,10 @@ class HybridUNet(nn.Module):
             self.freq_emb = ScaledEmbedding(bins, levels[0].chout, options.emb_scale)
 
     def _split_ratios(self, index: int) -> Sequence[float]:
-        """Where the spectrum of level `index` is split into bands with weights of their own."""
+        """Shares of the spectrum at which level `index` is split into bands."""
         return self.options.multi_freqs if index < self.options.multi_freqs_depth else ()
 
-    def _add_encoders(self, index: int, level: _Level) -> None:
+    def _add_encoders(self, index: int, level: _UNetLevel) -> None:
         changes: dict[str, Any] = {"context": self.options.context_enc}
         if not self.options.dconv_mode & 1:
             changes["dconv"] = None
@@ -213,7 +213,7 @@ class HybridUNet(nn.Module):
             layer_t = level.layer_t._replace(**changes)
             self.tencoder.append(HEncLayer(level.chin_t, level.chout_t, layer_t))
 
-    def _add_decoders(self, index: int, level: _Level) -> None:
+    def _add_decoders(self, index: int, level: _UNetLevel) -> None:
         changes: dict[str, Any] = {"context": self.options.context}
         if not self.options.dconv_mode & 2:
             changes["dconv"] = None
@@ -285,7 +285,7 @@ class HybridUNet(nn.Module):
         return x, xt, skips
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoders start from, given what the encoders end with."""
+        """Turn the outputs of the last encoders into the inputs of the first decoders."""
         raise NotImplementedError
 
     def _decode(self, x: Tensor, xt: Tensor, skips: list[_Skip]) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,15 @@ class HybridUNet(nn.Module):
     def _ispec(self, z: Tensor, length: int) -> Tensor:
         """Samples `[..., length]` of the spectrum `z` `[..., nfft / 2, N]`; undoes `_spec`."""
         start = 0 if self._zero_padded else self.hop_length // 2 * 3
-        return ispectro_inside(F.pad(z, (0, 0, 0, 1)), self.hop_length, start, length)
+        return istft_cropped(F.pad(z, (0, 0, 0, 1)), self.hop_length, start, length)
+
+    def _mask(self, z: Tensor, m: Tensor) -> Tensor:
+        """Spectra `[B, S, C, F, N]` from the mixture's `z` and the estimate `m` `[B, S, C', F, N]`.
+
+        `m` holds complex parts as channels, or else magnitudes.
+        """
+        mean, std = m.new_zeros(1), m.new_ones(1)
+        return torch.stack(list(self._spectra(m, mean, std, z, range(m.shape[1]))), dim=1)
 
     @property
     def _zero_padded(self) -> bool:
@@ -327,7 +335,7 @@ class HybridUNet(nn.Module):
         return getattr(self.options, "hybrid_old", False)
 
     def _magnitude(self, z: Tensor) -> Tensor:
-        """What the network sees of a spectrum: its complex parts as channels, or its magnitude."""
+        """Input of the network: the complex parts of a spectrum as channels, or its magnitude."""
         return complex_as_channels(z) if self.cac else z.abs()
 
     def _spectra(
@@ -336,7 +344,7 @@ class HybridUNet(nn.Module):
         """Spectra `[B, C, F, N]` of the wanted sources from the network's `x` `[B, S, C', F, N]`.
 
         One at a time: less memory, and what is read is still in the cache (117 to 23 ms with
-        `ispectro_inside`). Only the iterative Wiener filter needs to see all of them.
+        `istft_cropped`). Only the iterative Wiener filter needs to see all of them.
         """
         if self.cac:
             yield from (channels_as_complex(x[:, index] * std + mean) for index in wanted)
@@ -354,7 +362,7 @@ class HybridUNet(nn.Module):
         try:
             from openunmix.filtering import wiener
         except ImportError as exc:
-            raise MissingDependencyError("openunmix", "wiener_iters > 0", "wiener") from exc
+            raise MissingDependencyError("openunmix", "wiener_iters > 0") from exc
         targets = magnitude.permute(0, 4, 3, 2, 1)  # [B, N, F, C, S]
         mixture = torch.view_as_real(mix.permute(0, 3, 2, 1))  # [B, N, F, C, 2]
         filtered = torch.stack(
@@ -369,6 +377,13 @@ class HybridUNet(nn.Module):
             ]
         )  # [B, N, F, C, 2, S]
         return torch.view_as_complex(filtered.permute(0, 5, 3, 2, 1, 4).contiguous())
+
+
+def pad1d(
+    x: Tensor, paddings: tuple[int, int], mode: str = "constant", value: float = 0.0
+) -> Tensor:
+    """Pad `x` `[..., T]` as `F.pad` does; `mode="reflect"` takes short signals too."""
+    return reflect_pad(x, *paddings) if mode == "reflect" else F.pad(x, paddings, mode, value)
 
 
 class HDemucs(HybridUNet):

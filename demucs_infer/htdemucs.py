@@ -139,7 +139,8 @@ class HTDemucs(HybridUNet):
     """Hybrid Transformer Demucs.
 
     Takes the options of `HTDemucsOptions`. Callable on `[B, C, T]` at `samplerate`, of at most
-    `segment` seconds (shorter windows are padded with zeros on the right); returns `[B, S, C, T]`.
+    `segment` seconds (shorter windows are padded with zeros on the right, but for training);
+    returns `[B, S, C, T]`.
     """
 
     channel_upsampler: nn.Module
@@ -197,7 +198,8 @@ class HTDemucs(HybridUNet):
         self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
     ) -> Tensor:
         length = mix.shape[-1]
-        padded = F.pad(mix, (0, self.valid_length(length) - length))
+        target = length if self.training else self.valid_length(length)
+        padded = F.pad(mix, (0, target - length))
         return super().forward(padded, stems, network=network)[..., :length]
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The package's logger, and what the command line needs to speak on a terminal.
 
-Names and tags come from strangers. Every message leaves through `write` or the handler of
-`log_to_stderr`, where `printable` has made it harmless: a file's name moves no cursor.
+Names and tags come from strangers: a file's name must move no cursor. `printable` makes text
+harmless, of what `say` writes, of what the logger is told, and of the package's exceptions.
 """
 
 from __future__ import annotations
@@ -98,10 +98,16 @@ def fatal(*messages: object, status: int = 1) -> NoReturn:
     raise SystemExit(status)
 
 
-class _Formatter(logging.Formatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+class _Printable(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
 
+
+logger.addFilter(_Printable())
+
+
+class _Formatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:
         return printable(super().formatException(ei), keep="\n")
 

@@ -9,8 +9,26 @@ from typing import TYPE_CHECKING
 
 from .engine.options import DEFAULT_MODEL, ModelOptions, add_flags
 from .errors import ModelLoadingError
-from .hub.registry import REMOTE_ROOT, bags, checkpoint_urls, checkpoints
-from .repo import AnyModelRepo, BagOnlyRepo, LocalRepo, RegistryBagRepo, RemoteRepo
+from .hub import hf
+from .hub.bags import Bag
+from .hub.registry import (
+    REMOTE_ROOT,
+    bag_files,
+    checkpoint_urls,
+    checkpoints,
+    is_offline,
+    released_files,
+)
+from .repo import (
+    CHECKPOINT_SUFFIXES,
+    AnyModelRepo,
+    BagOnlyRepo,
+    HubRepo,
+    LocalRepo,
+    LoneFile,
+    NamedBags,
+    RemoteRepo,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,9 +43,11 @@ __all__ = [
     "ModelLoadingError",
     "add_model_flags",
     "demucs_unittest",
+    "find_model",
     "get_model",
     "get_model_from_args",
     "list_models",
+    "model_label",
     "open_remote",
     "open_repo",
 ]
@@ -35,6 +55,7 @@ __all__ = [
 SOURCES = ["drums", "bass", "other", "vocals"]
 ROOT_URL = "https://dl.fbaipublicfiles.com/demucs/"
 UNITTEST_MODEL = "demucs_unittest"
+BAG_SUFFIX = ".yaml"
 
 
 def demucs_unittest() -> HDemucs:
@@ -49,7 +70,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-s", "--sig", metavar="SIG", help="signature of a single model")
     group.add_argument(
-        "-n", "--name", metavar="NAME", help=f"name of a model or bag (default: {DEFAULT_MODEL})"
+        "-n",
+        "--name",
+        default=DEFAULT_MODEL,
+        metavar="NAME",
+        help="name of a model or bag, its file (MODEL.th, MODEL.safetensors, BAG.yaml), or"
+        " hf://[NAMESPACE/]NAME[@REVISION] (default: %(default)s)",
     )
     add_flags(parser, ModelOptions)
 
@@ -63,11 +89,70 @@ def open_repo(
     """The published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
     if repo is None:
         remote = open_remote(cache_dir=cache_dir, offline=offline)
-        return AnyModelRepo(remote, RegistryBagRepo(bags(), remote))
+        return AnyModelRepo(remote, NamedBags(bag_files(), remote))
     if not repo.is_dir():
         raise ModelLoadingError(f"{repo}: is not a folder of models")
     local = LocalRepo(repo)
     return AnyModelRepo(local, BagOnlyRepo(repo, local))
+
+
+def find_model(
+    name: str | os.PathLike[str],
+    repo: Path | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+) -> tuple[AnyModelRepo, str]:
+    """Find what has the model `name`, and the model's name there. Raises `ModelLoadingError`.
+
+    A name on the hub and a file are what they say; other names are those of `open_repo`.
+    """
+    name = os.fspath(name)
+    if name.startswith(hf.SCHEME):
+        return _open_hub(hf.HubModel.parse(name), is_offline(offline))
+    if file := _file_of(name):
+        return _open_file(file)
+    return open_repo(repo, cache_dir=cache_dir, offline=offline), name
+
+
+def _open_hub(model: hf.HubModel, offline: bool) -> tuple[AnyModelRepo, str]:
+    bag = hf.hub_file(model, model.bag_file, offline=offline)
+    # All of its files are of one revision, also if there is a new one by now.
+    members = HubRepo(model.pinned(bag), offline=offline)
+    return AnyModelRepo(members, NamedBags({model.name: bag}, members)), model.name
+
+
+def _file_of(name: str) -> Path | None:
+    """The file that a model's name is, if it is one. Raises `ModelLoadingError` for a path to none.
+
+    What has no folder in it and is no file may still be a model's name.
+    """
+    path = Path(name)
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, BAG_SUFFIX):
+        return None
+    if path.is_file():
+        return path
+    if path.name != name:
+        raise ModelLoadingError(f"{name}: there is no such file")
+    return None
+
+
+def _open_file(path: Path) -> tuple[AnyModelRepo, str]:
+    if path.suffix != BAG_SUFFIX:
+        model = LoneFile(path)
+        return AnyModelRepo(model, NamedBags({}, model)), path.stem
+    members = LocalRepo(path.parent, only=Bag.read(path).models)
+    no_model = LocalRepo(path.parent, only=())  # as the bag is meant, and not one of its name
+    return AnyModelRepo(no_model, NamedBags({path.stem: path}, members)), path.stem
+
+
+def model_label(name: str | os.PathLike[str]) -> str:
+    """Name a model in the paths of its stems: without the folder, suffix or host of its file."""
+    name = os.fspath(name)
+    if name.startswith(hf.SCHEME):
+        return hf.HubModel.parse(name).name
+    file = _file_of(name)
+    return file.stem if file else name
 
 
 def open_remote(
@@ -80,7 +165,7 @@ def open_remote(
 
 
 def get_model(
-    name: str,
+    name: str | os.PathLike[str],
     repo: Path | None = None,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -89,7 +174,9 @@ def get_model(
     """Build a model or a bag in evaluation mode, from files that are fetched if need be.
 
     Args:
-        name: a bag (`htdemucs`), a signature (`955717e8`), or `demucs_unittest`.
+        name: a bag (`htdemucs`), a signature (`955717e8`), or `demucs_unittest`; a file (`mine.th`,
+            `mine.safetensors`, or `bag.yaml`, whose models lie beside it); or a model on the hub of
+            Hugging Face (`hf://[NAMESPACE/]NAME[@REVISION]`), which is kept in that hub's cache.
         repo: a folder of checkpoints and bags, instead of the published ones.
         cache_dir: the folder to keep published checkpoints in (default: `DEMUCS_INFER_CACHE`, else
             that of PyTorch's hub, where `demucs` keeps them).
@@ -101,24 +188,28 @@ def get_model(
     """
     if name == UNITTEST_MODEL:
         return demucs_unittest().eval()
-    models = open_repo(None if repo is None else Path(repo), cache_dir=cache_dir, offline=offline)
-    return models.get_model(name).eval()
+    folder = None if repo is None else Path(repo)
+    models, found = find_model(name, folder, cache_dir=cache_dir, offline=offline)
+    return models.get_model(found).eval()
 
 
 def get_model_from_args(args: argparse.Namespace) -> nn.Module:
-    """The model that the options of `add_model_flags` ask for."""
+    """Build the model that options ask for: those of `add_model_flags`, or some of them."""
+    given = {name: getattr(args, name, None) for name in ("repo", "cache_dir", "offline")}
     return get_model(
-        name=args.sig or args.name or DEFAULT_MODEL,
-        repo=args.repo,
-        cache_dir=getattr(args, "cache_dir", None),
-        offline=getattr(args, "offline", None),
+        getattr(args, "sig", None) or getattr(args, "name", None) or DEFAULT_MODEL, **given
     )
+
+
+def _parse_remote_files(remote_file_list: Path) -> dict[str, str]:
+    """Read the list `REMOTE_ROOT / "files.txt"`: the address of each released checkpoint."""
+    return {sig: ROOT_URL + file for sig, file in released_files(Path(remote_file_list)).items()}
 
 
 def list_models(repo: Path | None = None) -> dict[str, dict[str, str | Path]]:
     """Single models and bags, as `{"single": {name: origin}, "bag": {name: origin}}`.
 
-    The origin is an address or a file, and of a published bag its definition. Raises
+    The origin is an address or a file, and of a bag the YAML file that lists its models. Raises
     `ModelLoadingError` if `repo` is no folder.
     """
     models = open_repo(None if repo is None else Path(repo))

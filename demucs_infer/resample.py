@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ZEROS, ROLLOFF = 24, 0.945  # of julius: zero crossings of the filter's sinc, and its cutoff
-LARGEST_KERNEL = 2**24  # coefficients
+LARGEST_KERNEL = 2**20  # coefficients: julius makes a million of them a second
 AT_ONCE = 16  # samples that a kernel gives, at least
 
 
@@ -58,6 +58,19 @@ class _Filters:
         )
 
     def _taps(self) -> Tensor:
+        """Taps `[new, 2 width + 1]` of each filter around the sample that it falls on.
+
+        Output `j` of a frame lies at `j old / new` input samples. Band-limited interpolation sums
+        the inputs `x[k]` by a sinc, low-passed at `cutoff` (in units of 1 / `old` samples, with a
+        little less than the smaller Nyquist frequency) and faded out after `ZEROS` of its zeros:
+
+            y[j] = sum_k x[k] h(t) / sum_k h(t),   t = (k / old - j / new) cutoff
+            h(t) = sinc(t) cos^2(pi t / (2 ZEROS))   for |t| < ZEROS, else 0
+
+        `h` is 0 further than `width` = ZEROS old / cutoff samples away, so the sum runs over the
+        `width` neighbours on each side of `k = floor(j old / new)`. The division makes a constant
+        signal keep its level.
+        """
         around = torch.arange(-self.width, self.width + 1)
         positions = self._positions[:, None] + around
         phases = torch.arange(self.new, dtype=torch.float64)[:, None] / self.new
@@ -67,7 +80,7 @@ class _Filters:
 
     @property
     def _positions(self) -> Tensor:
-        """The input sample at or before each output sample of a frame."""
+        """Input sample at or before each output sample of a frame."""
         return torch.arange(self.new) * self.old // self.new
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
-from .log import fatal, log_to_stderr, logger
-from .pretrained import DEFAULT_MODEL, add_model_flags
+from .log import fatal, is_terminal, log_to_stderr, logger
+from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .api import Separator
     from .io.batch import TrackResult
     from .io.output import Output
-    from .io.tracks import Job
+    from .io.tracks import TrackJob
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -191,18 +191,21 @@ def _take_address(args: argparse.Namespace) -> None:
 def _separate_tracks(args: argparse.Namespace) -> int:
     """Separate every track and return how many failed."""
     from .api import Separator
-    from .io.batch import checked_stems
+    from .io.batch import TrackResult, checked_stems
     from .io.tracks import plan_jobs
 
     output = _make_output(args)
     options = _separator_options(args, output)
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
-    jobs = plan_jobs(_find_tracks(args), output, separator.name, stems)
-    console = Console(len(jobs), quiet=args.quiet, json=args.json)
+    faults: list[tuple[Place, DemucsInferError]] = []
+    jobs = plan_jobs(_find_tracks(args, faults), output, separator.name, stems)
+    console = Console(len(jobs) + len(faults), quiet=args.quiet, json=args.json)
+    for name, fault in faults:
+        console.report(TrackResult(name, separator.name, error=fault).as_json())
     if args.ray is None:
         _separate_here(args, separator, output, jobs, console)
-    else:
+    elif jobs:
         del separator
         _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
@@ -213,7 +216,7 @@ def _separate_here(
     args: argparse.Namespace,
     separator: Separator,
     output: Output,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrackJob],
     console: Console,
 ) -> None:
     from .io.batch import Batch
@@ -230,7 +233,7 @@ def _separate_on_ray(
     args: argparse.Namespace,
     options: dict[str, Any],
     output: Output,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrackJob],
     console: Console,
 ) -> None:
     from .cluster import separate_on_ray
@@ -247,16 +250,25 @@ def _separate_on_ray(
     )
 
 
-def _find_tracks(args: argparse.Namespace) -> Iterator[Place]:
-    """The tracks that the command line and its list name. Raises `OptionError` if none is."""
+def _find_tracks(
+    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]]
+) -> Iterator[Place]:
+    """The tracks that the command line and its list name; `faults` takes what goes wrong.
+
+    Raises `OptionError` if there is neither.
+    """
     from .io.tracks import find_tracks, read_list
 
-    listed = () if args.from_file is None else read_list(args.from_file)
-    found = find_tracks(itertools.chain(args.tracks, listed), leave_out=args.out)
+    def report(name: Place, error: DemucsInferError) -> None:
+        faults.append((name, error))
+
+    listed = () if args.from_file is None else read_list(args.from_file, report)
+    names = itertools.chain(args.tracks, listed)
+    found = find_tracks(names, leave_out=args.out, report=report)
     first = next(found, None)
-    if first is None:
+    if first is None and not faults:
         raise OptionError(f"{args.from_file}: names no track")
-    return itertools.chain((first,), found)
+    return itertools.chain(() if first is None else (first,), found)
 
 
 def _model_name(args: argparse.Namespace) -> str:
@@ -268,7 +280,7 @@ def _make_output(args: argparse.Namespace) -> Output:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
-    folder = PIPE if args.out == PIPE else args.out / _model_name(args)
+    folder = PIPE if args.out == PIPE else args.out / model_label(_model_name(args))
     return Output(**{**values_of(Output, args), "folder": folder})
 
 
@@ -276,7 +288,7 @@ def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, An
     return {
         **values_of(SeparatorOptions, args),
         "model": _model_name(args),
-        "progress": sys.stderr.isatty() and not args.quiet and args.ray is None,
+        "progress": is_terminal(sys.stderr) and not args.quiet and args.ray is None,
         "stems": output.needed or args.stems,
     }
 

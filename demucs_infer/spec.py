@@ -51,12 +51,26 @@ def ispectro(
     return x.view(*other, x.shape[-1])
 
 
-def ispectro_inside(z: Tensor, hop_length: int, start: int, length: int) -> Tensor:
-    """Samples `start` to `start + length` of what `z` `[*, F, N]` is the inside of, as `[*, T]`.
+def istft_cropped(z: Tensor, hop_length: int, start: int, length: int) -> Tensor:
+    """Inverse STFT of `z` `[*, F, N]` between two silent frames at either end, as `[*, length]`.
 
-    Two frames of silence are taken to come before the first of `z` and two after its last, and
-    sample 0 is where the first of `z` starts. As `ispectro` otherwise, for windows of a whole
-    number of hops, which are added as shifted blocks.
+    Sample 0 is where the first frame of `z` starts, and the result begins at `start`. With frames
+    of four hops:
+
+        silence  |=======|                                       |=======|
+                   |=======|                                   |=======|
+        z            |=======|                               |=======|
+                       |=======|        ...                |=======|
+        samples      0   |------------ length ------------|
+                       start
+
+    A frame is the inverse FFT times the window `w`, and their sum is divided by the envelope that
+    two windows leave, one in each direction:
+
+        x[t] = sum_i w[t - i hop] ifft(z_i)[t - i hop]  /  sum_i w[t - i hop]^2
+
+    Silent frames add nothing to the sum above, only to the one below, so they are never made:
+    their part in the samples that are kept is in the envelope alone.
     """
     bins, frames = z.shape[-2:]
     n_fft = 2 * bins - 2

@@ -26,7 +26,7 @@ from .hub.outline import check_window
 from .hub.packages import read_package, write_safetensors
 from .hub.pickles import ClassName
 from .log import logger
-from .utils import appearing, capture_init, shortened
+from .utils import Uninitialized, appearing, capture_init, shortened
 
 __all__ = [
     "capture_init",
@@ -105,7 +105,7 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
         _import_diffq()
     weights, values = _room(state, quantized)
     # Without memory: the weights are about to be replaced, and any size may be asked for.
-    with _Budget(weights, values), torch.device("meta"):
+    with _Budget(weights, values), torch.device("meta"), Uninitialized():
         model = model_class(*package.get("args", ()), **kwargs)
     if quantized:
         _check_size(model, values)
@@ -239,7 +239,7 @@ def _import_diffq() -> Any:
     try:
         import diffq
     except ImportError as exc:
-        raise MissingDependencyError("diffq", "a quantized model", "quantized") from exc
+        raise MissingDependencyError("diffq", "a quantized model") from exc
     return diffq
 
 

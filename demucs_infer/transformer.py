@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import LayerScale
-from .engine.cpu_kernels import attention, packed, unpacked
+from .engine.cpu_kernels import attention, feed_forward, linear, project
 from .errors import OptionError
 from .utils import capture_init, signature_of
 
@@ -105,6 +105,35 @@ def sin_embedding_2d(
     return torch.cat([time, frequency], dim=-1).flatten(0, 1)
 
 
+def create_sin_embedding(
+    length: int,
+    dim: int,
+    shift: int = 0,
+    device: torch.device | str = "cpu",
+    max_period: float = 10000,
+) -> Tensor:
+    """Positions in time from `shift` on, as `[T, 1, C]`."""
+    table = sin_embedding(shift + length, dim, max_period, torch.device(device))
+    return table[shift:, None]
+
+
+def create_2d_sin_embedding(
+    d_model: int,
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
+    max_period: float = 10000,
+) -> Tensor:
+    """Positions in frequency (`height`) and time (`width`), as `[1, C, F, T]`.
+
+    Raises `OptionError` if `d_model` is no multiple of 4.
+    """
+    if d_model % 4:
+        raise OptionError(f"d_model={d_model} must be a multiple of 4")
+    table = sin_embedding_2d(height, width, d_model, max_period, torch.device(device))
+    return table.unflatten(0, (width, height)).permute(2, 1, 0)[None]
+
+
 class SequenceGroupNorm(nn.GroupNorm):
     """Group normalization of `[B, T, C]`."""
 
@@ -125,24 +154,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Attend from `x` `[B, T, C]` to `memory` `[B, U, C]`, or to itself."""
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if memory is None:
-            projected = F.linear(packed(x), self.in_proj_weight, self.in_proj_bias)
-            query, key, value = unpacked(projected).chunk(3, -1)
+            query, key, value = linear(x, weight, bias).chunk(3, -1)
         else:
-            dim = x.shape[-1]
-            weight, bias = self.in_proj_weight, self.in_proj_bias
-            query = unpacked(F.linear(packed(x), weight[:dim], bias[:dim]))
-            key, value = unpacked(F.linear(packed(memory), weight[dim:], bias[dim:])).chunk(2, -1)
+            query = linear(x, weight[:dim], bias[:dim])
+            key, value = linear(memory, weight[dim:], bias[dim:]).chunk(2, -1)
         query, key, value = (
             rearrange(part, "b t (h c) -> b h t c", h=self.num_heads)
             for part in (query, key, value)
         )
         mixed = rearrange(attention(query, key, value), "b h t c -> b t (h c)")
-        return unpacked(self.out_proj(packed(mixed)))
+        return project(self.out_proj, mixed)
 
 
 class TransformerLayer(nn.Module):
-    """What the self-attention and the cross-attention layer have in common."""
+    """Base of the self-attention and the cross-attention layer."""
 
     attention: str  # the name of the attention, which comes first in the order of parameters
     norm1: nn.Module
@@ -174,12 +201,11 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(options.dim)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.linear1(packed(x)))
-        return self.gamma_2(unpacked(self.linear2(hidden)))
+        return self.gamma_2(feed_forward(x, self.linear1, self.activation, self.linear2))
 
 
 class SelfLayer(TransformerLayer):
-    """A branch attends to itself."""
+    """Layer in which a branch attends to itself."""
 
     attention = "self_attn"
     self_attn: nn.Module
@@ -196,7 +222,7 @@ class SelfLayer(TransformerLayer):
 
 
 class CrossLayer(TransformerLayer):
-    """A branch attends to the other one."""
+    """Layer in which a branch attends to the other one."""
 
     attention = "cross_attn"
     cross_attn: nn.Module

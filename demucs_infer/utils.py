@@ -17,13 +17,15 @@ from reprlib import Repr
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .errors import OptionError
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
+DRAWING = frozenset(("normal_", "uniform_", "trunc_normal_", "bernoulli_", "random_"))
 _shorten = Repr()
 _shorten.maxother = _shorten.maxstring = 200  # characters
 
@@ -87,6 +89,22 @@ def capture_init(init: Init) -> Init:
         init(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+class Uninitialized(TorchFunctionMode):
+    """Leaves weights as they come while models are built that are given others.
+
+    On PyTorch's device `meta`, drawing them would import its compiler, which takes a second and a
+    folder for temporary files.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__ or func.__name__ in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def signature_of(options: type) -> inspect.Signature:

@@ -11,7 +11,7 @@ import torch
 
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import download, registry
-from demucs_infer.hub.download import Patience
+from demucs_infer.hub.http import Patience
 
 from .helpers import TINY, noise, publish, save_package, shake
 from .web import Web, serving
@@ -46,7 +46,7 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Other processes take part by running `web.code` first.
     """
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "DEMUCS_INFER_OFFLINE"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "DEMUCS_INFER_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     weights = io.BytesIO()
@@ -59,6 +59,8 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             f"registry.REMOTE_ROOT = Path({str(tmp_path)!r});"
         )
         monkeypatch.setenv("DEMUCS_INFER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # the second host is down
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
         monkeypatch.setattr(download, "PATIENCE", Patience(attempts=2, backoff=0))
         registry.registry.cache_clear()

@@ -125,11 +125,21 @@ def _lists(folder: Path) -> Sequence[bytes]:
     return [LIST.encode(), LIST.encode("utf-16"), b"\xef\xbb\xbfa.wav\r\n", LIST.encode("utf-32")]
 
 
+def _is_outside(name: object) -> bool:
+    """Tell whether a name is a folder of this machine, which is too large to be searched."""
+    try:
+        text = str(name).removeprefix("file://")
+        return Path(text).is_dir() and not Path(text).resolve().is_relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return False
+
+
 def _read_list(path: Path) -> None:
     from demucs_infer.io.output import Output
     from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
 
-    tracks = list(itertools.islice(find_tracks(read_list(path)), 1000))
+    names = (name for name in read_list(path) if not _is_outside(name))
+    tracks = list(itertools.islice(find_tracks(names), 1000))
     plan_jobs(tracks, Output("out", "{parent}/{track}-{trackext}-{stem}"), "model", ["drums"])
 
 
@@ -332,11 +342,79 @@ def _read_registry(path: Path) -> None:
     list(catalog())
 
 
+# Container, and codecs that are tried in it; what cannot be encoded here is left out.
+SOUNDS = {
+    "wav": "pcm_s16le pcm_f32le adpcm_ms adpcm_ima_wav pcm_mulaw",
+    "aiff": "pcm_s16be",
+    "au": "pcm_s16be",
+    "w64": "pcm_s24le",
+    "caf": "pcm_s16le alac",
+    "flac": "flac",
+    "mp3": "mp3",
+    "mp4": "aac",
+    "ipod": "alac",
+    "mov": "pcm_s24le",
+    "ogg": "libopus flac vorbis",
+    "matroska": "aac flac alac mp3 libopus",
+    "mpegts": "mp2 ac3 aac",
+    "mpeg": "mp2",
+    "avi": "mp3 pcm_s16le",
+    "flv": "mp3",
+    "asf": "wmav2",
+    "wv": "wavpack",
+    "tta": "tta",
+    "adts": "aac",
+    "ac3": "ac3",
+    "eac3": "eac3",
+    "dts": "dca",
+    "voc": "pcm_s16le",
+    "nut": "mp3",
+    "truehd": "truehd",
+    "rm": "ac3",
+}
+
+
+def _sounds(folder: Path) -> Sequence[bytes]:
+    made = (_sound(folder, kind, codec) for kind in SOUNDS for codec in SOUNDS[kind].split())
+    return list(filter(None, made))
+
+
+def _sound(folder: Path, kind: str, codec: str) -> bytes:
+    import av
+    import numpy as np
+
+    path = folder / "seed"
+    samples = np.random.default_rng(1).normal(0, 0.1, (1, 2 * 16000)).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(samples, "flt", "stereo")
+    frame.sample_rate = 48000
+    try:
+        with av.open(str(path), "w", format=kind) as container:
+            container.metadata["title"] = "noise"
+            stream = container.add_stream(codec, rate=48000, options={"strict": "-2"})
+            stream.layout = "stereo"
+            for part in (frame, None):
+                container.mux(stream.encode(part))
+    except (av.FFmpegError, ValueError):
+        return b""
+    return path.read_bytes()
+
+
+def _read_audio(path: Path) -> None:
+    from demucs_infer.audio import AudioFile
+    from demucs_infer.io.mixture import Decoder, Limits
+
+    file = AudioFile(path)
+    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).blocks():
+        pass
+    _ = file.tags, file.info
+
+
 TARGETS = {
     "th": Target(_archives, _mutate_archive, _run_checkpoint, "input.th"),
     "safetensors": Target(_safetensors, _mutate_safetensors, _run_checkpoint, "input.safetensors"),
     "bags": Target(_bags, mutate_words(YAML_WORDS), _read_bag, "bag.yaml"),
     "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yaml"),
+    "audio": Target(_sounds, mutate_bytes, _read_audio),
     "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
     "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),
 }

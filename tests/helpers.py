@@ -140,8 +140,6 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
     checkpoints = {
         name: {
             "description": f"the {name} model",
-            "folder": "models",
-            "file": f"{name}-{digest[:8]}.th",
             "sha256": digest,
             **({"megabytes": 1} if name == "first" else {}),
         }
@@ -152,13 +150,16 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
         "url": f"{root}/elsewhere/weights.ckpt",
         "sha256": state_digest,
         "source": "someone",
-        "license": "MIT",
+        "licence": "MIT",
         "architecture": {"klass": "demucs.htdemucs.HTDemucs", "kwargs": TINY},
     }
-    bags = {
-        name: {"description": f"of {name}", "sources": SOURCES, "models": models}
-        for name, models in {"one": ["first"], "both": ["first", "second"]}.items()
-    }
+    files = "".join(f"{name}-{digest[:8]}.th\n" for name in checkpoints)
+    (folder / "files.txt").write_text(f"root: models/\n{files}")
+    members = {"one": ["first"], "both": ["first", "second"], "foreign": ["foreign_state"]}
+    for name, models in members.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"models": models}))
+    bags = {name: {"description": f"of {name}", "sources": SOURCES} for name in members}
+    community = {"foreign": bags.pop("foreign")}
     registry = {
         "root": f"{root}/",
         "embedded": {},
@@ -166,7 +167,7 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
         "bags": bags,
         "community": {
             "checkpoints": {"foreign_state": foreign},
-            "bags": {"foreign": {**bags["one"], "models": ["foreign_state"]}},
+            "bags": community,
         },
     }
     (folder / "registry.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))

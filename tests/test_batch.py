@@ -240,6 +240,20 @@ def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return lambda *options: main(["--repo", str(repo), "-n", "tiny", *map(str, options)])
 
 
+def test_damage_is_reported(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_track(tmp_path / "a.wav", 2)
+    (tmp_path / "b.wav").write_bytes(whole.read_bytes()[: -4 * 2 * 8000])
+    command("a.wav", "b.wav", "--json")
+    output = capsys.readouterr()
+    a, b = (json.loads(line) for line in output.out.splitlines())
+    assert (a["damaged"], a["seconds"]) == (None, 2)
+    assert b["damaged"] == {"places": 0, "seconds": 1.0, "end_missing": True}
+    assert (b["seconds"], b["error"]) == (1, None)
+    assert output.err.count("b.wav: is cut off at the end, 1.00 s of sound lost") == 1
+
+
 def test_a_folder_a_bad_file_and_a_summary(
     command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,8 @@ def test_json(published: Web, checkpoint: bytes, tmp_path: Path) -> None:
     assert file["url"].startswith(f"{published.url}/models/first-")
     foreign = models["foreign"]
     assert foreign["group"] == "community"
-    assert (foreign["files"][0]["source"], foreign["files"][0]["license"]) == ("someone", "MIT")
+    assert (foreign["files"][0]["source"], foreign["files"][0]["licence"]) == ("someone", "MIT")
+    assert (foreign["licence"], first["licence"]) == ("MIT", "not stated")
     assert "\n    one   on disk  " in command(published, "--list-models").stdout
 
 
@@ -173,4 +174,4 @@ def test_a_damaged_package(damage, words: str, options: list, tmp_path: Path) ->
     (line,) = result.stderr.splitlines()
     assert (result.returncode, result.stdout) == (1, "")
     assert words in line
-    assert "install demucs-infer again" in line
+    assert "install this package again" in line

@@ -84,7 +84,7 @@ def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['ray'] = None;"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
     result = run("-c", code, "--repo", repo, "-n", "tiny", "in", "--ray", cwd=tmp_path)
-    assert_one_line(result, 'pip install "demucs-infer[ray]"')
+    assert_one_line(result, 'pip install "ray[data]"')
 
 
 # --- Ray ----------------------------------------------------------------------------------------
@@ -139,6 +139,19 @@ def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) ->
     assert len(results) == 41
     assert [result["input"] for result in results if result["error"]] == ["broken.wav"]
     assert_same_stems(job / "ray", job / "plain")
+
+
+def test_ended_by_a_signal(job: Path, repo: Path) -> None:
+    """Ray has a handler of its own, and workers that die after the command has let go of them."""
+    process = on_ray(repo, "in", "-o", "ended", cwd=job)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["error"] is None
+    process.send_signal(signal.SIGTERM)
+    results, errors = finish(process)
+    assert (process.returncode, errors) == (143, ["demucs-infer: error: ended by SIGTERM"])
+    assert len(results) < 39
+    assert len(list((job / "ended/tiny").iterdir())) >= 1 + len(results)
+    assert not list((job / "ended/tiny").glob(".*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

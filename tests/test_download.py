@@ -21,8 +21,9 @@ from types import SimpleNamespace
 import pytest
 
 from demucs_infer.errors import DownloadError
-from demucs_infer.hub import download
-from demucs_infer.hub.download import Patience, fetch
+from demucs_infer.hub import download, http
+from demucs_infer.hub.download import fetch
+from demucs_infer.hub.http import Patience
 
 from . import web as answers
 from .web import CONTENT, DIGEST, HALF, Web, breaks_at, serving, stalls_at, status
@@ -34,7 +35,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 # Fetches argv[1] as argv[2], with messages on standard error.
 SCRIPT = f"""
 import logging, pathlib, signal, sys
-from demucs_infer.hub.download import Patience, fetch
+from demucs_infer.hub.download import fetch
+from demucs_infer.hub.http import Patience
 logging.basicConfig(format="%(message)s")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}", patience=Patience(timeout=600))
@@ -193,6 +195,7 @@ def test_pauses(web: Web, target: Path, monkeypatch: pytest.MonkeyPatch) -> None
     pauses: list[float] = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=lambda: 1e9)
     monkeypatch.setattr(download, "time", clock)
+    monkeypatch.setattr(http, "time", clock)
     date = formatdate(1e9 + 5, usegmt=True)
     web.answers = [
         *(status(429, Retry_After=value) for value in (7, date, "soon")),

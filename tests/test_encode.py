@@ -134,6 +134,9 @@ def test_too_many_channels(format: str, channels: int, tmp_path: Path) -> None:
         ("mp3", 96_000, 48_000),
         ("opus", 8000, 48_000),
         ("m4a", 192_000, 96_000),
+        ("ogg", 44_056, 44_056),
+        ("ogg", 384_000, 192_000),
+        ("flac", 768_000, 768_000),
     ],
 )
 def test_the_next_rate_that_a_format_has(format: str, wanted: int, rate: int) -> None:

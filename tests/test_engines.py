@@ -116,7 +116,7 @@ def test_what_openvino_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_openvino_the_message_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "demucs-infer\[openvino\]"'):
+    with pytest.raises(MissingDependencyError, match=r"pip install openvino$"):
         on_engine(HTDemucs(**TINY), EngineOptions(engine="openvino"))
 
 

@@ -81,12 +81,12 @@ def test_small_models_equal_the_reference(options: dict, length: int) -> None:
 
 
 @pytest.mark.parametrize("options", SMALL, ids=str)
-def test_layers_in_bands_equal_the_reference(
+def test_layers_in_tiles_equal_the_reference(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large models are cut along frequency on a CPU; here, in bands of a few rows."""
+    """Large models are cut along frequency on a CPU; here, in tiles of a few rows."""
     monkeypatch.setattr(cpu_kernels, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(cpu_kernels, "BAND_BYTES", 2**13)
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**13)
     theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])
     with torch.no_grad():

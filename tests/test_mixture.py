@@ -7,9 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from demucs_infer.audio import AudioFile, convert_audio
-from demucs_infer.errors import LoadAudioError
-from demucs_infer.io.mixture import BLOCK, Decoder, Mixture, Moments
+from demucs_infer.audio import AudioFile, convert_audio, save_audio
+from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.io.mixture import BLOCK, Decoder, Limits, Mixture, Moments
 
 from .helpers import assert_close, noise
 
@@ -63,3 +63,43 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", wav, 8000, subtype="FLOAT")
     with pytest.raises(LoadAudioError, match=r"a\.wav: has samples that are not finite"):
         list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).blocks())
+
+
+@pytest.mark.parametrize("loud", [1e25, -2e6])
+def test_values_that_no_music_has(loud: float, tmp_path: Path) -> None:
+    wav = np.zeros((1000, 2), np.float32)
+    wav[5] = loud
+    soundfile.write(tmp_path / "a.wav", wav, 8000, subtype="FLOAT")
+    with pytest.raises(LoadAudioError, match=r"a\.wav: has samples that are louder than 1e\+06"):
+        list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).blocks())
+
+
+def test_a_limit_ends_the_reading_when_it_is_passed(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1, 100 * BLOCK)[0].numpy(), 8000)
+    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=20))
+    with pytest.raises(LoadAudioError, match=r"a\.wav: is longer than 20 s, the limit here"):
+        list(decoder.blocks())
+    assert decoder.length < 20 * 8000 + 2 * BLOCK
+
+
+def test_a_track_of_the_longest_duration_is_read(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1, 8000)[0].numpy(), 8000)
+    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=1))
+    assert torch.cat(list(decoder.blocks()), -1).shape == (2, 8000)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_limit_that_is_none(seconds: float) -> None:
+    with pytest.raises(OptionError, match="max_duration"):
+        Limits(max_duration=seconds)
+
+
+def test_strict_refuses_a_damaged_track(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    save_audio(noise(2, 441_000), path, 44100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    decoder = Decoder(AudioFile(path), 44100, 2)
+    list(decoder.blocks())
+    assert decoder.damage.end_missing
+    with pytest.raises(LoadAudioError, match=r"a\.flac: is .*cut off at the end"):
+        list(Decoder(AudioFile(path), 44100, 2, Limits(strict=True)).blocks())

@@ -3,11 +3,13 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
 import demucs.htdemucs
 import pytest
+import yaml
 
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
@@ -21,22 +23,28 @@ FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"
 def test_what_was_published() -> None:
     content = registry.registry()
     community = content["community"]
+    bags = {
+        name: {**registry.bags()[name], **yaml.safe_load(path.read_text())}
+        for name, path in registry.bag_files().items()
+    }
+    files = registry.released_files(registry.REMOTE_ROOT / "files.txt")
     facts = {
         "root": content["root"],
         "checkpoints": {
-            sig: [entry[key] for key in ("folder", "file", "sha256")]
+            sig: [*files[sig].split("/"), entry["sha256"]]
             for sig, entry in content["checkpoints"].items()
         },
         "bags": {
             name: [bag["models"], bag.get("weights"), bag.get("segment")]
-            for name, bag in content["bags"].items()
+            for name, bag in bags.items()
+            if not registry.is_community(name)
         },
         "community": {
-            sig: [entry[key] for key in ("url", "sha256", "license", "source")]
+            sig: [entry[key] for key in ("url", "sha256", "licence", "source")]
             for sig, entry in community["checkpoints"].items()
         },
         "community bags": {
-            name: [bag["models"], bag["sources"]] for name, bag in community["bags"].items()
+            name: [bags[name]["models"], bags[name]["sources"]] for name in community["bags"]
         },
     }
     assert sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest() == FACTS
@@ -58,7 +66,7 @@ def test_checkpoints() -> None:
         if checksum:
             assert checkpoint.sha256.startswith(checksum[1])
         assert checkpoint.description
-        assert registry.is_community(sig) == bool(checkpoint.license and checkpoint.source)
+        assert registry.is_community(sig) == bool(checkpoint.source)
 
 
 def test_bags() -> None:
@@ -151,9 +159,11 @@ def test_offline(value: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (registry.REMOTE_ROOT / "registry.yaml").read_text()
-    (tmp_path / "registry.yaml").write_text(text.replace("htdemucs_6s", "renamed"))
-    monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
+    folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
+    text = (folder / "registry.yaml").read_text()
+    (folder / "registry.yaml").write_text(text.replace("htdemucs_6s", "renamed"))
+    (folder / "htdemucs_6s.yaml").rename(folder / "renamed.yaml")
+    monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
     registry.registry.cache_clear()
     assert "renamed" in registry.bags()
     registry.registry.cache_clear()

@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+import demucs.pretrained
+import demucs.repo
 import pytest
 import torch
+import yaml
 
+from demucs_infer import pretrained
 from demucs_infer.api import Separator
 from demucs_infer.apply import BagOfModels
 from demucs_infer.errors import DownloadError, ModelLoadingError
@@ -28,8 +32,10 @@ from demucs_infer.pretrained import (
     get_model,
     get_model_from_args,
     list_models,
+    model_label,
 )
-from demucs_infer.repo import LocalRepo, RemoteRepo, check_checksum
+from demucs_infer.repo import BagOnlyRepo, LocalRepo, RemoteRepo, check_checksum
+from demucs_infer.separate import main
 from demucs_infer.states import save_model, save_with_checksum
 
 from . import web as answers
@@ -234,7 +240,7 @@ def test_what_is_missing_is_one_message(published: Web, tmp_path: Path) -> None:
             assert part in message
     assert published.paths == []
     published.always = answers.status(404)
-    with pytest.raises(DownloadError, match=rf"404 Not Found: fetch .*{digest}.*--repo"):
+    with pytest.raises(DownloadError, match=rf"404 Not Found; .*refused: fetch .*{digest}.*--repo"):
         get_model("one")
 
 
@@ -292,6 +298,7 @@ from demucs_infer.pretrained import get_model
 {published.code}
 os.chdir({str(tmp_path / "cache")!r})
 get_model("foreign", cache_dir="../warm")  # imports all that is needed
+registry.bags()
 if os.getuid() == 0:  # whom permissions do not bind
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 print(get_model("first", cache_dir=".").sources)
@@ -342,3 +349,72 @@ def test_local_repo_scans_again(folder: Path) -> None:
     assert not models.has_model("more")
     models.scan()
     assert list(models.list_model()) == ["more", "tiny"]
+
+
+@pytest.mark.parametrize("suffix", [".th", ".safetensors"])
+def test_a_file_is_a_model(suffix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"my-20240101{suffix}"  # no checksum
+    model = get_model("tiny", folder)
+    if suffix == ".th":
+        (folder / "tiny.th").rename(folder / name)
+    else:
+        save_model(model, folder / name)
+    monkeypatch.chdir(folder)
+    for path in (name, f"./{name}", str(folder / name), folder / name):
+        found = get_model(path)
+        assert torch.equal(found.encoder[0].conv.weight, model.encoder[0].conv.weight)
+        assert Separator(path, device="cpu").name == model_label(path) == "my-20240101"
+
+
+def test_a_bag_is_a_file_with_models_beside_it(folder: Path) -> None:
+    shutil.copy(folder / "tiny.th", folder / "other-1.th")
+    shutil.copy(folder / "tiny.th", folder / "other-2.th")  # of another model than those of the bag
+    shutil.copy(folder / "pair.yaml", folder / "tiny.yaml")  # and not the model of this name
+    for name in ("pair", "tiny"):
+        bag = get_model(folder / f"{name}.yaml")
+        assert isinstance(bag, BagOfModels)
+        assert Separator(str(folder / f"{name}.yaml"), device="cpu").name == name
+
+
+def test_paths_to_nothing(folder: Path) -> None:
+    for name in ("./absent.th", str(folder / "absent.yaml"), str(folder / "absent.safetensors")):
+        with pytest.raises(ModelLoadingError, match="there is no such file"):
+            get_model(name)
+    for name in ("absent.th", "absent.yaml", str(folder)):
+        with pytest.raises(ModelLoadingError, match="no model is named"):
+            get_model(name)
+    (folder / "lost.yaml").write_text("models: ['../tiny']")
+    with pytest.raises(ModelLoadingError, match=r"no model is named '\.\./tiny'"):
+        get_model(folder / "lost.yaml")
+
+
+def test_stems_of_a_file_are_in_a_folder_of_its_stem(folder: Path, track: Path) -> None:
+    out = track.parent / "out"
+    main(["-n", str(folder / "tiny.th"), "-q", "-d", "cpu", "-o", str(out), str(track)])
+    assert {path.parent.relative_to(out).as_posix() for path in out.rglob("*.wav")} == {
+        "tiny/track"
+    }
+
+
+def test_arguments_with_some_of_the_flags(repo: Path) -> None:
+    args = argparse.Namespace(name="tiny", repo=repo)
+    assert isinstance(get_model_from_args(args), HTDemucs)
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    assert parser.parse_args([]).name == "htdemucs"  # as programs expect that print it
+
+
+def test_lists_of_files_are_those_of_the_reference() -> None:
+    ours = pretrained._parse_remote_files(pretrained.REMOTE_ROOT / "files.txt")
+    theirs = demucs.pretrained._parse_remote_files(demucs.pretrained.REMOTE_ROOT / "files.txt")
+    assert ours == theirs
+    bags = BagOnlyRepo(pretrained.REMOTE_ROOT, RemoteRepo(ours)).list_model()
+    known = demucs.repo.BagOnlyRepo(demucs.pretrained.REMOTE_ROOT, None).list_model()
+    assert set(known) <= set(bags)
+    assert "registry" not in bags
+    for name, path in known.items():
+        definition = yaml.safe_load(bags[name].read_text())
+        assert definition == yaml.safe_load(path.read_text())
+    assert list_models()["bag"] == bags
+    # An address that the registry knows has all of its digest.
+    assert len(RemoteRepo(ours)._checkpoints["955717e8"].sha256) == 64

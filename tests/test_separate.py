@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -246,3 +247,21 @@ def test_a_full_disk_leaves_no_half_stem(format: str, repo: Path, track: Path) -
     result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", out, "--format", format, track)
     assert_one_line(result, "cannot be written")
     assert stems_of(out) == set()
+
+
+def test_tracks_that_are_damaged_or_too_long_may_be_refused(repo: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", noise(2, 24_000).T.numpy(), 8000)
+    cut = (tmp_path / "long.wav").read_bytes()[:50_000]
+    (tmp_path / "cut.wav").write_bytes(cut)
+    model = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out", "--json"]
+    result = separate(*model, "--max-duration", 2, "--strict", tmp_path / "long.wav")
+    assert result.returncode == 1
+    assert "is longer than 2 s" in json.loads(result.stdout)["error"]
+    result = separate(*model, "--strict", tmp_path / "cut.wav", tmp_path / "long.wav")
+    assert result.returncode == 1
+    damaged, whole = map(json.loads, result.stdout.splitlines())
+    assert "cut off" in damaged["error"]
+    assert whole["error"] is None
+    result = separate(*model, tmp_path / "cut.wav")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["damaged"]["end_missing"]

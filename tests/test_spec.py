@@ -8,7 +8,7 @@ from demucs_infer.spec import (
     channels_as_complex,
     complex_as_channels,
     ispectro,
-    ispectro_inside,
+    istft_cropped,
     phase_of,
     reflect_pad,
     spectro,
@@ -48,7 +48,7 @@ def test_the_inside_of_a_spectrum_is_inverted_as_with_silence_around_it(
 ) -> None:
     z = torch.randn(2, 257, 6, dtype=torch.complex64)
     whole = ispectro(torch.nn.functional.pad(z, (2, 2)), 128, 1152)
-    out = ispectro_inside(z, 128, start, length)
+    out = istft_cropped(z, 128, start, length)
     assert_close(out, whole[:, start : start + length], 1e-6)
 
 

@@ -100,7 +100,7 @@ def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_names_of_urls(text: str, name: str, folder: str, suffix: str) -> None:
     url = place(text)
     assert isinstance(url, Url)
-    assert (url.name, url.folder_name, url.suffix) == (name, folder, suffix)
+    assert (url.name, url.parent_name, url.suffix) == (name, folder, suffix)
 
 
 @pytest.mark.parametrize("text", ["a.wav", "C://a.wav", "c:\\a.wav", "a/s3:/b", "/s3://b", "1://a"])

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and how much is worked on at once: what makes networks fast on CPUs.
+"""Layout of tensors in memory, and tiles that fit the cache: what makes networks fast on CPUs.
 
 The layers compute the same without any of this; each function says what it gains. Seconds were
 measured on two cores with AVX-512, for a window of 7.8 s of htdemucs.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 from ..compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
 
-BAND_BYTES = 2**21  # of the widest result within a band: the cache of a core holds it
-WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each band
+TILE_BYTES = 2**21  # of the widest result within a tile: the cache of a core holds it
+WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each tile
+NORM_STEPS = 1024  # whose sum in float32 is as good as exact
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -32,7 +34,7 @@ def _eager_on_cpu(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """`x` `[B, C, F, T]` or `[B, C, T]`, on a CPU with its channels side by side in memory.
 
-    Convolutions, norms and gates then read what they need in one piece (within a band, the
+    Convolutions, norms and gates then read what they need in one piece (within a tile, the
     outermost 3x3 convolution takes 30 instead of 36 ms, its 1x1 one 4 instead of 8), the residual
     branches see each bin as a row without a copy, and the transformer its tokens. What is computed
     from such a tensor is laid out like it.
@@ -66,14 +68,86 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
 
 
+def _sums_are_naive(x: Tensor) -> bool:
+    """Tell if PyTorch's norm of `x` `[B, C, T]` adds up one value after the other."""
+    return x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] > 1 and _eager_on_cpu(x)
+
+
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that leaves channels last in `[B, C, T]` too."""
+    """`nn.GroupNorm` that leaves channels last in `[B, C, T]` too, and is exact for any length."""
 
     def forward(self, x: Tensor) -> Tensor:
+        steps = x.flatten(2)
+        if steps.shape[2] > NORM_STEPS and _sums_are_naive(steps):
+            return self._exact(steps).reshape(x.shape)
         return super().forward(x.unsqueeze(2)).squeeze(2) if x.dim() == 3 else super().forward(x)
 
+    def _exact(self, x: Tensor) -> Tensor:
+        """Normalize `x` `[B, C, T]` by sums over short pieces, which are added in float64.
 
-def rows(x: Tensor, start: int, stop: int) -> Tensor:
+        PyTorch adds all values of a channel one by one in float32 where channels are last: for
+        400,000 steps the result is 1e-4 off, and by sums of pieces 1e-6.
+        """
+        channels, length = x.shape[1:]
+        rows, whole = x.transpose(1, 2), length // NORM_STEPS * NORM_STEPS  # [B, T, C]
+        pieces = [rows[:, :whole].unflatten(1, (-1, NORM_STEPS)), rows[:, None, whole:]]
+        total = self._added([piece.sum(2) for piece in pieces])
+        norms = [torch.linalg.vector_norm(piece, dim=2) for piece in pieces]
+        squares = self._added([norm.double().square() for norm in norms])
+        count = length * channels // self.num_groups
+        mean = total / count  # [B, G]
+        deviation = (squares / count - mean**2).clamp_min(0).add(self.eps).sqrt()
+        gain = self.weight.view(self.num_groups, -1) / deviation[..., None]  # [B, G, C / G]
+        offset = self.bias.view(self.num_groups, -1) - mean[..., None] * gain
+        gain, offset = (part.flatten(1)[:, None].to(x.dtype) for part in (gain, offset))
+        return torch.addcmul(offset, rows, gain).transpose(1, 2)
+
+    def _added(self, sums: list[Tensor]) -> Tensor:
+        """Add up sums `[B, N, C]` of pieces, as `[B, G]` in float64."""
+        whole = torch.cat(sums, dim=1).double().sum(1)
+        return whole.unflatten(1, (self.num_groups, -1)).sum(2)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The rows (bins) of what is read that a row of the result of a convolution depends on.
+
+    Row `i` sees `kernel` rows from `i * stride - pad` on, with zeros outside of the spectrum:
+
+        read      |0 0|. . . . . . . . . . . .|0 0|      kernel 4, stride 2, pad 2
+        result      |___0___|___2___|                    (rows 0 and 2; row 1 overlaps both)
+
+    `transposed`: the other way round, each row that is read reaches `kernel` rows of the result,
+    from `i * stride` on, and `pad` rows at either end of the result are cut off.
+    """
+
+    kernel: int
+    stride: int = 1
+    pad: int = 0
+    transposed: bool = False
+
+    def count(self, bins: int) -> int:
+        """Rows of the result for `bins` rows."""
+        if self.transposed:
+            return (bins - 1) * self.stride + self.kernel - 2 * self.pad
+        return (bins + 2 * self.pad - self.kernel) // self.stride + 1
+
+    def of(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], start: int, stop: int
+    ) -> Tensor:
+        """Rows `start` to `stop` of the result of `function`."""
+        if not self.transposed:
+            first = start * self.stride - self.pad
+            last = (stop - 1) * self.stride + self.kernel - self.pad
+            return function(*(_rows(x, first, last) for x in inputs))
+        start, stop = start + self.pad, stop + self.pad
+        first = max(0, (start - self.kernel) // self.stride + 1)
+        last = min(inputs[0].shape[2], (stop - 1) // self.stride + 1)
+        whole = function(*(x[:, :, first:last] for x in inputs))
+        return whole[:, :, start - first * self.stride : stop - first * self.stride]
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of `x` `[B, C, F, T]`, with zeros outside of it."""
     bins = x.shape[2]
     above, below = max(0, -start), max(0, stop - bins)
@@ -81,35 +155,59 @@ def rows(x: Tensor, start: int, stop: int) -> Tensor:
     return F.pad(inside, (0, 0, above, below)) if above or below else inside
 
 
-def in_bands(
-    function: Callable[[int, int], Tensor], x: Tensor, count: int, channels: int
+def in_tiles(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], reach: Reach, widest: int | None
 ) -> Tensor:
-    """Join along frequency what `function(start, stop)` gives for parts of `count` rows.
+    """Apply `function`, a layer along frequency, to `inputs` `[B, C, F, T]`, tile by tile of rows.
 
-    `x` is what is read, and `channels` how many of them the widest result on the way has. On a CPU
-    the parts are small enough for the cache, and none of the results on the way is kept whole: the
-    outermost encoder takes 40 instead of 148 ms, the outermost decoder 102 instead of 246.
+    `widest` is the number of channels of the largest result on the way; None is for a layer that
+    needs all rows at once. On a CPU tiles are small enough for the cache, and none of the results
+    on the way is kept whole: the outermost encoder takes 40 instead of 148 ms, the outermost
+    decoder 102 instead of 246.
     """
-    row_bytes = x.shape[0] * channels * x.shape[-1] * x.element_size()
-    if count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
-        return function(0, count)
-    parts = math.ceil(count / max(1, BAND_BYTES // row_bytes))
-    edges = [count * index // parts for index in range(parts + 1)]
-    return torch.cat([function(*edge) for edge in itertools.pairwise(edges)], dim=2)
+    x = inputs[0]
+    count = reach.count(x.shape[2])
+    row_bytes = x.shape[0] * (widest or 0) * x.shape[-1] * x.element_size()
+    if widest is None or count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
+        return reach.of(function, inputs, 0, count)
+    tiles = math.ceil(count / max(1, TILE_BYTES // row_bytes))
+    edges = [count * index // tiles for index in range(tiles + 1)]
+    return torch.cat([reach.of(function, inputs, *e) for e in itertools.pairwise(edges)], dim=2)
 
 
-def packed(x: Tensor) -> Tensor:
-    """`x` as oneDNN's tensor where that makes matrix products faster, else `x` itself.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by oneDNN where that makes products of matrices faster.
 
     PyTorch leaves float32 products to MKL, which does not use AVX-512 on every processor that has
-    it: 470 GFLOP/s instead of 210, and the transformer takes 0.67 instead of 1.17 s. What linear
-    layers, activations and softmax make of such a tensor is one, too.
+    it: 470 GFLOP/s instead of 210, and the transformer takes 0.67 instead of 1.17 s.
+    """
+    return _unpacked(F.linear(_packed(x), weight, bias))
+
+
+def feed_forward(
+    x: Tensor, inner: nn.Module, activation: Callable[[Tensor], Tensor], outer: nn.Module
+) -> Tensor:
+    """`outer(activation(inner(x)))` of two linear layers, by oneDNN like `linear`.
+
+    Layers that are no plain ones any more, such as quantized ones, run as they are.
+    """
+    plain = type(inner) is type(outer) is nn.Linear
+    return _unpacked(outer(activation(inner(_packed(x) if plain else x))))
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` of a linear layer, by oneDNN like `linear` if it is a plain one."""
+    return linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """`x` as oneDNN's tensor where products are faster so. What linear layers, activations and
+    softmax make of one is one, too.
     """
     return x.to_mkldnn() if _onednn(x) else x
 
 
-def unpacked(x: Tensor) -> Tensor:
-    """Undo `packed`."""
+def _unpacked(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
@@ -125,7 +223,7 @@ def _onednn(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `[B, H, T, C]`; by `packed` in 50 instead of 79 ms.
+    """Scaled dot-product attention of `[B, H, T, C]`; by oneDNN in 50 instead of 79 ms.
 
     In float32 that is faster than PyTorch's bfloat16, too (by a third), where there are no tiles.
     """
@@ -140,6 +238,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = key[item, head].contiguous(), value[item, head].t().contiguous()
             for start in range(0, query.shape[2], ATTENTION_ROWS):
                 part = slice(start, start + ATTENTION_ROWS)
-                scores = F.linear(packed(query[item, head, part].contiguous()), keys)
-                mixed[item, head, part] = unpacked(F.linear(scores.softmax(-1), values))
+                scores = F.linear(_packed(query[item, head, part].contiguous()), keys)
+                mixed[item, head, part] = _unpacked(F.linear(scores.softmax(-1), values))
     return mixed

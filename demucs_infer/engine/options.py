@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "htdemucs"
-HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"  # titles in --help
+# Titles in --help.
+HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
+READ = "which tracks are accepted"
 
 Callback = Callable[[dict[str, Any]], Any]
 Given = ParamSpec("Given")
@@ -73,7 +75,10 @@ class ModelOptions:
     """Which model, and where it comes from."""
 
     model: str = option(
-        DEFAULT_MODEL, "name of a bag or signature of a model (see `list_models`)", ""
+        DEFAULT_MODEL,
+        "name of a bag or signature of a model (see `list_models`), its file, or"
+        " hf://[NAMESPACE/]NAME[@REVISION]",
+        "",
     )
     repo: str | os.PathLike[str] | None = option(
         None,
@@ -192,6 +197,18 @@ class SeparationOptions:
         "windows in one batch (default: on a GPU what its memory holds, else 1)",
         type=POSITIVE,
         metavar="N",
+    )
+    max_duration: float | None = option(
+        None,
+        "refuse tracks that are longer, as soon as that is known (default: any length)",
+        section=READ,
+        type=SECONDS,
+        metavar="SECONDS",
+    )
+    strict: bool = option(
+        False,
+        "a track that is damaged or cut off is an error, instead of separated without the damage",
+        action="store_true",
     )
 
 

@@ -30,9 +30,17 @@ def fade(length: int, transition_power: float) -> Tensor:
 
 
 def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tensor:
-    """What window `index` contributes at each of its samples, `[n]`: shares of a pass sum to 1.
+    """Share of window `index` in the sum at each of its samples, `[n]`.
 
-    `weight` is `fade` for a whole window; shorter windows use its first part.
+    `weight` is `fade` for a whole window; shorter windows use its first part. A stem is the mean
+    of the windows `y_i` that reach sample `t`, weighted by `w` from their starts `s_i` on:
+
+                sum_i w[t - s_i] y_i[t - s_i]                                 w[t - s_i]
+        y[t] =  -----------------------------  =  sum_i  share_i y_i,  share_i = ----------------
+                     sum_j w[t - s_j]                                      sum_j w[t - s_j]
+
+    The shares of all windows sum to 1 at each sample. They depend on the plan alone, so each
+    window is weighted once, and no sum of weights is kept beside the sum of the stems.
     """
     start, stop = windows[index]
     total = torch.zeros(stop - start, dtype=weight.dtype)

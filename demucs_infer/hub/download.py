@@ -10,79 +10,69 @@ one file may disagree on it), and a mirror need not be trusted.
 from __future__ import annotations
 
 import os
-import re
-import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from .. import __version__
 from ..errors import DownloadError
-from ..log import logger
+from ..log import logger, printable
+from .http import (
+    TRANSIENT,
+    Broken,
+    HostError,
+    Patience,
+    ask,
+    content_range,
+    received,
+    retry_after,
+    shown,
+    status_line,
+)
 
 if TYPE_CHECKING:
     from requests import Response
 
 READ_BLOCK = 2**20  # bytes of a file
-RECEIVE_BLOCK = 2**16  # bytes of a connection
 MARGIN = 2**20  # bytes that a file may have more than its rounded size, and a quarter of it
 LARGEST = 2**32  # bytes of a file of unknown size
-TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))  # answers that may change soon
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How much to put up with; times are in seconds.
-
-    An attempt fails that cannot connect or gets no byte within `timeout`, or gets fewer than
-    `slowest` bytes per second over `span`. After `attempts` in a row that brought less than `gain`
-    bytes the download fails. Before the second attempt there is a pause of `backoff`, before each
-    further one twice the last, or what the server asks for; neither longer than `longest_wait`.
-    """
-
-    attempts: int = 5
-    gain: int = 2**20
-    backoff: float = 1.0
-    longest_wait: float = 60.0
-    timeout: float = 20.0
-    slowest: float = 1000.0
-    span: float = 30.0
 
 
 PATIENCE = Patience()
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is to be fetched. `size` is in bytes, rounded, and None where it is not known."""
+class Download:
+    """A file to be fetched. `size` is in bytes, rounded, and None where it is not known.
+
+    Its content is right that has the digest `sha256`, or, where that is empty, `length` bytes.
+    """
 
     url: str
     target: Path
     sha256: str
     size: int | None
+    length: int | None
     patience: Patience
 
     @property
     def part(self) -> Path:
-        return _beside(self.target, ".part")
+        """The file that grows while the content arrives."""
+        return _with_ending(self.target, ".part")
 
     @property
     def limit(self) -> int:
+        """The most bytes that are accepted."""
+        if self.length is not None:
+            return self.length
         return LARGEST if self.size is None else self.size + self.size // 4 + MARGIN
 
-
-class _Broken(Exception):
-    """An attempt failed in a way that another one may not; `wait` is what the server asks for."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
+    def is_right(self, digest: str, length: int) -> bool:
+        """Judge a content by its digest, or else by its length in bytes."""
+        return digest.startswith(self.sha256) if self.sha256 else length == self.length
 
 
 class _WrongContent(Exception):
@@ -99,6 +89,7 @@ def fetch(
     sha256: str,
     *,
     size: int | None = None,
+    length: int | None = None,
     patience: Patience | None = None,
 ) -> None:
     """Fetch `url` as the file `target`, unless that is there with the right digest.
@@ -111,24 +102,25 @@ def fetch(
         target: the file; its folder is made.
         sha256: the file's digest in hex (or its leading digits, if no more are known).
         size: of the file in bytes, roughly, to stop a body without an end.
+        length: of the file in bytes, exactly; where there is no digest, this alone is verified.
         patience: times and numbers to give up at (default: `PATIENCE`).
 
-    Raises `DownloadError`.
+    Raises `HostError` for what is the server's or the network's fault, else `DownloadError`.
     """
-    if not sha256:
+    if not sha256 and length is None:
         raise DownloadError(f"{shown(url)}: has no known SHA-256 to check what would come")
-    job = _Job(url, target, sha256.lower(), size, patience or PATIENCE)
+    download = Download(url, target, sha256.lower(), size, length, patience or PATIENCE)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target):
-            if not _is_there(job):
-                _download(job)
+            if not _is_there(download):
+                _download(download)
     except OSError as exc:
         raise DownloadError(f"{target}: cannot be written ({exc.strerror or exc})") from exc
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hex. Raises `OSError`."""
+    """Compute the SHA-256 of a file, in hex. Raises `OSError`."""
     digest = sha256()
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
@@ -136,14 +128,9 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def shown(url: str) -> str:
-    """The address without a name and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+def _with_ending(path: Path, ending: str) -> Path:
+    """Append to a file's name: `a.th` becomes `a.th.part`."""
+    return path.with_name(path.name + ending)
 
 
 @contextmanager
@@ -151,7 +138,7 @@ def _alone(target: Path) -> Iterator[None]:
     """Hold the lock of `target`, waiting for another process that does."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(_beside(target, ".lock"))
+    lock = FileLock(_with_ending(target, ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -167,58 +154,58 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_there(job: _Job) -> bool:
-    """Whether the target is there and right; if it is wrong it is moved aside."""
-    if not job.target.exists():
+def _is_there(download: Download) -> bool:
+    """Tell whether the target is there and right; a wrong one is moved aside."""
+    if not download.target.exists():
         return False
-    actual = file_digest(job.target)
-    if actual.startswith(job.sha256):
+    digest, size = file_digest(download.target), _size(download.target)
+    if download.is_right(digest, size):
         return True
-    aside = _beside(job.target, ".corrupt")
-    job.target.replace(aside)
+    aside = _with_ending(download.target, ".corrupt")
+    download.target.replace(aside)
     logger.warning(
-        "%s: its SHA-256 is %s and should be %s: moved to %s, and fetched anew",
-        *(job.target, actual, job.sha256, aside.name),
+        "%s: %s: moved to %s, and fetched anew",
+        *(download.target, _difference(download, "its SHA-256", digest, size), aside.name),
     )
     return False
 
 
-def _download(job: _Job) -> None:
+def _download(download: Download) -> None:
     try:
-        _fill_part(job)
-        job.part.replace(job.target)
-        _sync_folder(job.target.parent)
+        _fill_part(download)
+        download.part.replace(download.target)
+        _sync_folder(download.target.parent)
     except OSError:  # a full disk, above all, should not stay full
         with suppress(OSError):
-            job.part.unlink()
+            download.part.unlink()
         raise
 
 
-def _fill_part(job: _Job) -> None:
+def _fill_part(download: Download) -> None:
     """Fetch the part until its digest is right, from scratch if an older half may be at fault."""
     for second in (False, True):
         try:
-            _persist(job)
+            _persist(download)
             return
         except _WrongContent as exc:
-            job.part.unlink(missing_ok=True)
+            download.part.unlink(missing_ok=True)
             if second or exc.whole:
-                raise DownloadError(f"{shown(job.url)}: {exc}") from exc
-            logger.warning("%s: %s: fetching it from the start", job.target.name, exc)
+                raise HostError(f"{shown(download.url)}: {exc}") from exc
+            logger.warning("%s: %s: fetching it from the start", download.target.name, exc)
 
 
-def _persist(job: _Job) -> None:
-    """Repeat attempts that break, as long as `job.patience` lasts."""
-    failures, reached = 0, _size(job.part)
+def _persist(download: Download) -> None:
+    """Repeat attempts that break, as long as `download.patience` lasts."""
+    failures, reached = 0, _size(download.part)
     while True:
         try:
-            _attempt(job)
+            _attempt(download)
             return
-        except _Broken as exc:
-            gained = _size(job.part) - reached >= job.patience.gain
+        except Broken as exc:
+            gained = _size(download.part) - reached >= download.patience.gain
             failures = 1 if gained else failures + 1
-            reached = max(reached, _size(job.part))
-            wait = _pause(job, exc, failures)
+            reached = max(reached, _size(download.part))
+            wait = _pause(download, exc, failures, gained)
         time.sleep(wait)
 
 
@@ -226,18 +213,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _pause(job: _Job, broken: _Broken, failures: int) -> float:
-    """The seconds to wait before the next attempt. Raises `DownloadError` for none."""
-    patience = job.patience
-    if failures >= patience.attempts:
-        raise DownloadError(f"{shown(job.url)}: {broken} (tried {failures} times)") from broken
+def _pause(download: Download, broken: Broken, failures: int, gained: bool) -> float:
+    """Choose the seconds to wait before the next attempt. Raises `HostError` for none."""
+    patience, problem = download.patience, f"{shown(download.url)}: {broken}"
+    if failures >= patience.attempts and not gained:
+        tried = f" (tried {failures} times)" if failures > 1 else ""
+        raise HostError(f"{problem}{tried}", may_pass=broken.connected) from broken
     if broken.wait is not None and broken.wait > patience.longest_wait:
-        raise DownloadError(
-            f"{shown(job.url)}: {broken}, and asks to wait {broken.wait:.0f} s"
-        ) from broken
+        raise HostError(f"{problem}, and asks to wait {broken.wait:.0f} s") from broken
     doubled = patience.backoff * 2 ** (failures - 1)
     wait = min(doubled if broken.wait is None else broken.wait, patience.longest_wait)
-    logger.warning("%s: %s: trying again in %.0f s", job.target.name, broken, wait)
+    logger.warning("%s: %s: trying again in %.0f s", download.target.name, broken, wait)
     return wait
 
 
@@ -280,34 +266,39 @@ class _Part:
         return self._digest.hexdigest()
 
 
-def _attempt(job: _Job) -> None:
+def _attempt(download: Download) -> None:
     """Ask once for what the part lacks, and check the whole."""
-    with _Part(job.part) as part:
-        if not part.digest.startswith(job.sha256):
-            whole = _receive(job, part)
-            if not part.digest.startswith(job.sha256):
-                raise _WrongContent(
-                    f"the SHA-256 of what came is {part.digest} and should be {job.sha256}", whole
-                )
+    with _Part(download.part) as part:
+        if not download.is_right(part.digest, part.size):
+            whole = _receive(download, part)
+            if not download.is_right(part.digest, part.size):
+                what = "the SHA-256 of what came"
+                raise _WrongContent(_difference(download, what, part.digest, part.size), whole)
         part.sync()
 
 
-def _receive(job: _Job, part: _Part) -> bool:
-    """Append the body of an answer; returns whether all of the file came with it, as announced."""
-    with _answer(job, part.size) as response:
+def _difference(download: Download, what: str, digest: str, size: int) -> str:
+    if download.sha256:
+        return f"{what} is {digest} and should be {download.sha256}"
+    return f"there are {size} bytes and should be {download.length}"
+
+
+def _receive(download: Download, part: _Part) -> bool:
+    """Append the body of an answer; tell whether all of the file came with it, as announced."""
+    with _answer(download, part.size) as response:
         total = _place(response, part)
         whole = not part.size
-        if total is not None and total > job.limit:
-            raise _WrongContent(f"it has {total} bytes, and may have {job.limit}", whole)
-        limit = job.limit if total is None else total
-        with _progress_bar(job.target.name, part.size, total) as bar:
-            for block in _blocks(response, job.patience):
+        if total is not None and total > download.limit:
+            raise _WrongContent(f"it has {total} bytes, and may have {download.limit}", whole)
+        limit = download.limit if total is None else total
+        with _progress_bar(download.target.name, part.size, total) as bar:
+            for block in received(response, download.patience):
                 if part.size + len(block) > limit:
                     raise _WrongContent(f"it goes on after the expected {limit} bytes", whole)
                 part.write(block)
                 bar.update(len(block))
     if total is not None and part.size < total:
-        raise _Broken(f"{part.size} of {total} bytes came")
+        raise Broken(f"{part.size} of {total} bytes came")
     return whole and total is not None
 
 
@@ -315,103 +306,33 @@ def _progress_bar(name: str, start: int, total: int | None) -> Any:
     """A bar on standard error, if that is a terminal."""
     from tqdm import tqdm
 
+    name = printable(name)
     return tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
 
 
-def _answer(job: _Job, start: int) -> Response:
+def _answer(download: Download, start: int) -> Response:
     """Ask for the file from the byte `start` on."""
-    import requests
-
-    # As it is, since lengths and ranges count the bytes of the file.
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"demucs-infer/{__version__}"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        return requests.get(job.url, headers=headers, stream=True, timeout=job.patience.timeout)
-    except (requests.RequestException, ValueError) as exc:
-        cause = _innermost(exc)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            hint = "REQUESTS_CA_BUNDLE can name a file of certificates"
-            raise DownloadError(f"{shown(job.url)}: {_text(cause)} ({hint})") from exc
-        if isinstance(exc, (ValueError, requests.TooManyRedirects)):  # what is no address
-            raise DownloadError(f"{shown(job.url)}: {_text(exc)}") from exc
-        raise _Broken(_text(cause)) from exc
-
-
-def _innermost(exc: BaseException) -> BaseException:
-    """What the operating system said, which HTTP clients wrap several times."""
-    while inner := exc.__cause__ or exc.__context__:
-        exc = inner
-    return exc
-
-
-def _text(exc: BaseException) -> str:
-    """An exception as one line."""
-    text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-    return " ".join(text.split())
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    return ask("GET", download.url, download.patience.timeout, headers, stream=True)
 
 
 def _place(response: Response, part: _Part) -> int | None:
     """Check the status and make `part` end where the body starts; returns the file's length."""
     status = response.status_code
     if status == 206:
-        start, total = _content_range(response)
+        start, total = content_range(response)
         if start == part.size:
             return total
     if status in (206, 416) and part.size:  # another range, or none since the file is shorter
         part.restart()
-        raise _Broken("the server has other parts of the file than those asked for")
+        raise Broken("the server has other parts of the file than those asked for")
     if status in TRANSIENT:
-        raise _Broken(_status_line(response), _retry_after(response))
+        raise Broken(status_line(response), retry_after(response))
     if status != 200:
-        raise DownloadError(f"{shown(response.url)}: {_status_line(response)}")
+        raise HostError(f"{shown(response.url)}: {status_line(response)}")
     part.restart()
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
-
-
-def _content_range(response: Response) -> tuple[int | None, int | None]:
-    """Where a part starts, and how long the file is, as far as the server says."""
-    text = response.headers.get("Content-Range", "")
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", text)
-    if not found:
-        return None, None
-    start, last, total = found.groups()
-    return int(start), int(last) + 1 if total == "*" else int(total)
-
-
-def _status_line(response: Response) -> str:
-    return f"the server answers {response.status_code} {response.reason or ''}".strip()
-
-
-def _retry_after(response: Response) -> float | None:
-    """The seconds that a server asks to wait, which it writes as such or as a date."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return float(text)
-    try:
-        date = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, date.timestamp() - time.time())
-
-
-def _blocks(response: Response, patience: Patience) -> Iterator[bytes]:
-    """The body as it comes in, and not in blocks of one size: those hide how slow it comes."""
-    from urllib3.exceptions import HTTPError
-
-    start, count = time.monotonic(), 0
-    try:
-        while block := response.raw.read1(RECEIVE_BLOCK):
-            yield block
-            count += len(block)
-            elapsed = time.monotonic() - start
-            if elapsed >= patience.span:
-                if count < patience.slowest * elapsed:
-                    raise _Broken(f"only {count} bytes came in {elapsed:.0f} s")
-                start, count = time.monotonic(), 0
-    except (HTTPError, OSError) as exc:
-        raise _Broken(f"the connection broke: {_text(_innermost(exc))}") from exc
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections import deque
@@ -19,24 +18,53 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from .. import __version__
 from ..engine.memory import kept_memory
+from ..engine.plan import Pass
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from .console import standard_input
 from .decode import AudioFile
 from .encode import encoding_errors
-from .mixture import Decoder, Mixture, Moments
+from .mixture import Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
+from .packets import Damage
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
-from .tracks import Job, plan_jobs
+from .tracks import TrackJob, plan_jobs
 from .writer import StemFile, Target, TrackWriter
 
-if TYPE_CHECKING:
-    from ..api import Separator
+
+class StemSource(Protocol):
+    """A `Separator` as a batch sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def samplerate(self) -> int: ...
+
+    @property
+    def audio_channels(self) -> int: ...
+
+    @property
+    def model(self) -> Any:
+        """The model, with its `sources`."""
+
+    @property
+    def stems(self) -> list[str]: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def plan(self, length: int) -> list[Pass]: ...
+
+    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +72,8 @@ class TrackResult:
     """What became of a track.
 
     `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
-    were drawn for the shifts, model by model. `error` is what went wrong, if anything did.
+    were drawn for the shifts, model by model. `damaged` is what of the track could not be read, and
+    `error` what went wrong, if anything did.
     """
 
     input: Place
@@ -54,6 +83,7 @@ class TrackResult:
     elapsed: float | None = None
     offsets: Sequence[int] = ()
     skipped: bool = False
+    damaged: Damage | None = None
     error: Exception | None = None
     version: str = __version__
 
@@ -70,8 +100,14 @@ class TrackResult:
             name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
             for name, stem in self.stems.items()
         }
-        changed = {"input": str(self.input), "stems": stems, "error": self.message or None}
-        return {**vars(self), **changed, "offsets": list(self.offsets)}
+        changed = {
+            "input": str(self.input),
+            "stems": stems,
+            "offsets": list(self.offsets),
+            "damaged": None if self.damaged is None else self.damaged.as_json(),
+            "error": self.message or None,
+        }
+        return {**vars(self), **changed}
 
 
 class _Stopped(Exception):
@@ -86,6 +122,7 @@ class _Decoded:
     spool: Spool
     rate: int  # of the file, hertz
     length: int  # of the file, samples
+    damage: Damage
     tags: dict[str, str]
 
 
@@ -99,7 +136,7 @@ class Batch:
 
     def __init__(
         self,
-        separator: Separator,
+        separator: StemSource,
         output: Output,
         space: Workspace,
         *,
@@ -115,7 +152,7 @@ class Batch:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job], *, skip_existing: bool = False) -> None:
+    def run(self, jobs: Sequence[TrackJob], *, skip_existing: bool = False) -> None:
         """Separate every track. Raises nothing for a track that fails: it is reported.
 
         With `skip_existing`, tracks whose stems are all there are reported as skipped.
@@ -137,7 +174,7 @@ class Batch:
             finally:
                 self._stop.set()
 
-    def _skipped(self, job: Job) -> bool:
+    def _skipped(self, job: TrackJob) -> bool:
         try:
             if not job.is_done:
                 return False
@@ -149,11 +186,11 @@ class Batch:
         return True
 
     def _read_ahead(
-        self, reader: Executor, jobs: Iterable[Job]
-    ) -> Iterator[tuple[Job, Future[_Decoded]]]:
-        ahead: deque[tuple[Job, Future[_Decoded]]] = deque()
+        self, reader: Executor, jobs: Iterable[TrackJob]
+    ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
+        ahead: deque[tuple[TrackJob, Future[_Decoded]]] = deque()
         for job in jobs:
-            ahead.append((job, reader.submit(self._decode, job.track)))
+            ahead.append((job, reader.submit(self._decode_job, job)))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
@@ -162,7 +199,11 @@ class Batch:
         """Most formats have to be sought in, and a pipe cannot be."""
         self._input = self.space.file()
         with encoding_errors(self._input), self._input.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            shutil.copyfileobj(standard_input(), file)
+
+    def _decode_job(self, job: TrackJob) -> _Decoded:
+        job.check_targets()
+        return self._decode(job.track)
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
@@ -172,7 +213,7 @@ class Batch:
 
     def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels)
+        decoder = Decoder(file, separator.samplerate, separator.audio_channels, separator.limits)
         spool, moments = self.space.spool(separator.audio_channels), Moments()
         try:
             for block in decoder.blocks():
@@ -185,9 +226,11 @@ class Batch:
         if not moments.count:
             raise LoadAudioError(f"{file.name}: is too short to be separated")
         tags = {"title": self.output.track_name(track), **file.tags}
-        return _Decoded(Mixture(spool.read, moments), spool, decoder.rate, decoder.length, tags)
+        return _Decoded(
+            Mixture(spool.read, moments), spool, decoder.rate, decoder.length, decoder.damage, tags
+        )
 
-    def _separated(self, job: Job, decoded: Future[_Decoded]) -> Callable[[], None] | None:
+    def _separated(self, job: TrackJob, decoded: Future[_Decoded]) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
         try:
@@ -198,7 +241,7 @@ class Batch:
             self._fail(job, exc)
             return None
 
-    def _separate(self, job: Job, track: _Decoded, begin: float) -> Callable[[], None]:
+    def _separate(self, job: TrackJob, track: _Decoded, begin: float) -> Callable[[], None]:
         writer = TrackWriter(job.paths, self._target(track))
         passes = self.separator.plan(track.mixture.length)
         names, position = self.separator.stems, 0
@@ -216,6 +259,7 @@ class Batch:
             self.separator.name,
             seconds=track.length / track.rate,
             offsets=[task.offset for task in passes if task.offset is not None],
+            damaged=track.damage or None,
         )
         return partial(self._finish, job, writer, result, begin)
 
@@ -232,7 +276,9 @@ class Batch:
             track.tags,
         )
 
-    def _finish(self, job: Job, writer: TrackWriter, result: TrackResult, begin: float) -> None:
+    def _finish(
+        self, job: TrackJob, writer: TrackWriter, result: TrackResult, begin: float
+    ) -> None:
         try:
             stems = writer.finish(self._check_stop)
         except Exception as exc:
@@ -244,7 +290,7 @@ class Batch:
         if self._stop.is_set():
             raise _Stopped
 
-    def _fail(self, job: Job, exc: Exception) -> None:
+    def _fail(self, job: TrackJob, exc: Exception) -> None:
         if isinstance(exc, _Stopped):
             return
         logger.debug("", exc_info=exc)
@@ -255,7 +301,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: Separator, track: Place, output: Output) -> TrackResult:
+def separate_file(separator: StemSource, track: Place, output: Output) -> TrackResult:
     """Separate one track, and raise what goes wrong with it."""
     (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
     results: list[TrackResult] = []
@@ -266,7 +312,7 @@ def separate_file(separator: Separator, track: Place, output: Output) -> TrackRe
     return results[0]
 
 
-def checked_stems(separator: Separator, output: Output) -> list[str]:
+def checked_stems(separator: StemSource, output: Output) -> list[str]:
     """The stems of `separator`. Raises `OptionError` if `output` wants others of them."""
     sources: Any = separator.model.sources
     stem, separated = output.two_stems, separator.stems

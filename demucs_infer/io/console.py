@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, SaveAudioError
@@ -38,16 +37,32 @@ def command() -> Iterator[None]:
     Raises `Ended` when one of `ENDING` comes.
     """
     _fill_descriptors()
-    with contextlib.ExitStack() as stack:
-        if sys.stderr is None:  # libraries write there without asking
-            null = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(contextlib.redirect_stderr(null))
+    forgiving: Any = _Forgiving(sys.stderr)
+    with contextlib.redirect_stderr(forgiving):
         try:
             with signals_raise():
                 yield
         except Ended as exc:
             say("demucs-infer: error: ended by", exc.name)
             raise
+
+
+class _Forgiving:
+    """Standard error as libraries want it: what cannot be written is lost, and nothing else."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            write(text, self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: all is written at once."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _fill_descriptors() -> None:
@@ -84,6 +99,22 @@ def signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Leave the signals of `ENDING` as they are after the block, in which others handle them."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield
+    except SystemExit as exc:  # what their handlers make of a signal
+        if exc.code in ENDING:
+            raise Ended(int(exc.code or 0)) from exc
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def put(text: str, stream: Any) -> None:

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import torch
-from av.audio.resampler import AudioResampler
 from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import logger
-from .pcm import convert_audio
-
-AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-# What an input's tags say of its file and not of its music.
-FILE_TAGS = (
-    "encoder encoded_by encoder_options tsse compatible_brands major_brand minor_version"
-    " creation_time handler_name vendor_id language itunsmpb bps duration".split()
+from .demuxers import open_audio
+from .mending import missing_bytes, parts
+from .packets import (
+    AV_ERRORS,
+    MAX_CHANNELS,
+    SAMPLE_RATES,
+    Converter,
+    Damage,
+    StreamDecoder,
+    Tally,
 )
-SAMPLE_RATES = range(1000, 1_000_001)  # hertz: others are damage, or would fill the disk
-MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
+from .pcm import convert_audio
+from .tags import clean_tags
 
 
 class AudioFile:
@@ -48,7 +50,7 @@ class AudioFile:
     def info(self) -> dict[str, Any]:
         """What the file says of itself: `format` (with `duration`) and `streams`."""
         with self._open() as container:
-            duration = container.duration
+            duration = self._whole_duration(container)
             return {
                 "format": {
                     "filename": str(self.path),
@@ -68,6 +70,15 @@ class AudioFile:
                 ],
             }
 
+    def _whole_duration(self, first: Any) -> int | None:
+        """Of all links of a chained stream, in FFmpeg's unit; `first` is the open one."""
+        durations = [first.duration]
+        with self._opened() as pieces:
+            for piece in pieces[1:]:
+                with self._container(piece) as container:
+                    durations.append(container.duration)
+        return None if None in durations else sum(durations)
+
     @property
     def tags(self) -> dict[str, str]:
         """Title, artist and what else the file says of its music, under FFmpeg's names."""
@@ -75,9 +86,7 @@ class AudioFile:
             streams: Mapping[str, str] = {}
             if container.streams.audio:
                 streams = container.streams.audio[0].metadata  # where Ogg keeps them
-            tags = {name.lower(): text for name, text in {**streams, **container.metadata}.items()}
-        music = {name: text for name, text in tags.items() if _is_of_the_music(name, text)}
-        return dict(list(music.items())[:MAX_TAGS])
+            return clean_tags({**streams, **container.metadata})
 
     @property
     def duration(self) -> float:
@@ -162,55 +171,88 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: there are no samples in this part of the file")
         return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
 
-    def blocks(self, stream: int = 0) -> Iterator[Tensor]:
-        """Decode an audio stream frame by frame, as float32 `[C, n]`."""
-        decoded = 0
-        with self._open() as container:
-            if not 0 <= stream < len(container.streams.audio):
-                raise LoadAudioError(f"{self.name}: there is no audio in this file")
-            resampler = AudioResampler(format="flt")  # interleaved: PyAV crashes on 8 planes
-            try:
-                for frame in container.decode(container.streams.audio[stream]):
-                    for converted in resampler.resample(frame):
-                        decoded += converted.samples
-                        samples = converted.to_ndarray().reshape(converted.samples, -1)
-                        yield torch.from_numpy(samples.T.copy())
-            except AV_ERRORS as exc:
-                if not decoded:
-                    raise LoadAudioError(
-                        f"{self.name}: cannot be decoded ({_reason(exc)})"
-                    ) from exc
-                logger.warning(
-                    "%s: is damaged or cut off after %.1f s (%s): the part before that is used",
-                    self.name,
-                    decoded / self.samplerate(stream),
-                    _reason(exc),
-                )
-        if not decoded:
+    def blocks(self, stream: int = 0, damage: Damage | None = None) -> Iterator[Tensor]:
+        """Decode an audio stream packet by packet, as float32 `[C, n]`.
+
+        What cannot be decoded is skipped, with silence for it where the file has a clock; rates and
+        channels that change are converted to the first. `damage` is told of it. Raises
+        `LoadAudioError` if less than half of the packets can be decoded.
+        """
+        tally, converter = Tally(Damage() if damage is None else damage), Converter()
+        try:
+            with self._opened() as pieces:
+                for piece in pieces:
+                    with self._container(piece) as container:
+                        found = self._stream(container, stream)
+                        yield from StreamDecoder(container, found, tally, converter).blocks()
+                        self._check_size(piece, found, tally)
+            yield from converter.flush()
+        except AV_ERRORS as exc:
+            raise LoadAudioError(f"{self.name}: cannot be decoded ({_reason(exc)})") from exc
+        self._judge(tally, converter.samples)
+
+    @staticmethod
+    def _check_size(piece: BinaryIO, stream: Any, tally: Tally) -> None:
+        missing = missing_bytes(piece)
+        if missing and stream.codec_context.bit_rate:
+            tally.miss(8 * missing / stream.codec_context.bit_rate)
+
+    def _judge(self, tally: Tally, samples: int) -> None:
+        if tally.good < tally.bad:
+            raise LoadAudioError(
+                f"{self.name}: is no audio file that can be read: {tally.bad} of its"
+                f" {tally.good + tally.bad} packets cannot be decoded"
+            )
+        if not samples:
             raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+        if tally.damage:
+            logger.warning("%s: is %s", self.name, tally.damage)
+
+    def _stream(self, container: Any, stream: int) -> Any:
+        if not 0 <= stream < len(container.streams.audio):
+            raise LoadAudioError(f"{self.name}: there is no audio in this file")
+        return container.streams.audio[stream]
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
+        """The container, of a chained stream the first one."""
+        with self._opened() as pieces, self._container(pieces[0]) as container:
+            yield container
+
+    @contextmanager
+    def _opened(self) -> Iterator[list[BinaryIO]]:
         if not self.path.exists():
             raise LoadAudioError(f"{self.name}: no such file")
         if self.path.is_dir():
             raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
+        if not self.path.is_file():
+            raise LoadAudioError(f"{self.name}: is no regular file: copy what it gives to one")
         if not self.path.stat().st_size:
             raise LoadAudioError(f"{self.name}: the file is empty")
+        with ExitStack() as stack:
+            try:
+                pieces = parts(stack.enter_context(self.path.open("rb")))
+            except OSError as exc:
+                raise LoadAudioError(f"{self.name}: cannot be read ({_reason(exc)})") from exc
+            yield pieces
+
+    @contextmanager
+    def _container(self, piece: BinaryIO) -> Iterator[Any]:
         try:
-            # "file:" keeps names such as "concat:a|b" or "http://…" from being taken for protocols.
-            container = av.open(f"file:{self.path}", metadata_errors="replace")
+            container = open_audio(piece, self.path.name)
         except AV_ERRORS as exc:
             raise LoadAudioError(
                 f"{self.name}: is no audio file that can be read ({_reason(exc)})"
             ) from exc
         with container:
+            for stream in container.streams.audio:
+                self._check(stream)
             yield container
 
-
-def _is_of_the_music(name: str, text: str) -> bool:
-    of_the_file = name in FILE_TAGS or name.startswith(("replaygain_", "id3v2_priv"))
-    return not of_the_file and len(text) <= MAX_TAG
+    def _check(self, stream: Any) -> None:
+        channels = getattr(stream, "channels", None) or 0
+        if channels > MAX_CHANNELS:
+            raise LoadAudioError(f"{self.name}: has {channels} channels, more than {MAX_CHANNELS}")
 
 
 def _reason(exc: BaseException) -> str:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -21,9 +22,11 @@ from torch import Tensor
 from ..errors import MissingDependencyError, OptionError, SaveAudioError
 from ..resample import resample
 from ..utils import appearing
-from .decode import AV_ERRORS, _reason
+from .decode import _reason
 from .formats import DEFAULT_BITS, LAYOUTS, Encoding
+from .packets import AV_ERRORS
 from .pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
+from .tags import clean_tags
 
 ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
 VORBIS_COMPRESSION = 0.2  # of libsndfile: quality 8 of 10, about 256 kbit/s
@@ -53,7 +56,7 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as exc:  # OSError: without its library
-        raise MissingDependencyError("soundfile", "writing Ogg Vorbis", "ogg") from exc
+        raise MissingDependencyError("soundfile", "writing Ogg Vorbis") from exc
     return soundfile
 
 
@@ -82,7 +85,7 @@ def encoder(
     if channels not in LAYOUTS or channels > encoding.kind.channels:
         raise SaveAudioError(f"{encoding.format.upper()}: cannot hold {channels} channels")
     kind = _VorbisEncoder if encoding.codec == "vorbis" else _FFmpegEncoder
-    return kind(_Request(file, encoding, samplerate, channels, tags or {}))
+    return kind(_Request(file, encoding, samplerate, channels, clean_tags(tags or {})))
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,12 @@ class _Kept:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.seek, self.tell, self.read = file.seek, file.tell, file.read
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self.file.write(data)
-        except (OSError, ValueError) as exc:  # ValueError: closed, after an earlier error
+        except BaseException as exc:  # a signal's, too
             self.error = self.error or exc
             return len(data)
 
@@ -243,12 +246,26 @@ def save_audio(
 
 
 def _write(wav: Tensor, path: Path, samplerate: int, encoding: Encoding) -> None:
+    if not wav.shape[-1]:
+        raise SaveAudioError(f"{path}: there are no samples to write")
+    samplerate = _hertz(samplerate)
     rate = encoding.samplerate(samplerate)
     wav = resample(f32_pcm(wav.cpu()), samplerate, rate)
     with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
         sink = encoder(file, encoding, rate, wav.shape[0])
         sink.write(wav)
         sink.close()
+
+
+def _hertz(samplerate: int) -> int:
+    """`samplerate`, of whatever type whole numbers have. Raises `OptionError` for others."""
+    try:
+        number = index(samplerate)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise OptionError(f"samplerate={samplerate!r} is no whole number of hertz")
+    return number
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import OptionError
@@ -30,7 +30,7 @@ class Format:
 
     container: str
     codecs: Mapping[int, str]
-    rates: tuple[int, ...] = ()
+    rates: Sequence[int] = ()
     bitrate: int = 0
     bitrates: tuple[int, int] = (0, 0)
     channels: int = len(LAYOUTS)
@@ -45,11 +45,12 @@ BEYOND_4_GIB = {"rf64": "auto"}
 EXACT_LENGTH = {"movie_timescale": "{rate}"}  # else it is rounded to milliseconds
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 AAC_RATES = (7350, *MP3_RATES, 64000, 88200, 96000)
+VORBIS_RATES = range(1000, 192_001)  # beyond 200 kHz libsndfile 1.2 crashes the process
 FORMATS = {
     "wav": Format("wav", {16: "pcm_s16le", 24: "pcm_s24le", 32: "pcm_f32le"}, options=BEYOND_4_GIB),
     "flac": Format("flac", {16: "flac", 24: "flac"}),
     "mp3": Format("mp3", {0: "libmp3lame"}, MP3_RATES, 320, (8, 320), channels=2),
-    "ogg": Format("ogg", {0: "vorbis"}),
+    "ogg": Format("ogg", {0: "vorbis"}, VORBIS_RATES),
     "opus": Format("ogg", {0: "libopus"}, (48000,), 192, (6, 510)),
     "m4a": Format("ipod", {0: "aac"}, AAC_RATES, 256, (8, 512), options=EXACT_LENGTH),
 }

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import LoadAudioError
+from ..errors import LoadAudioError, OptionError
 from ..resample import Resampler
 from .decode import AudioFile
-from .pcm import convert_audio_channels
+from .packets import Damage
+from .pcm import convert_audio_channels, strange_samples
 
 NORMALIZATION_EPSILON = 1e-8  # added to the deviation of a track
 BLOCK = 2**16  # samples that are converted at once
@@ -95,31 +97,58 @@ class Mixture:
         return stems.mul_(self._std).add_(self.moments.mean)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a track may be: at most `max_duration` seconds long, and if `strict` not damaged."""
+
+    max_duration: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_duration is not None and not self.max_duration > 0:
+            raise OptionError(f"max_duration={self.max_duration} must be more than 0 seconds")
+
+
+NO_LIMITS = Limits()
+
+
 class Decoder:
     """Decodes a file to `channels` channels at `samplerate` hertz.
 
-    `rate` (hertz) is the file's own; `length` counts its samples while `blocks` is read.
+    `rate` (hertz) is the file's own; `length` counts its samples, and `damage` what is wrong with
+    it, while `blocks` is read.
     """
 
-    def __init__(self, file: AudioFile, samplerate: int, channels: int) -> None:
+    def __init__(
+        self, file: AudioFile, samplerate: int, channels: int, limits: Limits = NO_LIMITS
+    ) -> None:
         self.file = file
         self.samplerate = samplerate
         self.channels = channels
+        self.limits = limits
         self.rate = file.samplerate()
         self.length = 0
+        self.damage = Damage()
 
     def blocks(self) -> Iterator[Tensor]:
-        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that are not finite."""
+        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that no music has."""
         return Resampler(self.rate, self.samplerate).stream(self._decoded())
 
     def _decoded(self) -> Iterator[Tensor]:
-        for block in _gathered(self.file.blocks()):
-            if not block.isfinite().all():
-                raise LoadAudioError(
-                    f"{self.file.name}: has samples that are not finite (NaN or Inf)"
-                )
+        for block in _gathered(self.file.blocks(damage=self.damage)):
             self.length += block.shape[-1]
+            self._check(block)
             yield convert_audio_channels(block, self.channels)
+        if self.damage and self.limits.strict:
+            raise LoadAudioError(f"{self.file.name}: is {self.damage}")
+
+    def _check(self, block: Tensor) -> None:
+        reason = strange_samples(block)
+        if reason:
+            raise LoadAudioError(f"{self.file.name}: has samples that are {reason}")
+        longest = self.limits.max_duration
+        if longest is not None and self.length > longest * self.rate:
+            raise LoadAudioError(f"{self.file.name}: is longer than {longest:g} s, the limit here")
 
 
 def _gathered(blocks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -6,27 +6,30 @@ Importing this needs no PyTorch.
 from __future__ import annotations
 
 import os
-import posixpath
 import re
+import string
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
-from ..errors import OptionError
+from ..errors import OptionError, SaveAudioError
+from .console import check_standard_output
 from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
-from .storage import Place, Url, place
+from .storage import LocalPath, Named, Place, Url, place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .spool import Workspace
 
-PIPE = Path("-")  # stands for standard input or standard output
+PIPE = LocalPath("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
+# A field of a template, with its letter, conversion, and alignment, width and precision.
+FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
 OTHER_METHODS = ("none", "add", "minus")
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
@@ -134,23 +137,26 @@ class Output:
             raise OptionError(f"clip={self.clip!r}: use {', '.join(CLIP_MODE_NAMES)}")
         if self.other_method not in OTHER_METHODS:
             raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
-        if isinstance(self._place, Url) and self._place.is_web:
+        self._place.check()
+        if self._place.is_web:
             raise OptionError(f"{self.folder}: addresses of the web can only be read")
-        self._path(Path("track.wav"), "model", "stem")  # the template makes sense
+        self._path(LocalPath("track.wav"), "model", "stem")  # the template makes sense
+        if self.is_pipe:
+            check_standard_output()
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(encoding)
 
     @property
     def _place(self) -> Place:
-        return self.folder if isinstance(self.folder, Url) else place(os.fspath(self.folder))
+        return place(self.folder)
 
     @property
     def is_pipe(self) -> bool:
         """Whether the stem goes to standard output."""
         return self._place == PIPE
 
-    def workspace(self) -> Workspace:
+    def workspace(self, patience: float = 0) -> Workspace:
         """Room for what is not finished: among the stems if they are local, to be renamed there.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
@@ -158,11 +164,10 @@ class Output:
         from .spool import Workspace
 
         folder = self._place
-        elsewhere = Workspace(Path(tempfile.gettempdir()))
-        if isinstance(folder, Url):
-            folder.check_writable()
-            return elsewhere
-        return elsewhere if self.is_pipe else Workspace(folder)
+        if isinstance(folder, LocalPath) and not self.is_pipe:
+            return Workspace(folder, patience)
+        folder.check_writable()
+        return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
         """Names of the stems that are written of those that the model gives."""
@@ -192,8 +197,9 @@ class Output:
         others = (other for name, other in stems.items() if name != self.two_stems)
         return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
-    def paths(self, track: Place, model: str, stems: Sequence[str]) -> dict[str, Place]:
+    def paths(self, track: Named, model: str, stems: Sequence[str]) -> dict[str, Place]:
         """The file of each stem of `track`; all are within the folder, whatever the names are."""
+        track = place(track)
         if self.is_pipe:
             if len(stems) != 1:
                 raise OptionError(
@@ -215,36 +221,37 @@ class Output:
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
-            "parent": _safe(_folder_name(track)),
+            "parent": _safe(track.parent_name),
             "model": model,
             "stem": stem,
             "ext": self.format,
         }
         try:
-            relative = self.filename.format(**values)
-        except (KeyError, IndexError, ValueError, AttributeError) as exc:
+            relative = _filled(self.filename, values)
+        except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {self.filename!r} is no template of {known}") from exc
-        return _below(self._place, relative)
+        return self._place.below(relative)
 
 
-def _below(folder: Place, relative: str) -> Place:
-    """`relative` in `folder`. Raises `OptionError` if that is another place."""
-    path: Place
-    if isinstance(folder, Url):
-        normal = posixpath.normpath(relative)
-        path, inside = folder / normal, not re.match(r"/|\.$|\.\.(/|$)", normal)
-    else:
-        path = Path(os.path.normpath(folder / relative))
-        inside = Path(os.path.normpath(folder)) in path.parents
-    if not inside:
-        raise OptionError(f"{path} would be outside of the output folder {folder}")
-    return path
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """`template.format(**values)`, but for what reaches into Python or makes much of little.
+
+    Raises `ValueError` or `LookupError` for no template.
+    """
+    if "\0" in template:
+        raise ValueError("a NUL is in it")
+    for _, name, width, conversion in string.Formatter().parse(template):
+        if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
+            raise ValueError(f"{name} is no field")
+    return template.format(**values)
 
 
-def _folder_name(track: Place) -> str:
-    """What `{parent}` stands for."""
-    return track.folder_name if isinstance(track, Url) else Path.cwd().joinpath(track).parent.name
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as exc:
+        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
 def _split(track: Place) -> tuple[str, str]:
@@ -256,5 +263,5 @@ def _split(track: Place) -> tuple[str, str]:
 def _safe(name: str) -> str:
     """`name` as the name of a folder: dots alone mean another one; Windows drops them at an end."""
     if os.name == "nt":
-        name = name.rstrip(". ")
+        name = re.sub(r'[<>:"/\\|?*]', "_", name).rstrip(". ")
     return name if name.strip(".") else "_"

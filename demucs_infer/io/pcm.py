@@ -17,6 +17,7 @@ RESCALE_MARGIN = 1.01
 I16_MAX = 2**15 - 1
 I24_MAX = 2**23 - 1
 I32_MAX = 2**31 - 1
+MAX_SAMPLE = 1e6  # of full scale: more is no music, and overflows in a model
 
 
 def i16_pcm(wav: Tensor) -> Tensor:
@@ -53,6 +54,15 @@ def as_samples(wav: Tensor | np.ndarray[Any, Any]) -> Tensor:
     if wav.dtype == torch.int32:
         return (wav.double() / I32_MAX).float()
     raise OptionError(f"samples must be floating point, int16 or int32, not {wav.dtype}")
+
+
+def strange_samples(wav: Tensor) -> str | None:
+    """What no music has and `wav` does, if anything."""
+    if not wav.isfinite().all():
+        return "not finite (NaN or Inf)"
+    if wav.numel() and wav.abs().max() > MAX_SAMPLE:
+        return f"louder than {MAX_SAMPLE:.0e} of full scale"
+    return None
 
 
 def rescale_divisor(peak: float) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,13 @@ class Spool:
 class Workspace:
     """A hidden folder in `folder`, for as long as the block runs.
 
-    Raises `SaveAudioError` if `folder` cannot be made or written to.
+    Workspaces of processes that are dead, or dead within `patience` seconds, are removed. Raises
+    `SaveAudioError` if `folder` cannot be made or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 0) -> None:
         self.folder = folder
+        self.patience = patience
 
     def __enter__(self) -> Workspace:
         with self._writing():
@@ -105,9 +108,10 @@ class Workspace:
             self._lock.release()
 
     def _remove_abandoned(self) -> None:
+        end = time.monotonic() + self.patience
         for path in self.folder.glob(f"{TEMPORARY}*"):
             with contextlib.suppress(Timeout, OSError, NotImplementedError):
-                with FileLock(path / LOCK, timeout=0):
+                with FileLock(path / LOCK, timeout=max(0, end - time.monotonic())):
                     shutil.rmtree(path, ignore_errors=True)
                 shutil.rmtree(path, ignore_errors=True)  # where a locked file cannot be removed
 

@@ -1,36 +1,179 @@
-"""Files by URL, in whatever fsspec has a back end for: s3://, gs://, sftp://, https:// …
+"""Places of files: a local path, or a URL of a store that fsspec has a back end for.
 
-A `Url` stands where a `Path` does: for a track, an output folder or a stem. fsspec is imported when
-one is used, and its back ends raise what they like; here that becomes one line.
+    "music/a.wav"       LocalPath
+    "s3://bucket/key"   Url ──checked──▶ s3://bucket ──▶ file system, which is given "bucket/key"
+    "https://host/…"    Url ──checked──▶ requests
+
+Both answer the same questions, so that nobody else asks which of them a place is. Addresses come
+from strangers: only the protocols of a table are opened, and what follows the root of an address is
+never parsed again. fsspec is imported when one of its stores is used; what its back ends raise
+becomes one line here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import posixpath
 import re
 import secrets
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from ..errors import AudioError, LoadAudioError, MissingDependencyError, SaveAudioError
+from ..errors import (
+    AudioError,
+    LoadAudioError,
+    MissingDependencyError,
+    OptionError,
+    SaveAudioError,
+)
 from ..log import logger
+from .web import LARGEST, fetch_track, open_track
 
-URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters and more: no drive
+if sys.platform == "win32":
+    from pathlib import WindowsPath as SystemPath
+else:
+    from pathlib import PosixPath as SystemPath
+
+# Letters and more than one of them, as C:\ is a drive; chains (zip::s3://…) are addresses as well.
+URL = re.compile(r"[a-z][a-z0-9+.-]+(::[a-z0-9+.-]*)*://", re.IGNORECASE)
+CHAIN = re.compile(r"::[a-z0-9_+-]*(:|$)", re.IGNORECASE)  # another address behind this one
 WEB = frozenset({"http", "https"})
+S3, GS, AZURE, SSH = {"s3", "s3a"}, {"gs", "gcs"}, {"az", "abfs"}, {"sftp", "ssh"}
+PROTOCOLS = frozenset({"file", "memory"} | S3 | GS | AZURE | SSH | WEB)
+MORE_PROTOCOLS = "DEMUCS_INFER_PROTOCOLS"  # names of others that an operator allows
 # Stores in which an object appears when its upload is complete, with options of their uploads: what
 # is read into memory at once. Elsewhere a file is uploaded under another name, and then moved.
-WHOLE = {scheme: {"chunksize": 2**23} for scheme in ("s3", "s3a", "gs", "gcs")}
+WHOLE = {scheme: {"chunksize": 2**23} for scheme in S3 | GS}
+# What a store would read as something else than a letter of a name.
+UNCLEAR = {**dict.fromkeys(S3, ("?versionId=",)), **dict.fromkeys(AZURE, ("?", "#"))}
+LONGEST_KEY = 1024  # bytes of an object's name
+LONGEST_NAME = 255  # bytes, where the system does not say
 TEMPORARY = ".demucs-infer-"  # starts the name of what is not finished, here and on disk
+
+Undo = Callable[[], None]
+
+
+def replaced_by(file: Path) -> Path:
+    """Where the file that `file` replaces waits until the whole track has replaced its own."""
+    return file.with_name(f"{file.name}.kept")
+
+
+class LocalPath(SystemPath):
+    """A `Path` that answers what a `Url` does."""
+
+    is_web = False
+
+    def check(self) -> None:
+        """Raise `OptionError` if no file can have this name."""
+        try:
+            os.fsencode(self)
+        except UnicodeEncodeError as exc:
+            raise OptionError(f"{str(self)!r}: is no name here ({exc.reason})") from exc
+        if "\0" in str(self):
+            raise OptionError(f"{str(self)!r}: is no name (it has a NUL)")
+
+    @property
+    def parent_name(self) -> str:
+        """The name of the folder that the file is in."""
+        return Path.cwd().joinpath(self).parent.name
+
+    @property
+    def identity(self) -> str:
+        """The same for all names of a file, also where capitals do not count."""
+        name = os.path.normcase(os.path.realpath(self)) if str(self) != "-" else "-"
+        return name.casefold() if sys.platform == "darwin" else name
+
+    def below(self, relative: str) -> LocalPath:
+        """`relative` in this folder. Raises `OptionError` if that is another place."""
+        path = LocalPath(os.path.normpath(self / relative))
+        if LocalPath(os.path.normpath(self)) not in path.parents:
+            raise OptionError(f"{path} would be outside of the output folder {self}")
+        return path
+
+    def exists_whole(self) -> bool:
+        """Tell whether a file is there; files appear when they are whole."""
+        return self.is_file()
+
+    def check_writable(self) -> None:
+        """Raise nothing: who makes the first file here sees."""
+
+    def check_target(self) -> None:
+        """Raise `SaveAudioError` if no file can appear here: something is in the way."""
+        try:
+            if self.is_dir():
+                raise SaveAudioError(f"{self}: cannot be written (a folder has this name)")
+            limit = _longest_name(self)
+            for part in self.parts:
+                if len(os.fsencode(part)) > limit:
+                    raise SaveAudioError(f"{self}: cannot be written (a name is too long)")
+        except OSError as exc:
+            if isinstance(exc, SaveAudioError):
+                raise
+            raise SaveAudioError(f"{self}: cannot be written ({exc.strerror or exc})") from exc
+
+    def publish(self, file: Path) -> Undo:
+        """Give the whole `file` this name; returns what takes that back. Raises `OSError`."""
+        kept = replaced_by(file)
+        made = [path for path in self.parents if not path.exists()]
+        self.parent.mkdir(parents=True, exist_ok=True)
+        if self.exists():
+            try:
+                os.link(self, kept)
+            except OSError:  # of a file system without links
+                self.replace(kept)
+        try:
+            file.replace(self)
+        except OSError:
+            if not self.exists() and kept.exists():
+                kept.replace(self)
+            raise
+
+        def undo() -> None:
+            if kept.exists():
+                kept.replace(self)
+            else:
+                self.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
+
+        return undo
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[IO[bytes]]:
+        """Read this as a stream. Raises `OSError`."""
+        with self.open("rb") as file:
+            yield file
+
+    @contextlib.contextmanager
+    def local_copy(self, folder: Path | None) -> Iterator[Path]:
+        """The file itself, or a copy of what comes out of a pipe or a device."""
+        if self.is_file() or self.is_dir() or not self.exists():
+            yield self
+            return
+        with _temporary(folder) as file:
+            with self.open("rb") as source, file.open("wb") as target:
+                _copy(source, target, str(self))
+            yield file
+
+
+def _longest_name(path: Path) -> int:
+    """The bytes that a name may have, in the first folder above `path` that is there."""
+    there = next((folder for folder in path.absolute().parents if folder.exists()), Path.cwd())
+    try:
+        return os.pathconf(there, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):
+        return LONGEST_NAME
 
 
 @dataclass(frozen=True)
 class Url:
-    """The address of a file or a folder."""
+    """The address of a file or a folder; `check` says whether it may be opened."""
 
     text: str
 
@@ -53,13 +196,28 @@ class Url:
     @property
     def _parts(self) -> list[str]:
         if self.is_web:  # elsewhere %, ? and # are letters like others
-            return [unquote(part) for part in urlsplit(self.text).path.split("/")]
-        return self.text.partition("://")[2].split("/")
+            path = re.split("[?#]", self._rest, maxsplit=1)[0]
+            return ["", *map(unquote, path.split("/")[1:])]
+        return self._rest.split("/")
+
+    @property
+    def _rest(self) -> str:
+        return self.text.partition("://")[2]
+
+    @property
+    def _root(self) -> str:
+        """What a file system is built from: the protocol, with the bucket or the host."""
+        host = "" if self.scheme == "file" else self._rest.partition("/")[0]
+        return f"{self.scheme}://{host}"
+
+    @property
+    def _below_root(self) -> str:
+        return self._rest if self.scheme == "file" else "".join(self._rest.partition("/")[1:])
 
     @property
     def name(self) -> str:
         """The file's name."""
-        return self._parts[-1].replace("/", "_")
+        return _as_name(self._parts[-1])
 
     @property
     def suffix(self) -> str:
@@ -67,65 +225,159 @@ class Url:
         return posixpath.splitext(self.name)[1]
 
     @property
-    def folder_name(self) -> str:
+    def parent_name(self) -> str:
         """The name of the folder that the file is in."""
-        return "".join(self._parts[-2:-1]).replace("/", "_")
+        return _as_name("".join(self._parts[-2:-1]))
 
-    def is_file(self) -> bool:
-        """Whether the file is there."""
+    @property
+    def identity(self) -> str:
+        """The same for all names of a file, as far as addresses show it."""
+        return self.text
+
+    def check(self) -> None:
+        """Raise `OptionError` if this is nothing that may be opened."""
+        scheme, allowed = self.scheme, _protocols()
+        if scheme not in allowed:
+            names = ", ".join(sorted(allowed))
+            raise OptionError(
+                f"{self}: addresses of {scheme}:// are not opened, only of {names}"
+                f" ({MORE_PROTOCOLS} can name others)"
+            )
+        if self.is_web:
+            self._check_web()
+        else:
+            self._check_key()
+
+    def _check_web(self) -> None:
+        try:
+            host = urlsplit(self.text).hostname
+        except ValueError:
+            host = None
+        if not host or "\0" in self.text:
+            raise OptionError(f"{self}: is no address of the web")
+
+    def _check_key(self) -> None:
+        if CHAIN.search(self._rest):
+            raise OptionError(f"{self}: chains of addresses are not opened")
+        if "::" in self._root or "\0" in self.text:
+            raise OptionError(f"{self}: is no address")
+        for letters in UNCLEAR.get(self.scheme, ()):
+            if letters in self._rest:
+                raise OptionError(f"{self}: a name with {letters!r} means something else there")
+
+    def below(self, relative: str) -> Url:
+        """`relative` in this folder. Raises `OptionError` if that is another place."""
+        normal = posixpath.normpath(relative)
+        if re.match(r"/|\.$|\.\.(/|$)", normal):
+            raise OptionError(f"{self / normal} would be outside of the output folder {self}")
+        return self / normal
+
+    def exists_whole(self) -> bool:
+        """Tell whether a file is there; files appear when they are whole."""
         with self._reading() as (store, path):
             return bool(store.isfile(path))
 
     def fetch(self, file: Path) -> None:
         """Copy this to the local `file`, piece by piece."""
+        if self.is_web:
+            self._check_as(LoadAudioError)
+            fetch_track(self.text, file)
+            return
         with self._reading() as (store, path):
             store.get_file(path, str(file))
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
+    def reading(self) -> Iterator[IO[bytes]]:
         """Read this as a stream."""
+        if self.is_web:
+            self._check_as(LoadAudioError)
+            with open_track(self.text) as file:
+                yield file
+            return
         with self._reading() as (store, path), store.open(path, "rb") as file:
+            yield file
+
+    @contextlib.contextmanager
+    def local_copy(self, folder: Path | None) -> Iterator[Path]:
+        """A copy that lasts as long as the block."""
+        with _temporary(folder) as file:
+            self.fetch(file)
             yield file
 
     def files(self) -> list[Url]:
         """All files below this folder, sorted."""
         with self._reading() as (store, path):
-            return self._urls(path, sorted(store.find(path)))
+            return self._urls(store, sorted(store.find(path)))
 
     def matches(self) -> list[Url]:
         """All files and folders that fit this pattern, sorted."""
         with self._reading() as (store, path):
-            return self._urls(path, sorted(store.glob(path)))
+            return self._urls(store, sorted(store.glob(path)))
 
-    def _urls(self, path: str, paths: list[str]) -> list[Url]:
-        prefix = self.text.removesuffix(path)
-        return [Url(prefix + other) for other in paths]
+    def _urls(self, store: Any, paths: list[str]) -> list[Url]:
+        base = self._base(store)
+        return [Url(self._root + path.removeprefix(base)) for path in paths]
 
     def check_writable(self) -> None:
         """Raise `SaveAudioError` if the store, or its bucket, cannot be reached."""
         with self._errors(SaveAudioError, "written") as (store, path):
-            if self.scheme in ("s3", "s3a"):
+            if self.scheme in S3:
                 with contextlib.suppress(PermissionError):  # one may write, and not ask
                     store.info(path.split("/")[0])
 
-    def publish(self, file: Path) -> None:
-        """Copy the local `file` to here, where it appears when it is whole."""
+    def check_target(self) -> None:
+        """Raise `SaveAudioError` if no file can have this name."""
+        self._check_as(SaveAudioError)
+        if len(self._below_root.encode("utf-8", "surrogateescape")) > LONGEST_KEY + 1:
+            raise SaveAudioError(f"{self}: cannot be written (the name is too long)")
+
+    def publish(self, file: Path) -> Undo:
+        """Copy the local `file` to here, where it appears when it is whole.
+
+        Returns what removes it again. Raises `SaveAudioError`.
+        """
         with self._errors(SaveAudioError, "written") as (store, path):
             if self.scheme in WHOLE:
                 store.put_file(str(file), path, **WHOLE[self.scheme])
             else:
                 _put_and_move(store, file, path)
+        return self.remove
+
+    def remove(self) -> None:
+        """Remove the file. Raises `SaveAudioError`."""
+        with self._errors(SaveAudioError, "removed") as (store, path):
+            store.rm_file(path)
 
     def _reading(self) -> contextlib.AbstractContextManager[tuple[Any, str]]:
         return self._errors(LoadAudioError, "read")
 
+    def _check_as(self, kind: type[AudioError]) -> None:
+        try:
+            self.check()
+        except OptionError as exc:
+            raise kind(str(exc)) from exc
+
+    def _base(self, store: Any) -> str:
+        """The root as the paths of `store` begin with it."""
+        hostless = self._root.endswith("://")
+        return "" if hostless else store._strip_protocol(self._root).rstrip("/")
+
+    def _store(self) -> tuple[Any, str]:
+        """The file system of the root, and the path in it, which nothing parses as an address."""
+        from fsspec import get_filesystem_class
+
+        kind = get_filesystem_class(self.scheme)
+        store = kind(**kind._get_kwargs_from_urls(self._root))
+        if self.scheme == "file":
+            return store, str(Path(self._below_root).absolute())
+        return store, self._base(store) + self._below_root
+
     @contextlib.contextmanager
     def _errors(self, kind: type[AudioError], done: str) -> Iterator[tuple[Any, str]]:
-        """fsspec's file system and the path in it, with nothing remembered of what it lists."""
+        """The file system and the path in it, with nothing remembered of what it lists."""
+        self._check_as(kind)
         try:
-            from fsspec.core import url_to_fs
-
-            store, path = url_to_fs(self.text)
+            store, path = self._store()
             store.invalidate_cache()
             yield store, path
         except AudioError:
@@ -141,24 +393,49 @@ class Url:
             raise kind(f"{self}: cannot be {done} ({_reason(exc)})") from exc
 
 
-Place = Path | Url
+Place = LocalPath | Url
+Named = str | os.PathLike[str] | Url  # what a place is made of
 
 
-def place(text: str) -> Place:
-    """What `text` names: a URL, or else a local path."""
-    return Url(text.rstrip("/")) if URL.match(text) else Path(text)
+def _protocols() -> frozenset[str]:
+    more = re.split(r"[\s,]+", os.environ.get(MORE_PROTOCOLS, "").lower())
+    return PROTOCOLS | set(filter(None, more))
+
+
+def place(text: Named) -> Place:
+    """What `text` names: a URL, or else a local path. Raises `OptionError` for an empty name."""
+    if isinstance(text, (LocalPath, Url)):
+        return text
+    name = os.fspath(text)
+    if not name:
+        raise OptionError("an empty name is no file: use . for the current folder")
+    return Url(name.rstrip("/")) if URL.match(name) else LocalPath(name)
 
 
 @contextlib.contextmanager
-def local_copy(source: Place, folder: Path | None = None) -> Iterator[Path]:
+def local_copy(source: Named, folder: Path | None = None) -> Iterator[Path]:
     """A local file with what is in `source`: itself, or a copy in `folder` while the block runs."""
-    if isinstance(source, Path):
-        yield source
-    else:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            file = Path(temporary, "copy")
-            source.fetch(file)
-            yield file
+    with place(source).local_copy(folder) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        yield Path(temporary, "copy")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], name: str) -> None:
+    """Copy what comes, as far as a track may be long."""
+    while block := source.read(2**20):
+        target.write(block)
+        if target.tell() > LARGEST:
+            raise LoadAudioError(f"{name}: goes on after {LARGEST} bytes")
+
+
+def _as_name(part: str) -> str:
+    """A part of an address as the name of a file."""
+    return part.replace("/", "_").replace("\0", "_")
 
 
 def _put_and_move(store: Any, file: Path, path: str) -> None:

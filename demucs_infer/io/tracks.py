@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import io
 import itertools
 import os
 import posixpath
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from ..errors import LoadAudioError, OptionError
+from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
+from .console import standard_input
 from .output import PIPE, Output
-from .storage import Place, Url, place
+from .storage import LocalPath, Named, Place, Url, place
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(
-    ".3gp .aac .ac3 .aif .aifc .aiff .alac .amr .ape .asf .au .avi .caf .dsf .flac .m4a .m4b .m4v"
-    " .mka .mkv .mov .mp2 .mp3 .mp4 .mpc .mpeg .mpg .oga .ogg .ogv .opus .ra .snd .tta .w64 .wav"
-    " .wave .webm .wma .wmv .wv".split()
+    ".3gp .aac .ac3 .aif .aifc .aiff .alac .amr .ape .asf .au .avi .caf .dsf .dts .eac3 .flac .flv"
+    " .m2ts .m4a .m4b .m4p .m4v .mka .mkv .mov .mp2 .mp3 .mp4 .mpc .mpeg .mpg .oga .ogg .ogv .opus"
+    " .ra .snd .spx .ts .tta .vob .voc .w64 .wav .wave .webm .wma .wmv .wv".split()
 )
 
 
+MAX_LINE = 2**16  # characters of a line in a list: the rest is no name
+ENCODINGS = {  # by what a list begins with; the longer ones first, as they begin alike
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",  # what PowerShell writes
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+Report = Callable[[Place, DemucsInferError], None]
+
+
 @dataclass(frozen=True)
-class Job:
+class TrackJob:
     """A track, and the files that its stems become, by `naming`."""
 
     track: Place
@@ -42,11 +53,25 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether all of its stems are there; they appear when they are whole."""
-        return all(path.is_file() for path in self.paths.values())
+        return all(path.exists_whole() for path in self.paths.values())
+
+    def check_targets(self) -> None:
+        """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
+        for path in self.paths.values():
+            if path != PIPE:
+                path.check_target()
+
+
+def _raise(name: Place, error: DemucsInferError) -> None:
+    raise error
 
 
 def find_tracks(
-    names: Iterable[Place], *, leave_out: Place | None = None, expand: bool = os.name == "nt"
+    names: Iterable[Named],
+    *,
+    leave_out: Named | None = None,
+    expand: bool = os.name == "nt",
+    report: Report = _raise,
 ) -> Iterator[Place]:
     """The tracks that `names` mean: files, all audio files below a folder, "-" once.
 
@@ -54,94 +79,166 @@ def find_tracks(
     a URL may be one in any case.
     What is in the folder `leave_out`, and hidden files, are found only if named themselves. A file
     that is named twice comes once. A folder without audio stands for itself, and is no track.
+    What goes wrong with a name is told to `report`, and the others go on; by default it is raised.
     """
+    apart = None if leave_out is None else place(leave_out).identity
+    search = _Search(apart, expand, report)
     seen: set[str] = set()
     for name in names:
-        for track in _expanded(name, leave_out, expand):
-            if _identity(track) not in seen:
-                seen.add(_identity(track))
+        for track in search.tracks(place(name)):
+            if track.identity not in seen:
+                seen.add(track.identity)
                 yield track
 
 
-def read_list(source: Place) -> Iterator[Place]:
+def read_list(source: Named, report: Report = _raise) -> Iterator[Place]:
     """The paths and URLs in a text file, or "-" for standard input: one a line, `#` for comments.
 
-    Raises `LoadAudioError` if it cannot be read.
+    The text is UTF-8, or what its byte-order mark says. What cannot be read is told to `report`:
+    all of it, or a line that is no name.
     """
+    listed = place(source)
     try:
-        with _open(source) as file:
-            for line in io.TextIOWrapper(file, "utf-8-sig", "surrogateescape"):
+        with _open(listed) as file:
+            for number, line in enumerate(_lines(file), 1):
                 name = line.strip()
-                if name and not name.startswith("#"):
+                if len(line) > MAX_LINE or "\0" in name:
+                    fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
+                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
+                elif name and not name.startswith("#"):
                     yield place(name)
+    except (LoadAudioError, MissingDependencyError) as exc:
+        report(listed, exc)
     except OSError as exc:
-        raise LoadAudioError(f"{source}: cannot be read ({exc.strerror or exc})") from exc
+        reason = exc.strerror or exc
+        report(listed, LoadAudioError(f"{listed}: cannot be read ({reason})"))
 
 
 def _open(source: Place) -> AbstractContextManager[IO[bytes]]:
     if source == PIPE:
-        return nullcontext(sys.stdin.buffer)
-    return source.open() if isinstance(source, Url) else source.open("rb")
+        return nullcontext(standard_input())
+    return source.reading()
 
 
-def _expanded(name: Place, leave_out: Place | None, expand: bool) -> Iterable[Place]:
-    if isinstance(name, Url):
-        return _expanded_url(name, leave_out)
-    if name.is_dir():
-        return _below(name, leave_out)
-    if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
-        matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
-        return [track for match in matches for track in _expanded(match, leave_out, False)]
-    return [name]
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """Lines with their ends; of one that is too long, a character more than it may have."""
+    head = file.read(4)
+    found = (name for mark, name in ENCODINGS.items() if head.startswith(mark))
+    encoding = next(found, "utf-8-sig")
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+    text = io.TextIOWrapper(io.BufferedReader(_Rest(head, file)), encoding, errors)
+    while line := text.readline(MAX_LINE + 1):
+        yield line
+        while len(line) > MAX_LINE and not line.endswith("\n"):
+            line = text.readline(MAX_LINE + 1)
 
 
-def _expanded_url(url: Url, leave_out: Place | None) -> Iterable[Place]:
-    """As for a path; what looks like a file is one, so that no store is asked about each track."""
-    pattern = glob.has_magic(url.text)
-    if url.is_web or (_is_audio(url.name) and not pattern) or url.is_file():
-        return [url]
-    if pattern:
-        found = [track for match in url.matches() for track in _expanded_url(match, leave_out)]
-    else:
-        found = [file for file in url.files() if _is_track_below(file, url, leave_out)]
-    return found or [url]
+class _Rest(io.RawIOBase):
+    """A stream of which the head has been read."""
+
+    def __init__(self, head: bytes, file: IO[bytes]) -> None:
+        self._head, self._file = head, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head or self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._head = b""
+        return len(data)
 
 
-def _is_track_below(file: Url, folder: Url, leave_out: Place | None) -> bool:
-    hidden = "/." in file.text.removeprefix(folder.text)
-    return _is_audio(file.name) and not hidden and not file.text.startswith(f"{leave_out}/")
+@dataclass(frozen=True)
+class _Search:
+    """A search for tracks that leaves out the folder of the identity `apart`."""
+
+    apart: str | None
+    expand: bool
+    report: Report
+
+    def tracks(self, name: Place) -> Iterable[Place]:
+        """The tracks that a name means; what goes wrong is reported."""
+        try:
+            _check_name(name)
+            return self._remote(name) if isinstance(name, Url) else self._local(name, self.expand)
+        except (LoadAudioError, MissingDependencyError) as exc:
+            self.report(name, exc)
+        except OSError as exc:
+            self.report(name, _unreadable(name, exc))
+        return []
+
+    def _local(self, name: LocalPath, expand: bool) -> Iterable[Place]:
+        if name.is_dir():
+            return self._below(name)
+        if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
+            matches = map(LocalPath, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+            return [track for match in matches for track in self._local(match, False)]
+        return [name]
+
+    def _remote(self, url: Url) -> Iterable[Place]:
+        """As for a path; what looks like a file is one, so that no store is asked about each."""
+        pattern = glob.has_magic(url.text)
+        if url.is_web or (_is_audio(url.name) and not pattern) or url.exists_whole():
+            return [url]
+        if pattern:
+            found = [track for match in url.matches() for track in self._remote(match)]
+        else:
+            found = [file for file in url.files() if self._is_track_below(file, url)]
+        return found or [url]
+
+    def _is_track_below(self, file: Url, folder: Url) -> bool:
+        hidden = "/." in file.text.removeprefix(folder.text)
+        return _is_audio(file.name) and not hidden and not file.text.startswith(f"{self.apart}/")
+
+    def _below(self, folder: LocalPath) -> list[LocalPath]:
+        """All tracks below a folder, links to folders followed, each folder once."""
+        found, faults = list[LocalPath](), list[OSError]()
+        entered = {folder.identity}
+        for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
+            folders[:] = [name for name in sorted(folders) if self._enters(parent, name, entered)]
+            visible = (name for name in sorted(files) if not name.startswith("."))
+            found += [LocalPath(parent, name) for name in visible if _is_audio(name)]
+        for fault in faults:
+            at = LocalPath(fault.filename or folder)
+            self.report(at, _unreadable(at, fault))
+        return found if found or faults else [folder]
+
+    def _enters(self, parent: str, name: str, entered: set[str]) -> bool:
+        identity = LocalPath(parent, name).identity
+        if name.startswith(".") or identity == self.apart or identity in entered:
+            return False
+        entered.add(identity)
+        return True
+
+
+def _check_name(name: Place) -> None:
+    """Raise `LoadAudioError` for what no file can be called, or no address that may be opened."""
+    try:
+        name.check()
+    except OptionError as exc:
+        raise LoadAudioError(str(exc)) from exc
+
+
+def _unreadable(name: Place, exc: OSError) -> LoadAudioError:
+    return LoadAudioError(f"{name}: cannot be read ({exc.strerror or exc})")
 
 
 def _is_audio(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
-def _below(folder: Path, leave_out: Place | None) -> list[Path]:
-    apart = None if leave_out is None else _identity(leave_out)
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and _identity(Path(parent, name)) != apart
-        )
-        found += [
-            Path(parent, name)
-            for name in sorted(files)
-            if not name.startswith(".") and _is_audio(name)
-        ]
-    return found or [folder]
-
-
 def plan_jobs(
-    tracks: Iterable[Place], output: Output, model: str, sources: Sequence[str]
-) -> list[Job]:
+    tracks: Iterable[Named], output: Output, model: str, sources: Sequence[str]
+) -> list[TrackJob]:
     """The jobs for `tracks`, of whose stems none is in another's way.
 
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
     naming = partial(output.paths, model=model, stems=output.stems(sources))
-    jobs = [Job(track, naming) for track in tracks]
+    jobs = [TrackJob(place(track), naming) for track in tracks]
+    for job in jobs:
+        _check_name(job.track)
     if output.is_pipe:
         if len(jobs) > 1:
             raise OptionError(f"standard output takes one track, not {len(jobs)}")
@@ -151,12 +248,12 @@ def plan_jobs(
     return jobs
 
 
-def _check_apart(jobs: Sequence[Job]) -> None:
-    inputs = {_identity(job.track) for job in jobs}
+def _check_apart(jobs: Sequence[TrackJob]) -> None:
+    inputs = {job.track.identity for job in jobs}
     taken: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
     for job in jobs:
         for path in job.paths.values():
-            name = _identity(path)
+            name = path.identity
             if name in inputs:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
             if hash(name) in taken:
@@ -164,19 +261,11 @@ def _check_apart(jobs: Sequence[Job]) -> None:
             taken.add(hash(name))
 
 
-def _check_owner(jobs: Sequence[Job], job: Job, path: Place) -> None:
+def _check_owner(jobs: Sequence[TrackJob], job: TrackJob, path: Place) -> None:
     """Raise `OptionError` if a job before `job` has the stem `path`, too."""
     for other in itertools.takewhile(lambda other: other is not job, jobs):
-        if _identity(path) in map(_identity, other.paths.values()):
+        if path.identity in (stem.identity for stem in other.paths.values()):
             raise OptionError(
                 f"{other.track} and {job.track} would both become {path}: tell them apart with"
                 " {parent} or {trackext} in --filename"
             )
-
-
-def _identity(path: Place) -> str:
-    """The same for all names of a file, also where capitals do not count."""
-    if isinstance(path, Url):
-        return path.text
-    name = os.path.normcase(os.path.realpath(path)) if path != PIPE else str(path)
-    return name.casefold() if sys.platform == "darwin" else name

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..engine.threads import worker_pool
+from ..errors import SaveAudioError
 from ..resample import Resampler
+from .console import standard_output
 from .encode import encoder, encoding_errors
 from .output import PIPE, Output
 from .pcm import RESCALING, prevent_clip, rescale_divisor
 from .spool import Spool, Workspace
-from .storage import Place, Url
+from .storage import Place, Undo, replaced_by
 
 BLOCK = 2**16  # samples that are read from a spool at once
 
@@ -151,13 +152,21 @@ class TrackWriter:
         for name, future in zip(self._writers, encoded):
             with self._writing(self.paths[name]):
                 future.result()
-        for name, writer in self._writers.items():
-            with self._writing(self.paths[name]):
-                _publish(writer.file, self.paths[name])
+        self._publish()
         return {
             name: StemFile(self.paths[name], writer.peak, 1 / writer.divisor)
             for name, writer in self._writers.items()
         }
+
+    def _publish(self) -> None:
+        """Let all files appear, or none: one that fails takes back those before it."""
+        with contextlib.ExitStack() as published:
+            for name, writer in self._writers.items():
+                with self._writing(self.paths[name]):
+                    published.callback(_taking_back, _publish(writer.file, self.paths[name]))
+            published.pop_all()
+        for writer in self._writers.values():
+            replaced_by(writer.file).unlink(missing_ok=True)
 
     def _choose_divisors(self) -> None:
         clip, writers = self.target.output.clip, self._writers.values()
@@ -174,15 +183,20 @@ class TrackWriter:
             writer.file.unlink(missing_ok=True)
 
 
-def _publish(file: Path, path: Place) -> None:
-    """Give `file`, which is whole, its name, or copy it to a store or to standard output."""
-    if isinstance(path, Url):
-        path.publish(file)
-        file.unlink()
-    elif path == PIPE:
-        with file.open("rb") as source:
-            shutil.copyfileobj(source, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(path)
+def _publish(file: Path, path: Place) -> Undo:
+    """Give `file`, which is whole, its name, or copy it to a store or to standard output.
+
+    Returns what takes that back.
+    """
+    if path == PIPE:
+        with file.open("rb") as source, standard_output() as sink:
+            shutil.copyfileobj(source, sink)
+        return lambda: None
+    undo = path.publish(file)
+    file.unlink(missing_ok=True)
+    return undo
+
+
+def _taking_back(undo: Undo) -> None:
+    with contextlib.suppress(OSError, SaveAudioError):  # the first error is the one to tell
+        undo()

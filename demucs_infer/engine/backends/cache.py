@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class CompiledCache:
 
 def _is_ours(folder: Path) -> bool:
     """Whether only this user, or root, may write to `folder`; Windows keeps caches in the home."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return True
     status = folder.stat()
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

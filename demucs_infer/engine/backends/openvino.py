@@ -60,7 +60,7 @@ def _import_openvino() -> Any:
     try:
         import openvino
     except ImportError as exc:
-        raise MissingDependencyError("openvino", "engine='openvino'", "openvino") from exc
+        raise MissingDependencyError("openvino", "engine='openvino'") from exc
     return openvino
 
 

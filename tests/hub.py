@@ -1,0 +1,113 @@
+"""A server on loopback that speaks as much of the hub's protocol as downloads need."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_token"
+
+
+@dataclass
+class Hub:
+    """Files by `NAMESPACE/REPOSITORY/FILE`, revisions by name, and what was asked."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    private: set[str] = field(default_factory=set)  # repositories that want the token
+    renamed: dict[str, str] = field(default_factory=dict)  # repositories, to their new names
+    wrong: bool = False  # content is not what is announced
+    breaks: list[int] = field(default_factory=list)  # bytes after which the next bodies break off
+    failing: int = 0  # status of all answers, if any
+    asked: list[str] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        with suppress(ConnectionError):
+            self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        hub = self.hub
+        hub.asked.append(f"{self.command} {self.path}")
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if hub.failing:
+            return self.head(hub.failing)
+        if parts[0] == "cdn":
+            return self.send(next(c for c in hub.files.values() if digest(c) == parts[1]), body)
+        if len(parts) < 5 or parts[2] != "resolve":
+            return self.head(404)
+        repository, revision, file = "/".join(parts[:2]), "/".join(parts[3:-1]), parts[-1]
+        if repository in hub.renamed:
+            path = "/".join([hub.renamed[repository], *parts[2:]])
+            return self.head(307, Location=f"/{path}")
+        known = any(name.startswith(f"{repository}/") for name in hub.files)
+        opened = repository not in hub.private
+        if not known or not (opened or self.headers.get("Authorization") == f"Bearer {TOKEN}"):
+            return self.head(401, X_Error_Code="RepoNotFound")
+        commit = hub.revisions.get(revision, revision if revision == COMMIT else "")
+        if not commit:
+            return self.head(404, X_Error_Code="RevisionNotFound")
+        content = hub.files.get(f"{repository}/{file}")
+        if content is None:
+            return self.head(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        if not file.endswith(".safetensors"):
+            etag = f'"{sha1(content).hexdigest()}"'
+            return self.send(content, body, ETag=etag, X_Repo_Commit=commit)
+        facts = {"X_Linked_ETag": f'"{digest(content)}"', "X_Linked_Size": len(content)}
+        # Another host, as far as a client can tell.
+        location = f"{hub.url.replace('127.0.0.1', 'localhost')}/cdn/{digest(content)}"
+        return self.head(302, Location=location, X_Repo_Commit=commit, **facts)
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in {"Content_Length": 0, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def send(self, content: bytes, body: bool, **headers: object) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        span = (
+            {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        )
+        length = len(content) - start
+        self.head(206 if start else 200, Content_Length=length, **span, **headers)
+        if body:
+            stop = self.hub.breaks.pop(0) if self.hub.breaks else None
+            content = content[::-1] if self.hub.wrong else content
+            self.wfile.write(content[start:stop])
+            self.close_connection = stop is not None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+@contextmanager
+def serving_hub() -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

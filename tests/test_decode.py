@@ -1,0 +1,339 @@
+"""Files as FFmpeg's command reads them: healthy ones to the sample, damaged ones in step.
+
+The inputs are made by that command when the tests run; without it they are skipped.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demucs_infer.audio import AudioFile
+from demucs_infer.errors import LoadAudioError
+from demucs_infer.io.packets import Damage
+
+FFMPEG = shutil.which("ffmpeg")
+pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")
+SECONDS = 4
+
+# Name and options of FFmpeg; what this build of it cannot write is skipped.
+HEALTHY = {
+    "a.wav": "",
+    "float.wav": "-c:a pcm_f32le",
+    "double.wav": "-c:a pcm_f64le",
+    "u8.wav": "-c:a pcm_u8",
+    "s24.wav": "-c:a pcm_s24le",
+    "ms.wav": "-c:a adpcm_ms",
+    "ima.wav": "-c:a adpcm_ima_wav",
+    "alaw.wav": "-c:a pcm_alaw",
+    "mulaw.wav": "-c:a pcm_mulaw",
+    "rf64.wav": "-rf64 always",
+    "six.wav": "-ac 6 -c:a pcm_s24le",
+    "twenty-four.wav": "-af pan=24c|c0=c0|c23=c1",
+    "4k.wav": "-ar 4000",
+    "768k.wav": "-ar 768000 -t 0.3",
+    "a.w64": "-c:a pcm_s24le",
+    "a.caf": "",
+    "alac.caf": "-c:a alac",
+    "a.aiff": "",
+    "sowt.aif": "-c:a pcm_s16le -f aiff",
+    "float.aiff": "-c:a pcm_f32be -f aiff",
+    "a.au": "",
+    "a.voc": "-c:a pcm_s16le",
+    "a.flac": "",
+    "24.flac": "-sample_fmt s32 -bits_per_raw_sample 24",
+    "a.wv": "",
+    "a.tta": "",
+    "a.mp3": "",
+    "vbr.mp3": "-q:a 4",
+    "bare.mp3": "-write_xing 0 -id3v2_version 0",
+    "a.mp2": "",
+    "a.aac": "",
+    "a.ac3": "",
+    "a.eac3": "",
+    "a.dts": "-c:a dca -strict -2",
+    "a.thd": "-c:a truehd -strict -2",
+    "a.m4a": "",
+    "alac.m4a": "-c:a alac",
+    "edit.m4a": "-c:a aac -ss 0.5 -t 2",
+    "fragments.mp4": "-c:a aac -movflags frag_keyframe+empty_moov -frag_duration 500000",
+    "pcm.mov": "-c:a pcm_s24le",
+    "a.ogg": "-c:a libvorbis -page_duration 200000",
+    "a.opus": "-c:a libopus -page_duration 200000",
+    "a.oga": "-c:a flac",
+    "a.spx": "-c:a libspeex -ar 32000",
+    "a.mka": "-c:a flac",
+    "aac.mkv": "-c:a aac -cluster_time_limit 500",
+    "ac3.mkv": "-c:a ac3",
+    "vorbis.mkv": "-c:a libvorbis",
+    "a.webm": "-c:a libopus",
+    "a.ts": "-c:a aac",
+    "mp2.ts": "-c:a mp2",
+    "a.m2ts": "-c:a ac3",
+    "a.mpg": "-c:a mp2",
+    "a.vob": "-c:a ac3",
+    "a.avi": "-c:a mp3",
+    "a.flv": "-c:a mp3",
+    "a.wma": "",
+    "a.nut": "-c:a mp3",
+    "a.rm": "-c:a ac3",
+    "a.wtv": "-c:a mp2",
+}
+HARMLESS = 1e-6  # between builds of FFmpeg
+ROUNDED = {"ima.wav": 0.002}  # where its releases round differently
+# Where damage leaves sound out, FFmpeg's command closes the gap: so do we without a clock.
+CLOCKLESS = ["a.mp3", "a.mp2", "a.aac", "a.ac3", "a.eac3", "a.flac", "bare.mp3", "a.dts"]
+CLOCKED = "a.m4a a.ts mp2.ts a.m2ts aac.mkv a.mka a.opus a.oga a.ogg a.mpg a.flv a.wma".split()
+IN_PACKETS = "a.m4a a.ts mp2.ts a.m2ts a.mpg a.flv".split()  # and not in pages of a second
+PLACES = {
+    "first": [0],
+    "middle": [0.5],
+    "last": [1],
+    "three": [0.25, 0.5, 0.75],
+}
+HEADER = {".mkv": 900, ".mka": 900, ".opus": 2500, ".oga": 900, ".ogg": 6000, ".flac": 8300}
+
+
+def ffmpeg(*words: object) -> bytes:
+    command = [FFMPEG, "-v", "quiet", "-y", *map(str, words)]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60).stdout
+
+
+def reference(path: Path, channels: int) -> torch.Tensor:
+    """The first audio stream as FFmpeg's command decodes it, `[C, T]`."""
+    samples = np.frombuffer(ffmpeg("-i", path, "-map", "0:a:0", "-f", "f32le", "-"), np.float32)
+    return (
+        torch.from_numpy(samples[: len(samples) // channels * channels].copy())
+        .reshape(-1, channels)
+        .T
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise whose loudness changes, so that every part of it can be told from every other."""
+    folder = tmp_path_factory.mktemp("sound")
+    loud = "volume=0.1+0.8*mod(floor(t*7)\\,3)/3:eval=frame"
+    noise = f"anoisesrc=d={SECONDS}:r=44100:a=0.3:seed=7,aformat=channel_layouts=stereo,{loud}"
+    ffmpeg("-f", "lavfi", "-i", noise, "-c:a", "pcm_f32le", folder / "source.wav")
+    return folder
+
+
+def made(folder: Path, name: str) -> Path:
+    """The healthy file of this name."""
+    path = folder / name
+    if not path.exists():
+        ffmpeg("-i", folder / "source.wav", *HEALTHY[name].split(), path)
+    if not path.exists() or not path.stat().st_size:
+        path.touch()
+        pytest.skip(f"this FFmpeg cannot write {name}")
+    return path
+
+
+def decoded(path: Path) -> tuple[torch.Tensor, Damage]:
+    damage = Damage()
+    return torch.cat(list(AudioFile(path).blocks(damage=damage)), dim=-1), damage
+
+
+def lag(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """By how many samples `ours` is late, by cross-correlation of the first channels."""
+    size = ours.shape[-1] + theirs.shape[-1]
+    spectra = [torch.fft.rfft(wav[0].double(), size) for wav in (ours, theirs)]
+    place = int(torch.fft.irfft(spectra[0] * spectra[1].conj(), size).argmax())
+    return place if place < ours.shape[-1] else place - size
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_files_are_read_as_by_ffmpeg(name: str, folder: Path) -> None:
+    path = made(folder, name)
+    ours, damage = decoded(path)
+    theirs = reference(path, ours.shape[0])
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= ROUNDED.get(name, HARMLESS)
+    assert not damage
+
+
+def damaged(folder: Path, name: str, places: list[float], target: Path, size: int = 300) -> Path:
+    """A copy with `size` bytes of noise at each of the places, which are parts of its length."""
+    data = bytearray(made(folder, name).read_bytes())
+    first = HEADER.get(Path(name).suffix, 1200)
+    for place in places:
+        at = first + int(place * (len(data) - first - size - 600 * (name == "a.m4a")))
+        data[at : at + size] = random.Random(1).randbytes(size)
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("name", CLOCKLESS)
+def test_damage_in_a_raw_stream(name: str, places: str, folder: Path, tmp_path: Path) -> None:
+    path = damaged(folder, name, PLACES[places], tmp_path / name)
+    ours, _ = decoded(path)
+    theirs = reference(path, ours.shape[0])
+    assert abs(ours.shape[1] - theirs.shape[1]) <= 1536 * len(PLACES[places])
+    assert lag(ours[:, -44100:], theirs[:, -44100:]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [*((name, "middle") for name in CLOCKED), *((name, "three") for name in IN_PACKETS)],
+)
+def test_damage_where_there_is_a_clock(
+    name: str, places: str, folder: Path, tmp_path: Path
+) -> None:
+    path = damaged(folder, name, PLACES[places], tmp_path / name, 1500)
+    ours, damage = decoded(path)
+    healthy, _ = decoded(made(folder, name))
+    rate = AudioFile(path).samplerate()
+    assert abs(ours.shape[1] - healthy.shape[1]) <= 0.002 * rate
+    assert lag(ours[:, : rate // 2], healthy[:, : rate // 2]) == 0
+    assert abs(lag(ours[:, -rate // 2 :], healthy[:, -rate // 2 :])) <= 0.002 * rate
+    assert damage.seconds > 0
+    assert not damage.end_missing
+
+
+def test_a_track_warns_once(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = damaged(folder, "a.m4a", PLACES["three"], tmp_path / "a.m4a")
+    _, damage = decoded(path)
+    (warning,) = caplog.messages
+    assert damage.places == 3
+    assert warning == f"{path}: is damaged at 3 places, {damage.seconds:.2f} s of sound lost"
+
+
+def test_what_comes_before_the_first_good_packet_is_silent(folder: Path, tmp_path: Path) -> None:
+    data = bytearray(made(folder, "a.m4a").read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 700] = bytes(700)
+    path = tmp_path / "a.m4a"
+    path.write_bytes(data)
+    ours, damage = decoded(path)
+    healthy, _ = decoded(made(folder, "a.m4a"))
+    assert ours.shape == healthy.shape
+    assert lag(ours, healthy) == 0
+    assert damage.places == 1
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.aiff", "a.tta", "a.mka"])
+def test_the_end_is_missing(name: str, folder: Path, tmp_path: Path) -> None:
+    data = made(folder, name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(data[: int(len(data) * 0.6)])
+    ours, damage = decoded(path)
+    assert ours.shape[1] / AudioFile(path).samplerate() == pytest.approx(0.6 * SECONDS, rel=0.5)
+    assert damage.end_missing
+    assert damage.seconds == pytest.approx(SECONDS - ours.shape[1] / 44100, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("-ar 44100", "-ar 48000"),
+        ("-ac 2", "-ac 1"),
+        ("-ac 1", "-ac 2"),
+        ("-ar 48000", "-ar 32000"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp3", "ac3", "mp2", "aac"])
+def test_a_change_in_mid_stream(
+    first: str, second: str, suffix: str, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    for number, options in enumerate((first, second)):
+        piece = tmp_path / f"{number}.{suffix}"
+        bare = "-write_xing 0 -id3v2_version 0" if suffix == "mp3" else ""
+        ffmpeg("-i", folder / "source.wav", *options.split(), *bare.split(), piece)
+        with path.open("ab") as file:
+            file.write(piece.read_bytes())
+    ours, damage = decoded(path)
+    theirs = reference(path, ours.shape[0])
+    assert ours.shape[1] == pytest.approx(2 * SECONDS * AudioFile(path).samplerate(), rel=0.05)
+    assert abs(ours.shape[1] - theirs.shape[1]) <= 1536
+    assert lag(ours, theirs) == 0
+    assert not damage
+
+
+@pytest.mark.parametrize("second", ["-ar 48000", "-ar 44100", "-ac 1", "-ar 22050 -ac 1"])
+@pytest.mark.parametrize("codec", ["libvorbis", "flac", "libopus"])
+def test_links_of_a_chained_ogg_file(second: str, codec: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.ogg"
+    if codec == "libopus" and "-ar" in second:
+        second = "-ar 24000"
+    for number, options in enumerate(("", second, "")):
+        piece = tmp_path / f"{number}.ogg"
+        ffmpeg("-i", folder / "source.wav", "-c:a", codec, *options.split(), piece)
+        with path.open("ab") as file:
+            file.write(piece.read_bytes())
+    if not path.stat().st_size:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    ours, damage = decoded(path)
+    link, _ = decoded(tmp_path / "0.ogg")
+    assert ours.shape[1] == pytest.approx(3 * link.shape[1], abs=100)
+    assert torch.equal(ours[:, : link.shape[1]], link)
+    assert lag(ours[:, -link.shape[1] :], link) == 0
+    assert not damage
+    assert AudioFile(path).duration == pytest.approx(3 * SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "aac", "ac3", "flac", "wav", "dts", "m4a", "ogg", "ts"])
+def test_noise_is_no_audio_file(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"noise.{suffix}"
+    path.write_bytes(random.Random(1).randbytes(300_000))
+    with pytest.raises(LoadAudioError):
+        decoded(path)
+
+
+def test_a_file_of_which_less_than_half_can_be_decoded(folder: Path, tmp_path: Path) -> None:
+    data = bytearray(made(folder, "a.m4a").read_bytes())
+    start, stop = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    middle = start + int(0.4 * (stop - start))
+    data[middle:stop] = bytes(stop - middle)
+    path = tmp_path / "a.m4a"
+    path.write_bytes(data)
+    with pytest.raises(LoadAudioError, match=r"\d+ of its \d+ packets cannot be decoded"):
+        decoded(path)
+
+
+@pytest.mark.parametrize(("total", "missing"), [(0, False), (1000, False), (10**6, True)])
+def test_a_wrong_total_in_flac(total: int, missing: bool, folder: Path, tmp_path: Path) -> None:
+    data = bytearray(made(folder, "a.flac").read_bytes())
+    kept = int.from_bytes(data[18:26], "big") >> 36 << 36  # all but the number of samples
+    data[18:26] = (kept | total).to_bytes(8, "big")
+    path = tmp_path / "a.flac"
+    path.write_bytes(data)
+    ours, damage = decoded(path)
+    assert torch.equal(ours, decoded(made(folder, "a.flac"))[0])
+    assert damage.end_missing == missing  # nothing tells it from a file that breaks off
+
+
+def test_dsf(tmp_path: Path) -> None:
+    channels, samples = 2, 4096 * 8 * 20
+    sound = b"\x69" * (samples // 8 * channels)
+    form = struct.pack(
+        "<4sQIIIIIIQII", b"fmt ", 52, 1, 0, 2, channels, 2_822_400, 1, samples, 4096, 0
+    )
+    body = form + struct.pack("<4sQ", b"data", 12 + len(sound)) + sound
+    path = tmp_path / "a.dsf"
+    path.write_bytes(struct.pack("<4sQQQ", b"DSD ", 28, 28 + len(body), 0) + body)
+    ours, damage = decoded(path)
+    assert ours.shape == reference(path, channels).shape == (2, samples // 8)
+    assert not damage
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9 \N{GRINNING FACE}.wav", "-i.flac", "a\nb.mp3", "%d.wav"]
+)
+def test_names_of_every_kind(name: str, folder: Path, tmp_path: Path) -> None:
+    source = made(folder, f"a{Path(name).suffix}")
+    path = tmp_path / name
+    try:
+        path.write_bytes(source.read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert torch.equal(decoded(path)[0], decoded(source)[0])

@@ -1,0 +1,132 @@
+"""What people type to install this, and other projects that depend on it by path."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
+
+from demucs_infer import __version__
+from demucs_infer.errors import MissingDependencyError
+
+ROOT = Path(__file__).parents[1]
+TEXTS = (".md", ".py", ".toml", ".yaml", ".yml", ".txt")
+# The name with or without extras, as an index would be asked for it.
+FROM_AN_INDEX = re.compile(r"""install\s+(-\S+\s+)*["']?demucs[-_]infer\b""")
+OTHERS = {"venv", "build", "dist", "shared"}
+
+
+def texts() -> list[Path]:
+    """The project's own text files."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in OTHERS]
+    own = [path for path in folders if not path.name.startswith(".") or path.name == ".github"]
+    paths = [*ROOT.iterdir(), *(path for folder in own for path in folder.rglob("*"))]
+    found = [p for p in paths if p.is_file() and (p.suffix in TEXTS or p.name == "LICENSE")]
+    return [path for path in found if path != Path(__file__)]
+
+
+def test_nobody_is_told_to_install_the_other_project_of_this_name() -> None:
+    named = {path.relative_to(ROOT).as_posix() for path in texts()}
+    assert {"README.md", "docs/scale.md", "demucs_infer/errors.py", "LICENSE"} <= named
+    for path in texts():
+        text = path.read_text(encoding="utf-8")
+        assert not FROM_AN_INDEX.search(text), path
+        if path.name != "pyproject.toml":  # whose extras are made of each other
+            assert "demucs-infer[" not in text, path
+    assert "not the package\nof that name on PyPI" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("packages", "command"),
+    [
+        ("s3fs", "pip install s3fs"),
+        ("onnx onnxscript", "pip install onnx onnxscript"),
+        ("ray[data]", 'pip install "ray[data]"'),
+    ],
+)
+def test_the_message_names_the_packages_themselves(packages: str, command: str) -> None:
+    message = str(MissingDependencyError(packages, "this"))
+    assert message == f"this needs {packages}: {command}"
+
+
+def write_project(folder: Path, dependencies: list[str], **paths: Path) -> Path:
+    """A project of one module, with dependencies that uv finds at `paths`."""
+    folder.mkdir()
+    (folder / "module.py").touch()
+    sources = "".join(f"{n.replace('_', '-')} = {{ path = {str(paths[n])!r} }}\n" for n in paths)
+    (folder / "pyproject.toml").write_text(
+        f"""
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "{folder.name}"
+version = "1"
+dependencies = {dependencies}
+[tool.hatch.build.targets.wheel]
+include = ["module.py"]
+[tool.uv.sources]
+{sources}"""
+    )
+    return folder
+
+
+def resolve(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a resolver without an index; the backend of builds is the one of this environment."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, check=False
+    )
+
+
+def test_pip_takes_it_for_a_successor_of_demucs_4(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "other", ["demucs-infer>=4.2"])
+    report = tmp_path / "report.json"
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", report]
+    without_ours = resolve("pip", "install", *options, "--ignore-installed", project)
+    assert "No matching distribution found for demucs-infer>=4.2" in without_ours.stderr
+    result = resolve("pip", "install", *options, ROOT, project)
+    assert result.returncode == 0, result.stderr
+    planned = {item["metadata"]["name"]: item for item in json.loads(report.read_text())["install"]}
+    assert planned["demucs-infer"]["metadata"]["version"] == __version__
+    assert "other" in planned
+
+
+def make_index(folder: Path) -> Path:
+    """Wheels with nothing in them, of all that the package requires."""
+    folder.mkdir()
+    for requirement in ProjectMetadata(str(ROOT), PluginManager()).core.dependencies:
+        name = re.match(r"[\w-]+", requirement)[0].replace("-", "_")
+        with zipfile.ZipFile(folder / f"{name}-9999-py3-none-any.whl", "w") as wheel:
+            files = {
+                "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 9999\n",
+                "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                "RECORD": "",
+            }
+            for file, text in files.items():
+                wheel.writestr(f"{name}-9999.dist-info/{file}", text)
+    return folder
+
+
+@pytest.mark.skipif(find_spec("uv") is None, reason="needs uv")
+@pytest.mark.parametrize(("wanted", "fits"), [(">=4", True), (">=4.2", True), (">=6", False)])
+def test_uv_takes_it_for_a_successor_of_demucs_4(wanted: str, fits: bool, tmp_path: Path) -> None:
+    other = write_project(tmp_path / "other", [f"demucs-infer{wanted}"])
+    app = write_project(tmp_path / "app", ["demucs-infer", "other"], demucs_infer=ROOT, other=other)
+    index = make_index(tmp_path / "index")
+    options = ["--offline", "--no-index", "--find-links", index, "--no-build-isolation"]
+    result = resolve(
+        *("uv", "pip", "compile", *options, "--python", sys.executable, app / "pyproject.toml")
+    )
+    assert (result.returncode == 0) == fits, result.stderr
+    if fits:
+        assert {"torch==9999", "requests==9999"} <= set(result.stdout.split())
+    else:
+        assert "No solution found" in result.stderr

@@ -1,0 +1,105 @@
+"""What FFmpeg misreads. When a test of FFmpeg itself fails here, the work-around may go."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from demucs_infer.audio import AudioFile, save_audio
+from demucs_infer.io.mending import Part
+
+from .helpers import noise
+
+ID3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)
+PCM = bytes.fromhex("0100000000001000800000aa00389b71")
+HE_AAC = Path(__file__).parent / "data" / "he_aac.m4a"  # whose encoder FFmpeg does not have
+
+
+def wav_of_24_in_32(samples: np.ndarray) -> bytes:
+    """int32 samples `[T, C]` whose lowest byte is zero, as an extensible WAV file."""
+    channels = samples.shape[1]
+    block = 4 * channels
+    fmt = struct.pack("<HHIIHH", 0xFFFE, channels, 44100, 44100 * block, block, 32)
+    fmt += struct.pack("<HHI", 22, 24, 0) + PCM
+    data = samples.astype("<i4").tobytes()
+    chunks = b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(data))
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(data)) + b"WAVE" + chunks + data
+
+
+def integers(channels: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-(2**23), 2**23, (1000, channels)) * 256
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_24_bits_in_32(channels: int, tmp_path: Path) -> None:
+    samples = integers(channels)
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_of_24_in_32(samples))
+    wav = AudioFile(path).read(streams=0)
+    assert torch.equal(wav, torch.from_numpy((samples.T / 2**31).astype(np.float32)))
+
+
+def test_ffmpeg_takes_24_bits_in_32_for_floats(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_of_24_in_32(integers(2)))
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].codec_context.name == "pcm_f24le"
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.caf", "a.w64", "a.rf64"])
+def test_id3_tags_before_a_container(name: str, tmp_path: Path) -> None:
+    path, plain = tmp_path / name, tmp_path / f"plain-{name}"
+    kind = {"a.aiff": "AIFF", "a.caf": "CAF", "a.w64": "W64", "a.rf64": "RF64"}.get(name, "WAV")
+    soundfile.write(plain, noise(2, 1000).T.numpy(), 44100, format=kind, subtype="PCM_16")
+    path.write_bytes(ID3 + ID3 + plain.read_bytes())
+    assert torch.equal(AudioFile(path).read(), AudioFile(plain).read())
+
+
+def test_ffmpeg_refuses_id3_tags_before_riff(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    save_audio(noise(2, 1000), path, 44100)
+    path.write_bytes(ID3 + path.read_bytes())
+    with pytest.raises(av.FFmpegError):
+        av.open(str(path)).close()
+
+
+@pytest.mark.parametrize("padding", [2529, 3553, 2048])
+def test_he_aac_starts_on_time(padding: int, tmp_path: Path) -> None:
+    data = HE_AAC.read_bytes()
+    path = tmp_path / "a.m4a"
+    path.write_bytes(data.replace(b" 000009E1 ", b" %08X " % padding))
+    plain = tmp_path / "plain.m4a"
+    plain.write_bytes(data.replace(b"iTunSMPB", b"iTunSMPX"))
+    ours, whole = AudioFile(path).read(streams=0), AudioFile(plain).read(streams=0)
+    assert torch.equal(ours, whole[:, 2 * padding :])
+
+
+def test_ffmpeg_drops_half_of_he_aac_s_padding() -> None:
+    with av.open(str(HE_AAC)) as container:
+        assert next(container.decode(audio=0)).pts == 1265  # 2529 where it is right
+
+
+def test_a_wav_file_that_breaks_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.wav"
+    save_audio(noise(2, 44100), path, 44100)
+    path.write_bytes(path.read_bytes()[: -44100 * 2])
+    assert AudioFile(path).read(streams=0).shape[1] == 22050
+    assert "cut off at the end, 0.50 s of sound lost" in caplog.text
+
+
+@pytest.mark.parametrize("start", [0, 3, 8, 10])
+@pytest.mark.parametrize("size", [1, 4, -1])
+def test_a_part_with_a_patch(start: int, size: int) -> None:
+    part = Part(io.BytesIO(bytes(range(20))), 2, 16, {4: b"abc"})
+    whole = bytes([2, 3, 4, 5]) + b"abc" + bytes(range(9, 16))
+    part.seek(start)
+    assert part.read(size) == whole[start : None if size < 0 else start + size]
+    assert part.seek(0, 2) == 14
+    assert part.read(5) == b""

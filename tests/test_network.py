@@ -1,0 +1,94 @@
+"""The released models as their hosts have them: python -m pytest -m network
+
+The same comparison runs against servers on loopback without a network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import demucs.apply
+import demucs.repo
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from demucs_infer.apply import BagOfModels, apply_model
+from demucs_infer.audio import AudioFile
+from demucs_infer.hub import download, registry
+from demucs_infer.hub.download import Patience, file_digest
+from demucs_infer.hub.sources import OnHub, Published, sources_of
+from demucs_infer.states import load_model, save_model
+
+from . import synth
+from .helpers import noise
+from .hub import Hub, serving_hub
+from .web import Web
+
+RELEASED = [name for name in registry.bags() if not registry.is_community(name)]
+LONGEST = 1e-5  # difference of stems, of the reference's peak
+
+
+def compare(name: str, folder: Path, mix: Tensor) -> str:
+    """Fetch a bag from both hosts into `folder` and compare all of it; returns a row of a table."""
+    bag, known = registry.bags()[name], registry.checkpoints()
+    patience, sizes = download.PATIENCE, []
+    models: dict[str, torch.nn.Module] = {}
+    for sig in dict.fromkeys(bag["models"]):
+        first, *_, second = sources_of(sig, known[sig])
+        assert isinstance(first, Published)
+        assert isinstance(second, OnHub)
+        pickled = first.fetch(folder, patience)
+        assert file_digest(pickled) == known[sig].sha256
+        twin = second.fetch(folder / "hub", patience)
+        assert file_digest(twin).startswith(twin.stem.partition("-")[2])
+        models[sig], other = load_model(pickled), load_model(twin).state_dict()
+        for key, value in models[sig].state_dict().items():
+            assert torch.equal(value, other[key]), (sig, key)
+        sizes.append(pickled.stat().st_size)
+    settings = [bag.get("weights"), bag.get("segment")]
+    ours = BagOfModels([models[sig] for sig in bag["models"]], *settings)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"models": bag["models"]}))
+    reference = demucs.repo.LocalRepo(folder)
+    theirs = demucs.apply.BagOfModels([reference.get_model(s) for s in bag["models"]], *settings)
+    expected = demucs.apply.apply_model(theirs.eval(), mix, shifts=0)
+    error = (apply_model(ours, mix, shifts=0) - expected).abs().max() / expected.abs().max()
+    assert error <= LONGEST
+    return f"{name:24} {len(sizes)} files {sum(sizes) / 1e6:6.0f} MB   stems within {error:.1e}"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_bags_on_both_hosts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synth.write_wav(tmp_path / "song.wav", sum(synth.song(0, 10.0).values()))
+    mix = AudioFile(tmp_path / "song.wav").read(streams=0, samplerate=44100, channels=2)
+    row = compare(name, tmp_path, mix[None])
+    with capsys.disabled():
+        print(f"\n{row}")
+
+
+def test_the_comparison_on_loopback(
+    published: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "PATIENCE", Patience(attempts=1, backoff=0))
+    (tmp_path / "a.th").write_bytes(published.content)
+    model = load_model(tmp_path / "a.th")
+    hub: Hub
+    with serving_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        twin = save_model(model, tmp_path / "a.safetensors").read_bytes()
+        homes = {"first": "one", "second": "both"}  # the first bag that has each
+        hub.files = {f"adefossez/Demucs-{homes[s]}/{s}.safetensors": twin for s in homes}
+        folder = tmp_path / "fetched"
+        row = compare("both", folder, noise(2, 8000)[None])
+        assert row.startswith("both")
+        assert "2 files" in row
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        other = save_model(model, tmp_path / "b.safetensors").read_bytes()
+        hub.files = dict.fromkeys(hub.files, other)
+        with pytest.raises(AssertionError, match="first"):
+            compare("both", tmp_path / "again", noise(2, 8000)[None])

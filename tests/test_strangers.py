@@ -1,0 +1,354 @@
+"""Attacks through what strangers send: addresses, names and lists of tracks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+import soundfile
+
+from demucs_infer.api import Output, Separator
+from demucs_infer.cluster import SeparateTracks
+from demucs_infer.errors import DemucsInferError, LoadAudioError
+from demucs_infer.io.storage import Place, Url, place
+from demucs_infer.io.tracks import find_tracks
+from demucs_infer.separate import main
+
+from .helpers import SOURCES, environment, separate
+from .test_separate import assert_one_line, stems_of
+from .test_storage import bucket, s3_url, wav  # noqa: F401
+from .web import serving
+
+SECRET = "{{ env['AWS_SECRET_ACCESS_KEY'] }}"
+REFUSED = [
+    "reference://x.wav::data:application/json;base64,e30=",
+    "reference://x.wav::file:///etc/hostname",
+    "simplecache::memory://in/a.wav",
+    "zip://a.wav::memory://in/a.zip",
+    "memory://in/a.wav::file:///etc/hostname",
+    "memory://in/a.wav::memory",
+    "file://::zip",
+    "local:///etc/hostname",
+    "github://user:repo@/a.wav",
+    "data://a",
+    "dir://a::memory://b",
+    "ftp://127.0.0.1/a.wav",
+    "REFERENCE://x.wav",
+    "smb://127.0.0.1/a.wav",
+    "s3://bucket/a.wav?versionId=1",
+    "https://[/a.wav",
+    "http://",
+    "memory://a\0.wav",
+]
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("a file system was built")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", built)
+    monkeypatch.setattr(fsspec.AbstractFileSystem, "__init__", built)
+
+
+@pytest.fixture
+def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the command line with the tiny model in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").write_bytes(wav(0.1))
+    options = ["--repo", str(repo), "-n", "tiny", "--seed", "1"]
+    return lambda *more: main([*options, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def separator(repo: Path) -> Separator:
+    return Separator("tiny", repo, device="cpu", shifts=0)
+
+
+@pytest.mark.parametrize("door", ["track", "list", "output"])
+@pytest.mark.parametrize("url", REFUSED)
+def test_addresses_that_are_not_opened(
+    url: str,
+    door: str,
+    no_store: None,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("list.txt").write_text(f"{url}\na.wav\n")
+    words = {
+        "track": [url, "a.wav"],
+        "list": ["--from-file", "list.txt"],
+        "output": ["-o", url, "a.wav"],
+    }
+    with pytest.raises(SystemExit):
+        command(*words[door])
+    errors = [x for x in capsys.readouterr().err.splitlines() if "demucs-infer: error" in x]
+    assert len(errors) == 1
+    assert Path("separated/tiny/a").exists() == (door != "output")  # the other track
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_addresses_that_are_not_opened_in_python(
+    url: str, no_store: None, separator: Separator, tmp_path: Path
+) -> None:
+    for door in (separator.separate_audio_file, separator.separate_to_files):
+        with pytest.raises(DemucsInferError):
+            door(url)
+    with pytest.raises(DemucsInferError):
+        separator.separate_to_files(tmp_path / "a.wav", url)
+
+
+def test_addresses_that_are_not_opened_in_a_cluster(
+    no_store: None, repo: Path, tmp_path: Path
+) -> None:
+    worker = SeparateTracks(
+        str(tmp_path), model="tiny", repo=repo, device="cpu", shifts=0, progress=False
+    )
+    for url in [*REFUSED, "", "a\0b"]:
+        assert worker({"input": url})["error"]
+
+
+def test_a_template_reads_no_environment(repo: Path, tmp_path: Path) -> None:
+    """The attack itself: a reference file system that asks a server for a secret."""
+    with serving() as web:
+        reference = {
+            "version": 1,
+            "templates": {"u": f"{web.url}/{SECRET}"},
+            "refs": {"x.wav": ["{{u}}"]},
+        }
+        data = base64.b64encode(json.dumps(reference).encode()).decode()
+        (tmp_path / "list.txt").write_text(
+            f"reference://x.wav::data:application/json;base64,{data}\n"
+        )
+        options = ["--repo", repo, "-n", "tiny", "--from-file", "list.txt"]
+        secret = {**environment(), "AWS_SECRET_ACCESS_KEY": "secret"}
+        result = separate(*options, cwd=tmp_path, env=secret)
+        assert_one_line(result, "not opened")
+        assert not web.paths
+
+
+def test_an_operator_allows_more(
+    monkeypatch: pytest.MonkeyPatch, separator: Separator, tmp_path: Path
+) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(0.1))
+    url = f"local://{tmp_path}/a.wav"
+    with pytest.raises(LoadAudioError, match="DEMUCS_INFER_PROTOCOLS"):
+        separator.separate_audio_file(url)
+    monkeypatch.setenv("DEMUCS_INFER_PROTOCOLS", "ftp, local")
+    separator.separate_audio_file(url)
+
+
+NAMES = [
+    "a :: b.wav",
+    "x.wav",
+    "x.wav::y.wav",
+    "x?y.wav",
+    "x#y.wav",
+    "100%25.wav",
+    "x[1]*.wav",
+    "http:..x.wav",
+]
+
+
+def test_letters_that_mean_something_in_addresses(
+    separator: Separator,
+    memory: fsspec.AbstractFileSystem,
+    bucket: s3fs.S3FileSystem,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Each track has stems of its own, under its own name, in every store."""
+    for number, name in enumerate(NAMES):
+        content = wav(0.1, number)
+        (tmp_path / name).write_bytes(content)
+        memory.pipe_file(f"/in/{name}", content)
+        bucket.pipe_file(f"bucket/in/{name}", content)
+    tracks = {
+        "local": list(find_tracks([tmp_path])),
+        "memory": list(find_tracks([Url("memory://in")])),
+        "s3": list(find_tracks([Url("s3://bucket/in")])),
+    }
+    outputs = {
+        "local": "memory://out",
+        "memory": "s3://bucket/out",
+        "s3": f"file://{tmp_path}/out",
+    }
+    for kind, found in tracks.items():
+        assert {track.name for track in found} == set(NAMES)
+        stems = {
+            str(stem.path): stem.path
+            for track in found
+            for stem in separator.separate_to_files(track, outputs[kind]).stems.values()
+        }
+        assert len(stems) == len(SOURCES) * len(NAMES)
+        assert all(path.exists_whole() for path in stems.values())
+
+
+def test_double_slashes(memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe_file("/in//a.wav", b"x")
+    memory.pipe_file("/in/a.wav", b"y")
+    read = []
+    for url in ("memory://in//a.wav", "memory://in/a.wav"):
+        with place(url).reading() as file:
+            read.append(file.read())
+    assert read == [b"x", b"y"]
+    stems = Output("memory://out", "{track}//{stem}").paths(
+        Url("memory://in//a.wav"), "m", ["bass"]
+    )
+    assert list(map(str, stems.values())) == ["memory://out/a/bass"]
+
+
+def test_lists_of_every_encoding(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("söng.wav").write_bytes(wav(0.1))
+    for number, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-32")):
+        Path("list.txt").write_bytes("# ä\r\nsöng.wav\r\n".encode(encoding))
+        command("--from-file", "list.txt", "-o", number)
+        assert stems_of(Path(str(number))) == {f"tiny/söng/{name}.wav" for name in SOURCES}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"a\0b.wav", "NUL"),
+        (b"x" * 304 + b".wav", "name too long"),
+        (b"x" * 100_000, "too long"),
+        ("söng.wav\n".encode("utf-16-le"), "NUL"),
+        (b"caf\xe9.wav", "no such file"),
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_name_stops_no_other(
+    line: bytes,
+    words: str,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("list.txt").write_bytes(line + b"\na.wav\n")
+    with pytest.raises(SystemExit) as caught:
+        command("--from-file", "list.txt", "--json", "-q")
+    assert caught.value.code == 1
+    output = capsys.readouterr()
+    assert words in output.err.lower() or words in output.err
+    assert all(line.startswith("demucs-infer: error") for line in output.err.splitlines())
+    results = [json.loads(text) for text in output.out.splitlines()]
+    assert {result["error"] is None for result in results} == {True, False}
+    assert len(stems_of(Path("separated"))) == len(SOURCES)
+
+
+@pytest.mark.parametrize("track", ["x" * 304 + ".wav", "none.txt/b.wav", "nothing://a"])
+def test_a_track_that_is_no_name_stops_no_other(
+    track: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("none.txt").touch()
+    with pytest.raises(SystemExit) as caught:
+        command(track, "a.wav", "-q")
+    assert caught.value.code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(stems_of(Path("separated"))) == len(SOURCES)
+
+
+def test_a_list_that_cannot_be_read_stops_no_track(command: Callable[..., None]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command("--from-file", "none.txt", "a.wav", "-q")
+    assert caught.value.code == 1
+    assert len(stems_of(Path("separated"))) == len(SOURCES)
+
+
+@pytest.mark.parametrize("words", [[""], ["a.wav", ""], ["a.wav", "-o", ""], ["--from-file", ""]])
+def test_empty_names(words: list[str], repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(0.1))
+    result = separate("--repo", repo, "-n", "tiny", *words, cwd=tmp_path)
+    assert result.returncode
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "separated").exists()
+
+
+@pytest.fixture
+def anyone() -> Iterator[Path]:
+    """A folder for a user that is not the superuser, who may enter everything."""
+    root = not os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        if root:
+            os.seteuid(65534)
+        yield folder
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the rights of POSIX")
+@pytest.mark.parametrize("rights", [0o000, 0o311])
+def test_a_folder_that_cannot_be_read_is_told(rights: int, anyone: Path) -> None:
+    for name in ("open", "shut", "shut/inner"):
+        (anyone / name).mkdir()
+    for name in ("open/a.wav", "shut/b.wav", "shut/inner/c.wav"):
+        (anyone / name).touch()
+    (anyone / "shut").chmod(rights)
+    for names in ([anyone], [anyone / "shut/inner", anyone / "shut", anyone / "open"]):
+        faults: dict[Place, DemucsInferError] = {}
+        found = find_tracks(names, report=faults.__setitem__)
+        assert anyone / "open/a.wav" in list(found)
+        assert any("shut: cannot be read" in str(fault) for fault in faults.values())
+    (anyone / "shut").chmod(0o700)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
+    (tmp_path / "album/disc").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("album/disc/a.wav", "other/b.TS", "other/c.flv"):
+        (tmp_path / name).touch()
+    (tmp_path / "album/loop").symlink_to(tmp_path / "album")
+    (tmp_path / "other/back").symlink_to(tmp_path / "album/disc")
+    (tmp_path / "album/link").symlink_to(tmp_path / "other")
+    (tmp_path / "album/link2").symlink_to(tmp_path / "other")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_tracks([tmp_path / "album"])]
+    assert found == ["album/disc/a.wav", "album/link/b.TS", "album/link/c.flv"]
+    apart = find_tracks([tmp_path / "album"], leave_out=tmp_path / "other")
+    assert [path.name for path in apart] == ["a.wav"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_named_pipes(repo: Path, tmp_path: Path) -> None:
+    """A FIFO, the device of standard input, and a shell's process substitution."""
+    (tmp_path / "a.wav").write_bytes(wav(0.5))
+    os.mkfifo(tmp_path / "fifo.wav")
+    writer = threading.Thread(
+        target=lambda: (tmp_path / "fifo.wav").write_bytes((tmp_path / "a.wav").read_bytes())
+    )
+    writer.start()
+    options = f"--repo {repo} -n tiny --seed 1 -o out"
+    script = f"cat a.wav | {sys.executable} -m demucs_infer {options} a.wav fifo.wav"
+    script += " /dev/stdin <(cat a.wav)" if Path("/proc/self/fd").exists() else ""
+    result = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    writer.join()
+    assert result.returncode == 0, result.stderr
+    stems = [soundfile.info(path).frames for path in (tmp_path / "out").rglob("bass.wav")]
+    assert stems == [4000] * (4 if Path("/proc/self/fd").exists() else 2)

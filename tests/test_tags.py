@@ -1,0 +1,72 @@
+"""Tags from one file into another, through the decoder and the encoders."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from demucs_infer.io.decode import AudioFile
+from demucs_infer.io.encode import encoder
+from demucs_infer.io.formats import FORMATS, Encoding
+from demucs_infer.io.tags import MAX_TAG, MAX_TAGS, clean_tags
+
+from .helpers import noise
+
+MUSIC = {"title": "Täst\n2", "artist": "A", "album": "B", "genre": "Jazz"}
+OF_THE_FILE = {
+    "R128_TRACK_GAIN": "-512",
+    "r128_album_gain": "7",
+    "REPLAYGAIN_TRACK_GAIN": "-3 dB",
+    "iTunNORM": " 0001",
+    "comment-iTunNORM": " 0001",
+    "iTunSMPB": " 0000",
+    "MP3GAIN_MINMAX": "1,2",
+    "mp3gain_undo": "+1",
+    "WAVEFORMATEXTENSIBLE_CHANNEL_MASK": "0x3F",
+    "encoder": "LAME",
+    "TLEN": "100",
+}
+WRONG = {"comment": "", "date": " \x00 ", "": "nameless", "lyrics": "x" * (MAX_TAG + 1)}
+
+
+def test_clean_tags() -> None:
+    assert clean_tags({**OF_THE_FILE, **WRONG, **MUSIC}) == MUSIC
+    assert clean_tags({"TITLE": "caf\udce9\x1b[1m\0\x9b"}) == {"title": "caf\ufffd[1m"}
+    assert len(clean_tags({str(n): "x" for n in range(MAX_TAGS + 1)})) == MAX_TAGS
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tags_of_any_kind_do_not_stop_a_format(format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{format}"
+    rate = Encoding(format).samplerate(44_100)
+    with path.open("w+b") as file:
+        title = {"title": "caf\udce9"}
+        sink = encoder(file, Encoding(format), rate, 2, {**OF_THE_FILE, **WRONG, **MUSIC, **title})
+        sink.write(noise(2, 10_000))
+        sink.close()
+    tags = AudioFile(path).tags
+    assert (tags["title"], tags["artist"]) == ("caf\ufffd", "A")
+    with av.open(str(path)) as container:
+        written = {**container.metadata, **container.streams.audio[0].metadata}
+    assert not {name.lower() for name in written} & (
+        {name.lower() for name in OF_THE_FILE} - {"encoder"}
+    )
+
+
+def test_tags_that_are_read(tmp_path: Path) -> None:
+    """An Opus file as other encoders write it, with the gains of its own level."""
+    file = BytesIO()
+    with av.open(file, "w", format="ogg") as container:
+        stream = container.add_stream("libopus", rate=48_000)
+        container.metadata.update({**OF_THE_FILE, **MUSIC})
+        samples = torch.zeros(1, 2 * 48_000).numpy()
+        frame = av.AudioFrame.from_ndarray(samples, "flt", "stereo")
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "a.opus").write_bytes(file.getvalue())
+    assert AudioFile(tmp_path / "a.opus").tags == MUSIC
