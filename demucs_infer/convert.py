@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def _described(config: Any) -> tuple[Any, dict[str, Any]]:
     if not isinstance(kind, str) or kind not in families:
         named = shortened(kind) if isinstance(kind, str) else "no model type by name"
         raise ModelLoadingError(f"has {named}, and can have {', '.join(families)}")
-    options = dict(config[kind])
+    options = {name: _number(value) for name, value in dict(config[kind]).items()}
     if options.get("num_subbands") == 1:  # an option of the toolkit's own network, without effect
         del options["num_subbands"]
     rate = training["samplerate"]
@@ -115,6 +116,12 @@ def _described(config: Any) -> tuple[Any, dict[str, Any]]:
         "segment": segment,
     }
     return ClassName(f"demucs.{families[kind]}"), {**options, **given}
+
+
+def _number(value: Any) -> Any:
+    """The number in a text such as 1e-3, which is none in YAML 1.1 but in the toolkit's reader."""
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if number else value
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
 import secrets
 import stat
@@ -30,6 +29,7 @@ DRAWING = frozenset(("normal_", "uniform_", "trunc_normal_", "bernoulli_", "rand
 _shorten = Repr()
 _shorten.maxother = _shorten.maxstring = 200  # characters
 
+LARGEST = 2**63  # of the numbers in options: PyTorch's integers end there
 MAX_LAYERS = 64  # repetitions of one kind of layer
 # Options that a model may have or not.
 POSITIVE = ("samplerate", "segment", "audio_channels", "nfft", "dconv_comp", "t_max_period")
@@ -154,17 +154,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1))
     if kind is int:
-        return isinstance(value, Integral)
+        return isinstance(value, Integral) and abs(int(value)) < LARGEST
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, Fraction) and _is_finite(value)
+        real = isinstance(value, Real) and not isinstance(value, Fraction)
+        return real and -LARGEST < value < LARGEST
     return isinstance(value, kind)
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
-        return False
 
 
 def shortened(value: Any) -> str:

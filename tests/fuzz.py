@@ -13,7 +13,9 @@ A further target is a row in `TARGETS`: valid inputs, how one is changed (`mutat
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import json
 import os
 import re
 import signal
@@ -22,12 +24,16 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 
 from demucs_infer.errors import DemucsInferError
+
+from .helpers import publish
 
 MEMORY = 500_000_000  # bytes
 SECONDS = 20
@@ -157,6 +163,185 @@ def _read_template(path: Path) -> None:
             Output(folder, template).paths(track, "model", ["drums", "no_drums"])
 
 
+OPTION_VALUES = (
+    *(0, 1, -1, 2, 3, 7, 64, 1000, 2**31, 2**63, 10**30, True, False, None, 0.5, -0.5, 1e-30, 1e9),
+    *(float("nan"), float("inf"), 1e300, "", "x", "1e9", b"x", [], [0.5], [2, 1], ["a"] * 3, {}),
+    *(Fraction(1, 3), Fraction(10**17, 3), (1, 2), [[]], "../x", "a\0b"),
+)
+
+
+def _tiny_packages() -> list[dict]:
+    """Small models of each family, and a quantized one."""
+    import diffq
+    import torch
+
+    from demucs_infer.demucs import Demucs
+    from demucs_infer.hdemucs import HDemucs
+    from demucs_infer.htdemucs import HTDemucs
+
+    names, packages = {"sources": ["a", "b"], "samplerate": 8000, "segment": 0.25}, []
+    hybrid = {"channels": 4, "nfft": 256, "depth": 3, **names}
+    transformer = {"t_layers": 2, "t_heads": 2, "bottom_channels": 8}
+    time = {"channels": 4, "depth": 2, "lstm_layers": 1, "dconv_lstm": 1, "dconv_attn": 9}
+    torch.manual_seed(0)
+    for kind, options in (
+        (HTDemucs, {**hybrid, **transformer, "segment": Fraction(1, 4)}),
+        (HDemucs, hybrid),
+        (HDemucs, {**hybrid, "cac": False, "hybrid_old": True, "norm_starts": 1}),
+        (Demucs, {**names, **time}),
+    ):
+        model = kind(**options)
+        package = {"klass": kind, "args": (), "kwargs": options, "training_args": {"epochs": 1}}
+        packages.append({**package, "state": model.half().state_dict()})
+    model = HDemucs(**hybrid)
+    state = diffq.UniformQuantizer(model, min_size=0.001).get_quantized_state()
+    package = {"klass": HDemucs, "args": (), "kwargs": hybrid, "training_args": {}}
+    return [*packages, {**package, "state": {**state, "__quantized": True}}]
+
+
+def _archives(folder: Path) -> Sequence[bytes]:
+    import torch
+
+    buffers = [io.BytesIO() for _ in range(5)]
+    for buffer, package in zip(buffers, _tiny_packages()):
+        torch.save(package, buffer)
+    return [buffer.getvalue() for buffer in buffers]
+
+
+def _mutate_archive(random: Random, seeds: Sequence[bytes]) -> bytes:
+    """The bytes as they are, those of an entry (whose check sums then fit), or an option."""
+    kind = random.randrange(4)
+    if kind == 0:
+        return mutate_bytes(random, seeds)
+    if kind == 1:
+        return _with_options(random, seeds)
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(random.choice(seeds))) as old,
+        zipfile.ZipFile(buffer, "w") as new,
+    ):
+        names = old.namelist()
+        chosen = next(name for name in names if name.endswith("data.pkl"))
+        chosen = random.choice(names) if random.random() < 0.2 else chosen
+        for name in names:
+            data = old.read(name)
+            new.writestr(name, mutate_bytes(random, [data or b" "]) if name == chosen else data)
+    return buffer.getvalue()
+
+
+def _change_options(random: Random, package: dict) -> dict:
+    package = {**package, "kwargs": dict(package["kwargs"]), "state": dict(package["state"])}
+    names = [*vars(package["klass"](["a"]).options)]
+    for _ in range(random.choice((1, 1, 2, 4))):
+        package["kwargs"][random.choice(names)] = random.choice(OPTION_VALUES)
+    if random.random() < 0.2 and "__quantized" not in package["state"]:
+        name = random.choice([*package["state"]])
+        value = random.choice((float("nan"), float("inf"), 6e4))
+        package["state"][name] = package["state"][name] * value
+    return package
+
+
+def _with_options(random: Random, seeds: Sequence[bytes]) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    package = torch.load(io.BytesIO(random.choice(seeds)), weights_only=False)
+    torch.save(_change_options(random, package), buffer)
+    return buffer.getvalue()
+
+
+def _run_checkpoint(path: Path) -> None:
+    """Load a model, and run a window of it."""
+    import torch
+
+    from demucs_infer.states import load_model
+
+    model = load_model(path)
+    with torch.no_grad():
+        model(torch.zeros(1, model.audio_channels, int(model.segment * model.samplerate)))
+
+
+def _safetensors(folder: Path) -> Sequence[bytes]:
+    from demucs_infer.hub.packages import write_safetensors
+    from demucs_infer.hub.pickles import ClassName
+
+    contents = []
+    for package in _tiny_packages():
+        klass = ClassName(f"{package['klass'].__module__}.{package['klass'].__name__}")
+        state = package["state"]
+        if "meta" in state:
+            meta = {**state["meta"], "klass": ClassName("diffq.uniform.UniformQuantizer")}
+            state = {**state, "meta": meta}
+        path = write_safetensors({**package, "klass": klass, "state": state}, folder / "seed")
+        contents.append(path.read_bytes())
+    return contents
+
+
+JSON_WORDS = tuple(
+    word.encode()
+    for word in '0 1 -1 null true false [] {} NaN Infinity 1e999 1e9 9999999999999 0.5 "x" "F64"'
+    ' "I8" "klass" "_type" "fraction" "_tensor" "_class" "_dict" "_list" "shape" -9 64 1000'
+    ' "demucs.demucs.Demucs" "numerator" "kwargs"'
+    ' {"_type":"fraction","numerator":1,"denominator":3}'.split()
+)
+
+
+def _mutate_safetensors(random: Random, seeds: Sequence[bytes]) -> bytes:
+    """The bytes as they are, or words of the header (whose length then fits)."""
+    if random.random() < 0.3:
+        return mutate_bytes(random, seeds)
+    data = random.choice(seeds)
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+    metadata = header["__metadata__"]
+    if random.random() < 0.7:
+        name = random.choice([*metadata, "kwargs"])
+        changed = mutate_words(JSON_WORDS)(random, [metadata[name].encode()])
+        metadata[name] = changed.decode("utf-8", "replace")
+        text = json.dumps(header).encode()
+    else:
+        text = mutate_words(JSON_WORDS)(random, [data[8:length]])
+    return len(text).to_bytes(8, "little") + text + data[length:]
+
+
+YAML_WORDS = tuple(
+    word.encode()
+    for word in "&a *a <<: ! !!int !!float !!binary !!timestamp !!set !!omap !!bool !!python/tuple"
+    " = ~ 2024-99-99 1:99:99 0x 0b2 1_ .inf .nan 1e999 yes null ? | > - [ ] { } , : # % @ ` ' \""
+    " tiny models weights segment 9999999999999999999999 -1 0 0.5 --- ..."
+    " 2001-12-14t21:59:43-99:00".split()
+)
+BAG = b"models: [tiny, tiny]\nweights:\n- [1., 0.]\n- [0.5, 1.]\nsegment: 0.2\n"
+PLAIN_BAG = b"models: ['tiny']\n"
+
+
+def _bags(folder: Path) -> Sequence[bytes]:
+    import torch
+
+    torch.save(_tiny_packages()[1], folder / "tiny.th")
+    return [BAG, PLAIN_BAG]
+
+
+def _read_bag(path: Path) -> None:
+    from demucs_infer.pretrained import get_model
+
+    get_model(path.stem, path.parent)
+
+
+def _registries(folder: Path) -> Sequence[bytes]:
+    publish(folder, "http://127.0.0.1:9", b"", b"")
+    return [(folder / "registry.yaml").read_bytes()]
+
+
+def _read_registry(path: Path) -> None:
+    from demucs_infer.catalog import catalog
+    from demucs_infer.hub import registry
+
+    registry.REMOTE_ROOT = path.parent
+    registry.registry.cache_clear()
+    list(catalog())
+
+
 # Container, and codecs that are tried in it; what cannot be encoded here is left out.
 SOUNDS = {
     "wav": "pcm_s16le pcm_f32le adpcm_ms adpcm_ima_wav pcm_mulaw",
@@ -225,6 +410,10 @@ def _read_audio(path: Path) -> None:
 
 
 TARGETS = {
+    "th": Target(_archives, _mutate_archive, _run_checkpoint, "input.th"),
+    "safetensors": Target(_safetensors, _mutate_safetensors, _run_checkpoint, "input.safetensors"),
+    "bags": Target(_bags, mutate_words(YAML_WORDS), _read_bag, "bag.yaml"),
+    "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yaml"),
     "audio": Target(_sounds, mutate_bytes, _read_audio),
     "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
     "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ModelLoadingError
 from .content import Content
 
@@ -26,7 +24,7 @@ class Bag:
     def read(cls, path: Path) -> Bag:
         """Read `NAME.yaml`. Raises `ModelLoadingError` if it is no bag."""
         try:
-            return cls._of(_plain(path))
+            return cls._of(Content.read(path, "bag").yaml(LARGEST))
         except _NoBag as exc:
             raise ModelLoadingError(f"{path}: {exc}") from exc
 
@@ -42,25 +40,6 @@ class Bag:
 
 class _NoBag(Exception):
     """A file is no bag."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values; merges are refused, as a few lines of them can fill the memory."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        pass
-
-
-def _plain(path: Path) -> Any:
-    """The values in a YAML file. Nothing of them may be shown, as aliases make them endless."""
-    content = Content.read(path, "bag")
-    if len(content.data) > LARGEST:
-        raise _NoBag(f"has {len(content.data)} bytes, and a bag has {LARGEST} at most")
-    try:
-        return yaml.load(content.data.decode("utf-8"), _Loader)
-    except Exception as exc:  # also of numbers and dates that Python refuses, and of deep nesting
-        text = " ".join(str(exc).split()) or type(exc).__name__
-        raise _NoBag(f"is not valid YAML ({text})") from exc
 
 
 def _rows(weights: Any) -> list[list[float]] | None:

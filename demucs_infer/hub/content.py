@@ -6,8 +6,8 @@ A file that is hashed by its name and opened again by its name may be another on
 from __future__ import annotations
 
 import os
-import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,13 @@ from typing import Any
 import yaml
 
 from ..errors import ModelLoadingError
+
+MAX_VALUES = 10**6  # in containers, counted as often as they are reached
+MAX_DEPTH = 32  # of containers
+
+
+class Refused(Exception):
+    """A file holds something that no checkpoint needs."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,16 @@ class Content:
         """The values of a YAML file of at most `limit` bytes.
 
         Raises `ModelLoadingError` for what is no YAML, for dates and numbers that Python refuses,
-        and for aliases, which make a few lines endless.
+        and for aliases that make a few lines endless.
         """
         if len(self.data) > limit:
             raise ModelLoadingError(
                 f"{self.path}: has {len(self.data)} bytes, and may have {limit}"
             )
         try:
-            return yaml.load(self.data.decode("utf-8"), PlainLoader)
+            values = yaml.load(self.data.decode("utf-8"), PlainLoader)
+            check_size(values)
+            return values
         except Exception as exc:  # also those that the constructors of values run into
             text = " ".join(str(exc).split()) or type(exc).__name__
             raise ModelLoadingError(f"{self.path}: is not valid YAML ({text[:300]})") from exc
@@ -75,20 +84,26 @@ class Content:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Makes a tree of plain values, and refuses what would tie its branches together."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias is not supported here")
-        return super().compose_node(parent, index)
+    """Makes plain values; merges are refused, as a few lines of them can fill the memory."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Leave merges alone, which have no value then."""
 
 
-# Numbers such as 1e-3, which are text to YAML 1.1.
-PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+def check_size(value: Any) -> None:
+    """Raise `Refused` for containers that hold themselves, or each other too often to be walked."""
+    _count(value, {}, 0)
+
+
+def _count(value: Any, known: dict[int, int], depth: int) -> int:
+    """The values in nested containers, each counted as often as it is reached."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return 1
+    if depth > MAX_DEPTH:
+        raise Refused(f"containers in each other, more than {MAX_DEPTH} deep")
+    if id(value) not in known:
+        items = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_count(item, known, depth + 1) for item in items)
+    if known[id(value)] > MAX_VALUES:
+        raise Refused(f"more than {MAX_VALUES} values")
+    return known[id(value)]

@@ -138,7 +138,9 @@ def _convolved(
         (size + 2 * pad - gap * (width - 1) - 1) // step + 1
         for size, width, step, pad, gap in zip(x.shape[2:], kernel, *per_dim)
     ]
-    _require(x.shape[1] == chin * groups and min(sizes) > 0, list(x.shape), list(weight.shape))
+    _require(
+        x.shape[1] == chin * groups and min(chout, *sizes) > 0, list(x.shape), list(weight.shape)
+    )
     return outline((x.shape[0], chout, *sizes))
 
 
@@ -151,7 +153,7 @@ def _transposed(
         (size - 1) * step + width - 2 * pad
         for size, width, step, pad in zip(x.shape[2:], kernel, *per_dim)
     ]
-    _require(x.shape[1] == chin and min(sizes) > 0, list(x.shape), list(weight.shape))
+    _require(x.shape[1] == chin and min(chin, chout, *sizes) > 0, list(x.shape), list(weight.shape))
     return outline((x.shape[0], chout, *sizes))
 
 

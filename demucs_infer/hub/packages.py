@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..errors import ModelLoadingError
 from ..utils import appearing, shortened
-from .content import Content
-from .pickles import ClassName, Refused, make_fraction, read_pickled
+from .content import Content, Refused
+from .pickles import ClassName, make_fraction, read_pickled
 
 LENGTH_BYTES = 8  # that tell the length of a safetensors file's header
 

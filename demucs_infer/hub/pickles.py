@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from ..utils import shortened
+from .content import Refused, check_size
 
 MAX_PICKLE = 2**21  # bytes; a released checkpoint has 10**5
 MAX_ENTRIES = 50_000  # of an archive, one for each tensor
-MAX_VALUES = 10**6  # in containers, counted as often as they are reached
-MAX_DEPTH = 32  # of containers
 MAX_TERM = 10**18  # of a fraction
 
 # The classes that may be named; which of them are models, `states` knows.
@@ -54,10 +53,6 @@ PLAIN_INSTRUCTIONS = [
         " BINPERSID GLOBAL STACK_GLOBAL"
     ).split()
 ]
-
-
-class Refused(Exception):
-    """A file holds something that no checkpoint needs."""
 
 
 @dataclass(frozen=True)
@@ -251,22 +246,3 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> str:
     if order in archive.namelist() and archive.read(order) != b"little":
         raise Refused("numbers in big-endian order")
     return roots[0]
-
-
-def check_size(value: Any) -> None:
-    """Raise `Refused` for containers that hold themselves, or each other too often to be walked."""
-    _count(value, {}, 0)
-
-
-def _count(value: Any, known: dict[int, int], depth: int) -> int:
-    """The values in nested containers, each counted as often as it is reached."""
-    if not isinstance(value, (Mapping, list, tuple)):
-        return 1
-    if depth > MAX_DEPTH:
-        raise Refused(f"containers in each other, more than {MAX_DEPTH} deep")
-    if id(value) not in known:
-        items = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_count(item, known, depth + 1) for item in items)
-    if known[id(value)] > MAX_VALUES:
-        raise Refused(f"more than {MAX_VALUES} values")
-    return known[id(value)]

@@ -14,10 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from ..errors import ModelLoadingError
 from .bags import Bag
+from .content import Content
 
 REMOTE_ROOT = Path(__file__).parent.parent / "remote"
 CACHE_VARIABLE = "DEMUCS_INFER_CACHE"  # the folder of checkpoints
@@ -28,6 +27,21 @@ EMBEDDED = "embedded"  # the group of models that come with the package
 COMMUNITY = "community"  # the folder of a mirror for checkpoints that have none in the registry
 MEGABYTE = 10**6  # bytes
 REGISTRY_FILE = "registry.yaml"
+LARGEST_REGISTRY = 2**18  # bytes
+
+# Fields of the registry's parts, and their types; one that may be None may be missing.
+CONTENT = {"root": str, EMBEDDED: dict, "checkpoints": dict, "bags": dict, COMMUNITY: dict}
+GROUP = {"checkpoints": dict, "bags": dict}
+CHECKPOINT = {
+    "description": str,
+    "sha256": str,
+    "megabytes": int | None,
+    **dict.fromkeys(("url", "source", "licence", "safetensors_sha256"), str | None),
+    "architecture": dict | None,
+}
+BAG = {"description": str, "sources": list}
+OWN = {**BAG, "file": str, "licence": str, "sha256": str}
+ARCHITECTURE = {"klass": str, "kwargs": dict}
 NOT_STATED = "not stated"  # a licence
 
 
@@ -67,13 +81,53 @@ class Checkpoint:
 
 
 def _last_part(url: str) -> str:
-    return PurePosixPath(urlsplit(url).path).name
+    try:
+        return PurePosixPath(urlsplit(url).path).name
+    except ValueError as exc:
+        raise ModelLoadingError(f"{url!r} is no address ({exc})") from exc
 
 
 @lru_cache(maxsize=1)
 def registry() -> dict[str, Any]:
-    """The content of `remote/registry.yaml`: `root`, `checkpoints`, `bags` and so on."""
-    return dict(yaml.safe_load((REMOTE_ROOT / REGISTRY_FILE).read_text(encoding="utf-8")))
+    """The content of `remote/registry.yaml`: `root`, `checkpoints`, `bags` and so on.
+
+    Raises `ModelLoadingError` if it is damaged.
+    """
+    path = REMOTE_ROOT / REGISTRY_FILE
+    content = Content.read(path, "registry").yaml(LARGEST_REGISTRY)
+    try:
+        _check_content(content)
+    except ModelLoadingError as exc:
+        raise ModelLoadingError(f"{path}: is damaged: {exc}: install demucs-infer again") from exc
+    return content
+
+
+def _check_content(content: Any) -> None:
+    _check("it", content, CONTENT)
+    _check(COMMUNITY, content[COMMUNITY], GROUP)
+    _check_all(content[EMBEDDED], OWN)
+    _check_all(content["checkpoints"], CHECKPOINT)
+    _check_all(content[COMMUNITY]["checkpoints"], {**CHECKPOINT, "url": str})
+    for group in (content, content[COMMUNITY]):
+        _check_all(group["bags"], BAG)
+
+
+def _check_all(entries: Mapping[Any, Any], fields: Mapping[str, Any]) -> None:
+    for name, entry in entries.items():
+        _check(str(name), entry, {**fields, **({} if isinstance(name, str) else {"name": str})})
+        if entry.get("architecture") is not None:
+            _check(name, entry["architecture"], ARCHITECTURE)
+        if not all(isinstance(stem, str) for stem in entry.get("sources") or ()):
+            raise ModelLoadingError(f"{name} has a stem without a name")
+
+
+def _check(name: str, entry: Any, fields: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadingError` for an entry without the fields that it needs."""
+    if not isinstance(entry, dict):
+        raise ModelLoadingError(f"{name} has no fields")
+    for field, kind in fields.items():
+        if not isinstance(entry.get(field), kind):
+            raise ModelLoadingError(f"{name} has no {field} that makes sense")
 
 
 def is_registry(path: Path) -> bool:
@@ -108,6 +162,8 @@ def checkpoints() -> dict[str, Checkpoint]:
     content, files = registry(), _released_files(REMOTE_ROOT / "files.txt")
     found = {sig: _embedded(entry) for sig, entry in content[EMBEDDED].items()}
     for sig, entry in content["checkpoints"].items():
+        if sig not in files:
+            raise ModelLoadingError(f"{REMOTE_ROOT / 'files.txt'}: has no file of {sig}")
         found[sig] = _checkpoint(entry, content["root"] + files[sig], files[sig])
     for sig, entry in content[COMMUNITY]["checkpoints"].items():
         found[sig] = _checkpoint(entry, entry["url"], f"{COMMUNITY}/{_last_part(entry['url'])}")
