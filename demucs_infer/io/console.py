@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, SaveAudioError
-from ..log import bold, decoded, printable, say, write
+from ..log import bold, decoded, is_terminal, printable, say, write
 
 # Ends that others bring about, as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -180,17 +180,33 @@ def check_standard_output() -> None:
 class Console:
     """Tells the user what happens to `count` tracks: on standard error, and as JSON if wanted."""
 
-    def __init__(self, count: int, *, quiet: bool = False, json: bool = False) -> None:
+    def __init__(
+        self, count: int, *, quiet: bool = False, json: bool = False, pipe: bool = False
+    ) -> None:
         self.count, self.quiet, self.json = count, quiet, json
+        self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
         self.output = sys.stdout  # others may stand for it while Ray runs
         self.failed: list[str] = []
         self.done = self.skipped = 0
         self.unwritten: Exception | None = None
 
+    def introduce(self, models: int | None, folder: object) -> None:
+        """Say how many models a bag has (`None`: no bag), and where stems go."""
+        if models is not None:
+            self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
+        self._tell(f"Separated tracks will be stored in {folder}")
+
     def announce(self, track: object) -> None:
-        """Say that `track` is begun."""
-        if not self.quiet:
+        """Say that `track` is begun: to programs, and to people where that is not the same."""
+        self._tell(f"Separating track {track}")
+        if not self.quiet and not (self.talks and is_terminal(self.output)):
             say("Separating", bold(track))
+
+    def _tell(self, line: str) -> None:
+        """Write what programs look for on standard output; where nobody reads, nothing is lost."""
+        if self.talks:
+            with contextlib.suppress(OSError):
+                write(printable(line) + "\n", self.output)
 
     def report(self, result: Mapping[str, Any]) -> None:
         """Take what `TrackResult.as_json` gives."""
