@@ -6,6 +6,8 @@ work is done in `engine`.
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -72,6 +74,8 @@ DEFAULTS = ApplyOptions()
 
 def _bar(windows: Iterable[Any], **options: Any) -> Iterable[Any]:
     """A progress bar, by whatever `tqdm` is in this module: programs put their own there."""
+    if sys.stderr is None:  # a program without a console, whose own bar may show elsewhere
+        options["file"] = io.StringIO()
     return tqdm.tqdm(windows, **options)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import OptionError
+from .log import fatal as fatal
 
 Init = TypeVar("Init", bound=Callable[..., None])
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isinf
@@ -213,15 +213,20 @@ class SeparationPlan:
         length = self.source.length
         total = OverlapAdd(unfinished(self.steps, length))
         for task in {id(step.task): step.task for step in self.steps}.values():
-            for _ in task.windows if bar is None else self._shown(bar, task):
-                step, output = next(outputs)
-                start, stop = step.window
-                late = max(0, -start)  # a shifted pass starts before the track
-                if stop > start + late:
-                    total.add(start + late, self._weighted(step, output)[..., late:])
-                del output  # the next window needs the room
-                if step.complete > total.start:
-                    yield _finite(total.take(min(step.complete, length)))
+            shown = None if bar is None else self._shown(bar, task)
+            with closing(_each(task, shown)) as windows:
+                for _ in windows:
+                    step, output = next(outputs)
+                    self._add(total, step, output)
+                    del output  # the next window needs the room
+                    if step.complete > total.start:
+                        yield _finite(total.take(min(step.complete, length)))
+
+    def _add(self, total: OverlapAdd, step: Step, output: Tensor) -> None:
+        start, stop = step.window
+        late = max(0, -start)  # a shifted pass starts before the track
+        if stop > start + late:
+            total.add(start + late, self._weighted(step, output)[..., late:])
 
     def _shown(self, bar: Bar, task: Pass) -> Iterable[Any]:
         model = self.placement.members[task.model]
@@ -238,6 +243,27 @@ class SeparationPlan:
             longest = segment_and_stride(self.placement.members[step.task.model], self.options)[0]
         weight = fade(longest, self.options.transition_power)
         return window_share(step.task.windows, step.number, weight)
+
+
+def _each(task: Pass, shown: Iterable[Any] | None) -> Generator[None, None, None]:
+    """Go through the windows of a pass by the bar that is `shown`, which is closed at the end.
+
+    Raises `DemucsInferError` if the bar leaves out windows or has too many.
+    """
+    windows, count = iter(task.windows if shown is None else shown), 0
+    try:
+        for _ in windows:
+            count += 1
+            if count <= len(task.windows):
+                yield
+    finally:
+        if isinstance(windows, Generator):  # tqdm's own, which may be drawn half
+            windows.close()
+    if count != len(task.windows):
+        raise DemucsInferError(
+            f"the progress bar went through {count} windows of {len(task.windows)}:"
+            " what stands for tqdm must yield each once"
+        )
 
 
 def _finite(block: Tensor) -> Tensor:

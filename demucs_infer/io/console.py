@@ -221,10 +221,7 @@ class Console:
     def introduce(self, models: int | None, folder: object) -> None:
         """Say how many models a bag has (`None`: no bag), and where stems go."""
         if models is not None:
-            self._tell(
-                f"Selected model is a bag of {models} models."
-                " You will see that many progress bars per track."
-            )
+            self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
         self._tell(f"Separated tracks will be stored in {folder}")
 
     def announce(self, track: object) -> str:

@@ -1,0 +1,400 @@
+"""Programs in miniature: each runs with `demucs` and with ours, and the same comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import multiprocessing
+import re
+import sys
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tqdm
+from torch import nn
+
+from demucs_infer.htdemucs import HTDemucs
+
+from .helpers import SOURCES, TINY, noise, pair, run
+
+REFERENCE, OURS = "demucs", "demucs_infer"
+MIX = noise(2, 10_000)
+
+
+class Library:
+    """One of the two packages, with the tiny model in it."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name, self.model = name, model
+
+    def __getattr__(self, module: str) -> Any:
+        return importlib.import_module(f"{self.name}.{module}")
+
+    def bag(self) -> nn.Module:
+        return self.apply.BagOfModels([self.model, self.model])
+
+
+@pytest.fixture
+def libraries() -> list[Library]:
+    return [Library(n, m) for n, m in zip((REFERENCE, OURS), pair(HTDemucs, **TINY))]
+
+
+def same(libraries: list[Library], program: Callable[[Library], Any]) -> Any:
+    """What `program` makes of the reference; ours must be the same."""
+    theirs, ours = map(program, libraries)
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    else:
+        assert ours == theirs
+    return theirs
+
+
+def separated(library: Library, model: nn.Module | None = None, **options: Any) -> torch.Tensor:
+    options = {"shifts": 0, **options}
+    return library.apply.apply_model(model or library.model, MIX[None], **options)
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_piped_bag_shows_its_bars(repo: Path, track: Path, tmp_path: Path) -> None:
+    def program(name: str) -> tuple[int, list[str]]:
+        options = ["--repo", repo, "-n", "pair", "--shifts", 2, "-d", "cpu", "-o", tmp_path / name]
+        result = run("-m", name, *options, track)
+        begun = len(re.findall(r"(?<!\d)0%\|", result.stderr))
+        assert re.search(r"100%\|", result.stderr)
+        lines = [line.replace(name, "NAME", 1) for line in result.stdout.splitlines()]
+        return begun, [line.split("models.")[0].replace(f"/{name}/", "/NAME/") for line in lines]
+
+    theirs = program(REFERENCE)
+    assert program(OURS) == theirs
+    assert theirs[0] == 4 and len(theirs[1]) == 3
+
+
+class Window:
+    """What a GUI puts in the place of standard error."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_standard_error_of_a_gui(libraries: list[Library]) -> None:
+    def program(library: Library) -> bool:
+        window: Any = Window()
+        with contextlib.redirect_stderr(window):
+            separated(library, progress=True)
+        return "100%|" in window.text
+
+    assert same(libraries, program)
+
+
+def test_no_standard_error(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    same(libraries, separated)
+    separated(libraries[1], progress=True)  # the reference stops here
+
+
+@pytest.mark.parametrize("place", ["apply.tqdm", "apply.tqdm.tqdm", "tqdm.tqdm"])
+def test_hooks_see_every_window(
+    place: str, libraries: list[Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program(library: Library) -> list[Any]:
+        seen: list[Any] = []
+
+        def hook(iterable: Any, **options: Any) -> Any:
+            seen.append((options["unit"], options["unit_scale"]))
+            for item in iterable:
+                seen.append("window")
+                yield item
+
+        with monkeypatch.context() as patch:
+            if place == "apply.tqdm":
+                patch.setattr(library.apply, "tqdm", types.SimpleNamespace(tqdm=hook))
+            else:
+                patch.setattr(library.apply.tqdm if "apply" in place else tqdm, "tqdm", hook)
+            separated(library)
+            assert not seen
+            separated(library, library.bag(), progress=True)
+        return seen
+
+    assert len(same(libraries, program)) > 4
+
+
+def test_a_hook_that_raises(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(iterable: Any, **options: Any) -> Any:
+        yield from list(iterable)[:1]
+        raise KeyError("stop")
+
+    def program(library: Library) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(library.apply, "tqdm", types.SimpleNamespace(tqdm=hook))
+            with pytest.raises(KeyError) as caught:
+                separated(library, progress=True)
+        return str(caught.value)
+
+    same(libraries, program)
+
+
+def test_a_callback_that_stops_in_mid_track(libraries: list[Library]) -> None:
+    def program(library: Library) -> int:
+        calls: list[dict[str, Any]] = []
+
+        def callback(info: dict[str, Any]) -> None:
+            calls.append(info)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        errors, threads = io.StringIO(), set(threading.enumerate())
+        with contextlib.redirect_stderr(errors), pytest.raises(KeyboardInterrupt):
+            separated(library, progress=True, callback=callback)
+        left = {thread for thread in threading.enumerate() if "TMonitor" not in repr(thread)}
+        assert left <= threads
+        return len(calls)
+
+    assert same(libraries, program) == 3
+
+
+def test_a_stopped_bar_is_closed(libraries: list[Library]) -> None:
+    def callback(info: dict[str, Any]) -> None:
+        if info["segment_offset"] and info["state"] == "end":
+            raise KeyboardInterrupt
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(KeyboardInterrupt):
+        separated(libraries[1], progress=True, callback=callback)
+    assert errors.getvalue().endswith("\n")
+
+
+# --- Separators that others finish ----------------------------------------------------------------
+
+
+def finished_by_subclass(library: Library) -> Any:
+    class Own(library.api.Separator):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self._model, self._audio_channels, self._samplerate = library.model, 2, 8000
+            self.update_parameter(
+                device="cpu", shifts=0, overlap=0.25, split=True, segment=None, jobs=0,
+                progress=False, callback=None, callback_arg=None,
+            )  # fmt: skip
+
+    return Own()
+
+
+def finished_by_new(library: Library) -> Any:
+    separator = library.api.Separator.__new__(library.api.Separator)
+    separator._model, separator._audio_channels, separator._samplerate = library.model, 2, 8000
+    separator._device, separator._shifts, separator._split, separator._overlap = "cpu", 0, True, 0.1
+    separator._segment = separator._callback = separator._callback_arg = None
+    separator._jobs, separator._progress, separator._name = 0, False, "mine"
+    return separator
+
+
+def finished_by_load_model(library: Library) -> Any:
+    class Own(library.api.Separator):  # type: ignore[name-defined]
+        def _load_model(self) -> None:
+            self._model, self._audio_channels, self._samplerate = library.model, 2, 8000
+
+        def _load_audio(self, track: object) -> torch.Tensor:
+            return MIX
+
+    return Own("nothing", device="cpu", shifts=0)
+
+
+def finished_by_replacement(library: Library) -> Any:
+    separator = finished_by_load_model(library)
+    separator._model = library.bag()
+    return separator
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [finished_by_subclass, finished_by_new, finished_by_load_model, finished_by_replacement],
+)
+def test_separators_that_others_finish(finish: Any, libraries: list[Library]) -> None:
+    def program(library: Library) -> torch.Tensor:
+        separator = finish(library)
+        if finish is finished_by_load_model:
+            return separator.separate_audio_file("none.wav")[1]["bass"]
+        return separator.separate_tensor(MIX, 8000)[1]["bass"]
+
+    same(libraries, program)
+
+
+def test_a_namespace_with_name_and_repo(libraries: list[Library], repo: Path) -> None:
+    args = argparse.Namespace(name="tiny", repo=repo)
+    same(libraries, lambda library: library.pretrained.get_model_from_args(args).sources)
+
+
+def test_a_separator_is_closed(repo: Path) -> None:
+    from demucs_infer.api import Separator
+
+    with Separator("tiny", repo, device="auto") as separator:
+        assert separator.model is not None
+    assert separator.model is None
+
+
+# --- models that others change --------------------------------------------------------------------
+
+
+def shorter(library: Library) -> nn.Module:
+    bag: Any = library.bag()
+    bag.segment = 0.25  # of no effect in the reference
+    return bag
+
+
+def replaced_forward(library: Library) -> nn.Module:
+    model: Any = library.model
+    model.forward = lambda mix: torch.stack([mix * i for i in range(4)], 1)
+    return model
+
+
+def plain(library: Library) -> nn.Module:
+    class Plain(nn.Module):
+        samplerate, segment, sources = 8000, 0.5, SOURCES
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+
+        def forward(self, mix: torch.Tensor) -> torch.Tensor:
+            return torch.stack([mix * i * self.gain for i in range(4)], 1).detach()
+
+    return Plain()
+
+
+def quantized(library: Library) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(library.model, {nn.Linear}, torch.qint8)
+
+
+def compiled(library: Library) -> nn.Module:
+    model: Any = library.model
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("change", [shorter, replaced_forward, plain, quantized])
+def test_models_that_others_change(change: Any, libraries: list[Library]) -> None:
+    same(libraries, lambda library: separated(library, change(library)))
+
+
+@pytest.mark.slow
+def test_a_model_that_its_user_compiles(libraries: list[Library]) -> None:
+    same(libraries, lambda library: separated(library, compiled(library)))
+
+
+def _in_pool(model: nn.Module, name: str) -> torch.Tensor:
+    apply = importlib.import_module(f"{name}.apply")
+    return apply.apply_model(model, MIX[None], shifts=0).numpy()
+
+
+@pytest.mark.slow
+def test_models_go_to_a_pool(libraries: list[Library]) -> None:
+    def program(library: Library) -> torch.Tensor:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return torch.from_numpy(pool.apply(_in_pool, (library.model, library.name)))
+
+    same(libraries, program)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+MODULES = (
+    "api apply audio demucs hdemucs hf htdemucs pretrained repo separate spec states"
+    " transformer utils wdemucs"
+)
+INNER = "a layer: models are built from blocks of our own"
+MASKS = "sparse attention: no released model has it"
+TRAINING = "a helper of training"
+GONE = {
+    "audio": {
+        "encode_ffmpeg": "files are written by PyAV",
+        "encode_wav": "files are written by PyAV",
+    },
+    "demucs": dict.fromkeys(("LayerScale", "LocalState"), INNER),
+    "hdemucs": dict.fromkeys(("MultiWrap",), INNER),
+    "transformer": {
+        **dict.fromkeys(
+            (
+                "CrossTransformerEncoderLayer",
+                "MultiheadAttention",
+                "MyGroupNorm",
+                "MyTransformerEncoderLayer",
+            ),
+            INNER,
+        ),
+        **dict.fromkeys(
+            (
+                "dynamic_sparse_attention",
+                "get_causal_mask",
+                "get_elementary_mask",
+                "get_mask",
+                "scaled_dot_product_attention",
+                "scaled_query_key_softmax",
+            ),
+            MASKS,
+        ),
+        "ScaledEmbedding": "that of hdemucs",
+        "create_sin_embedding_cape": "positions that no released model has",
+    },
+    "pretrained": {"get_model_from_sig": "never there: see get_model"},
+    "repo": {"AnyModel": "an alias for annotations"},
+    "states": dict.fromkeys(
+        ("copy_state", "get_quantizer", "serialize_model", "swap_state"), "not there yet"
+    ),
+    "utils": {
+        **dict.fromkeys(("EMA", "Subset", "pull_metric", "random_subset"), TRAINING),
+        "sizeof_fmt": TRAINING,
+        "temp_filenames": "files take their name when they are whole: see appearing",
+    },
+}
+
+
+def defined_in(module: Any) -> set[str]:
+    """The public names that a module defines: not those that it imports."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+@pytest.mark.parametrize("name", MODULES.split())
+def test_names_of_the_reference(name: str) -> None:
+    theirs = importlib.import_module(f"{REFERENCE}.{name}")
+    ours = importlib.import_module(f"{OURS}.{name}")
+    missing = {each for each in defined_in(theirs) if not hasattr(ours, each)}
+    assert missing == GONE.get(name, {}).keys() & defined_in(theirs)
+
+
+IMPORTED = {
+    "apply": "HTDemucs HDemucs Demucs Model DummyPoolExecutor BagOfModels tqdm center_trim",
+    "separate": "Separator save_audio BagOfModels HTDemucs ModelLoadingError apply_model"
+    " get_model_from_args AudioFile convert_audio list_models add_model_flags main get_parser",
+    "pretrained": "_parse_remote_files REMOTE_ROOT ModelLoadingError",
+    "utils": "DummyPoolExecutor center_trim unfold",
+}
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_names_that_programs_import(module: str) -> None:
+    ours = importlib.import_module(f"{OURS}.{module}")
+    assert [name for name in IMPORTED[module].split() if not hasattr(ours, name)] == []
+
+
+def test_names_of_the_command_line_import_no_torch() -> None:
+    code = "import sys, demucs_infer.separate; print('torch' in sys.modules)"
+    assert run("-c", code).stdout == "False\n"
