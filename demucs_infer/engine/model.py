@@ -94,7 +94,8 @@ class Member:
             float(getattr(ask, "max_segment", inf)),
             getattr(ask, "valid_length", _same),
             getattr(ask, "consume_random", _nothing),
-            "stems" in inspect.signature(module.forward).parameters,
+            # As it is called, whatever function it may stand for.
+            "stems" in inspect.signature(module.forward, follow_wrapped=False).parameters,
         )
 
     @property
