@@ -112,7 +112,7 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
         yield Entry(name, "bag", group, bag["sources"], text, models, members)
     for sig, checkpoint in checkpoints().items():
         group, text = "embedded" if checkpoint.embedded else _group(sig), checkpoint.description
-        sources = list(checkpoint.sources or stems.get(sig, ()))
+        sources = list(checkpoint.sources or stems.get(sig) or ())
         yield Entry(sig, "single", group, sources, text, [sig], [files[sig]])
 
 
