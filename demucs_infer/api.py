@@ -8,9 +8,11 @@ for name, stem in stems.items():
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,13 +34,14 @@ from .engine.options import (
     updates,
 )
 from .engine.plan import ApplyOptions
-from .engine.run import stem_indices
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
 from .io.mixture import Decoder, Limits, Mixture
 from .io.output import Output
+from .io.parts import Part
 from .io.pcm import as_samples, strange_samples
+from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
@@ -128,10 +131,11 @@ class Separator:
             raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
         options_of(ApplyOptions, vars(options))
         options_of(Limits, vars(options))
+        _ = Part(options.start, options.duration)
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
-            stem_indices(self._model.sources, options.stems)
+            parse_stems(options.stems, self._model.sources)
 
     def _backend_for(self, options: SeparationOptions) -> Backend:
         cache = self._compiled_folder()
@@ -219,18 +223,20 @@ class Separator:
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)
 
-    def separate_audio_file(self, file: str | os.PathLike[str]) -> Separation:
+    def separate_audio_file(self, file: str | os.PathLike[str], **options: Any) -> Separation:
         """Separate an audio file, also by URL; returns what `separate_tensor` does.
 
+        `options` are those of `update_parameter`, for this call: `start=30, duration=10`.
         Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
         """
-        return self.separate_tensor(self._load_audio(file), self.samplerate)
+        this = self._changed(options)
+        return this.separate_tensor(this._load_audio(file), this.samplerate)
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
         with local_copy(place(track)) as path:
             audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits)
+            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits, self.part)
             return torch.cat(list(decoder.blocks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -253,19 +259,36 @@ class Separator:
         """Separate an audio file into files: the stems of `separate_audio_file`, block by block.
 
         Memory does not grow with the track. Both may be URLs. `out` is the output folder, with
-        `options` those of `Output`; or an `Output`. Returns paths, peaks and gains of the stems,
-        seconds and offsets.
+        `options` those of `Output`; or an `Output`. Options of `update_parameter` are for this call
+        (`stems=`, `start=`). Returns paths, peaks and gains of the stems, seconds and offsets.
 
         Raises `LoadAudioError` if the track cannot be read, `SaveAudioError` if a stem cannot be
         written, `OptionError` for options that cannot be had.
         """
-        output = out if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self, place(file), output)
+        known = {option.name for option in fields(SeparationOptions)}
+        changes = {name: options.pop(name) for name in known & options.keys()}
+        output = replace(out, **options) if isinstance(out, Output) else Output(out, **options)
+        return separate_file(self._changed(changes), place(file), output)
+
+    def _changed(self, changes: dict[str, Any]) -> Separator:
+        """This, with other options, for one call; the model is the same."""
+        if not changes:
+            return self
+        other = copy.copy(self)
+        other.update_parameter(**changes)
+        return other
+
+    @property
+    def part(self) -> Part:
+        """The part of a file that is separated."""
+        options = self._chosen(SeparationOptions)
+        return Part(options.start, options.duration)
 
     @property
     def stems(self) -> list[str]:
         """The stems that are separated, in their order."""
-        return list(self._chosen(SeparationOptions).stems or self._model.sources)
+        wanted = self._chosen(SeparationOptions).stems
+        return [stem.name for stem in parse_stems(wanted, self._model.sources)]
 
     @property
     def limits(self) -> Limits:
@@ -278,13 +301,20 @@ class Separator:
         options: ApplyOptions = options_of(ApplyOptions, vars(self._chosen(SeparationOptions)))
         return plan_passes(self._model, length, options)
 
-    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]:
-        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`."""
+    def blocks(
+        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
+    ) -> Iterator[Tensor]:
+        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`.
+
+        `title` is that of progress bars.
+        """
         if self._model is None:
             raise OptionError("this Separator is closed, or has no model")
         options = self._chosen(SeparationOptions)
         self._check(options)
         backend = self._backend_for(options)
+        stems = parse_stems(options.stems, self._model.sources)
+        sources = needed_sources(stems, self._model.sources)
         blocks = separate_blocks(
             self._model_on(backend),
             mixture,
@@ -295,13 +325,14 @@ class Separator:
             num_workers=options.jobs,
             callback=options.callback,
             callback_arg=options.callback_arg,
-            stems=options.stems,
+            stems=None if options.stems is None else sources,
             passes=passes,
             batch_size=options.batch_size,
             stay=True,
+            title=title,
         )
         # Unlike a loop here, this keeps no block while the next window runs.
-        return map(mixture.restored, blocks)
+        return map(partial(mixed, stems, sources), map(mixture.restored, blocks))
 
 
 for _option in fields(SeparatorOptions):

@@ -34,7 +34,7 @@ from .errors import OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
 from .io.pcm import strange_samples
-from .utils import center_trim
+from .utils import DummyPoolExecutor, center_trim
 
 __all__ = [
     "MAX_SHIFT",
@@ -42,6 +42,7 @@ __all__ = [
     "BagOfModels",
     "Callback",
     "Demucs",
+    "DummyPoolExecutor",
     "HDemucs",
     "HTDemucs",
     "Model",

@@ -27,6 +27,7 @@ from .api import Separator
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.batch import Batch, TrackResult, checked_stems
 from .io.console import signals_kept
+from .io.folders import Folders
 from .io.output import Output
 from .io.storage import LocalPath, Place, place
 from .io.tracks import plan_jobs
@@ -57,15 +58,27 @@ class SeparateTracks:
     Args:
         output: the output folder, its URL, or an `Output`.
         skip_existing: leave out tracks whose stems are all there.
+        folders: those that were named, for `{folder}` in the file name of the output.
         options: those of `Separator`.
 
     Raises what `Separator` does, and `SaveAudioError` if the output cannot be written to.
     """
 
     def __init__(
-        self, output: str | Output = "separated", *, skip_existing: bool = False, **options: Any
+        self,
+        output: str | Output = "separated",
+        *,
+        skip_existing: bool = False,
+        folders: Folders | None = None,
+        **options: Any,
     ) -> None:
-        self._arguments = {"output": output, "skip_existing": skip_existing, **options}
+        self._arguments = {
+            "output": output,
+            "skip_existing": skip_existing,
+            "folders": folders,
+            **options,
+        }
+        self._folders = folders
         self.output = output if isinstance(output, Output) else Output(output)
         self.skip_existing = skip_existing
         stack = contextlib.ExitStack()
@@ -94,7 +107,7 @@ class SeparateTracks:
             self.separator, self.output, self._space, report=results.append, call=self._in_turn
         )
         try:
-            jobs = plan_jobs([track], self.output, name, self._stems)
+            jobs = plan_jobs([track], self.output, name, self._stems, self._folders)
             batch.run(jobs, skip_existing=self.skip_existing)
         except DemucsInferError as exc:
             return TrackResult(track, name, error=exc)

@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
@@ -29,9 +31,10 @@ from .engine.options import (
 )
 from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
+from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
 from .io.storage import Place, place
-from .log import fatal, is_terminal, log_to_stderr, logger
+from .log import fatal, log_to_stderr, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 
 if TYPE_CHECKING:
@@ -61,6 +64,26 @@ exit status:
   0 all went well, 1 a track or the model failed, 2 wrong usage, 130 interrupted,
   143 or 129 ended by SIGTERM or SIGHUP
 """
+
+# Names that programs import from here, and their modules: these import PyTorch.
+ELSEWHERE = {
+    "AudioFile": "audio",
+    "BagOfModels": "apply",
+    "HTDemucs": "htdemucs",
+    "ModelLoadingError": "errors",
+    "Separator": "api",
+    "apply_model": "apply",
+    "convert_audio": "audio",
+    "get_model_from_args": "pretrained",
+    "list_models": "api",
+    "save_audio": "audio",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{ELSEWHERE[name]}", __package__), name)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,17 +222,33 @@ def _separate_tracks(args: argparse.Namespace) -> int:
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
     faults: list[tuple[Place, DemucsInferError]] = []
-    jobs = plan_jobs(_find_tracks(args, faults), output, separator.name, stems)
-    console = Console(len(jobs) + len(faults), quiet=args.quiet, json=args.json)
+    folders = Folders()
+    tracks = _find_tracks(args, faults, folders)
+    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
+    console = Console(
+        len(jobs) + len(faults), quiet=args.quiet, json=args.json, pipe=output.is_pipe
+    )
+    console.introduce(_bag_size(separator), _absolute(output.folder))
     for name, fault in faults:
         console.report(TrackResult(name, separator.name, error=fault).as_json())
     if args.ray is None:
         _separate_here(args, separator, output, jobs, console)
     elif jobs:
         del separator
+        options["folders"] = folders
         _separate_on_ray(args, options, output, jobs, console)
     console.sum_up()
     return console.failures
+
+
+def _bag_size(separator: Separator) -> int | None:
+    """The number of models of a bag; `None` for a model by itself."""
+    models = getattr(separator.model, "models", None)
+    return None if models is None else len(models)
+
+
+def _absolute(folder: object) -> object:
+    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def _separate_here(
@@ -251,11 +290,11 @@ def _separate_on_ray(
 
 
 def _find_tracks(
-    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]]
+    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]], folders: Folders
 ) -> Iterator[Place]:
-    """The tracks that the command line and its list name; `faults` takes what goes wrong.
+    """The tracks that the command line and its list name, which `folders` notes.
 
-    Raises `OptionError` if there is neither.
+    `faults` takes what goes wrong. Raises `OptionError` if there is neither.
     """
     from .io.tracks import find_tracks, read_list
 
@@ -263,7 +302,7 @@ def _find_tracks(
         faults.append((name, error))
 
     listed = () if args.from_file is None else read_list(args.from_file, report)
-    names = itertools.chain(args.tracks, listed)
+    names = folders.noting(itertools.chain(args.tracks, listed))
     found = find_tracks(names, leave_out=args.out, report=report)
     first = next(found, None)
     if first is None and not faults:
@@ -288,7 +327,7 @@ def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, An
     return {
         **values_of(SeparatorOptions, args),
         "model": _model_name(args),
-        "progress": is_terminal(sys.stderr) and not args.quiet and args.ray is None,
+        "progress": not args.quiet and args.ray is None,
         "stems": output.needed or args.stems,
     }
 

@@ -16,11 +16,7 @@ SMALL = {"sources": ["a", "b"], "channels": 8, "samplerate": 8000}
 FAMILIES = [
     (Demucs, {**SMALL, "depth": 4, "norm_starts": 0}),
     (HDemucs, {**SMALL, "depth": 5, "nfft": 1024}),
-    pytest.param(
-        HTDemucs,
-        {**TINY, "segment": 15},
-        marks=pytest.mark.xfail(reason="3 times the reference's error with padding", strict=False),
-    ),
+    (HTDemucs, {**TINY, "segment": 15}),
 ]
 
 
@@ -43,10 +39,20 @@ def test_a_norm_of_any_length_is_exact(shape: tuple[int, ...]) -> None:
     assert (result - exact).abs().max() < 4e-6
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_norm_of_items_that_hardly_change_is_exact(channels: int) -> None:
+    x = channels_last(1 + 1e-3 * torch.randn(3, channels, 400))
+    norm = shake(GroupNorm(1, channels))
+    exact = torch.nn.functional.group_norm(
+        x.double().contiguous(), 1, norm.weight.double(), norm.bias.double()
+    )
+    assert (norm(x) - exact).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(("family", "options"), FAMILIES, ids=lambda value: str(value)[:40])
 def test_no_further_from_float64_than_the_reference(family: type, options: dict) -> None:
     theirs, ours = pair(family, **options)
-    mix = tone_with_gaps(100_000)
+    mix = tone_with_gaps(60_000)
     with torch.no_grad():
         exact = copy.deepcopy(theirs).double()(mix)
         error, allowed = ((model(mix.float()) - exact).abs().max() for model in (ours, theirs))

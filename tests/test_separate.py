@@ -32,7 +32,8 @@ def stems_of(folder: Path) -> set[str]:
 def assert_one_line(result, *words: str) -> None:
     """The command failed with one line on standard error, which has `words` in it."""
     assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if not line.startswith("Separating")]
+    said = [line for line in result.stderr.splitlines() if line and "%|" not in line]
+    errors = [line for line in said if not line.startswith(("Separating", "Stems in"))]
     assert len(errors) == 1, result.stderr
     assert errors[0].startswith("demucs-infer: error: ")
     for word in words:
@@ -59,10 +60,31 @@ def test_float_stems_equal_those_of_the_reference(repo: Path, track: Path, tmp_p
         assert np.abs(actual - expected).max() <= 1e-5
 
 
-def test_default_place_and_quiet_standard_output(repo: Path, track: Path, tmp_path: Path) -> None:
-    result = separate("--repo", repo, "-n", "tiny", "track.wav", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, "")
-    assert result.stderr == "Separating track.wav\n"
+@pytest.mark.parametrize("name", ["tiny", "pair"])
+def test_a_piped_command_says_what_the_reference_says(
+    name: str, repo: Path, track: Path, tmp_path: Path
+) -> None:
+    """The same lines for programs, and as many bars, each from 0 to 100 %."""
+    options = ["--repo", repo, "-n", name, "-d", "cpu", "--shifts", 2, "track.wav"]
+    theirs = run("-m", "demucs.separate", *options, cwd=tmp_path)
+    ours = separate(*options, cwd=tmp_path)
+    assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout)
+    for start in ("  0%|", "100%|"):
+        assert bars(ours.stderr, start) == bars(theirs.stderr, start) > 0
+    quiet = separate("-q", *options, cwd=tmp_path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def bars(text: str, start: str) -> int:
+    """The number of bars that were drawn at `start`; a bar may be drawn again at its end."""
+    lines = [line for line in re.split("[\r\n]+", text) if "%|" in line]
+    pairs = zip(["", *lines], lines)
+    return sum(b.startswith(start) and not a.startswith(start) for a, b in pairs)
+
+
+def test_default_place(repo: Path, track: Path, tmp_path: Path) -> None:
+    result = separate("-q", "--repo", repo, "-n", "tiny", "track.wav", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
 
 

@@ -63,7 +63,23 @@ def test_helpers_are_those_of_the_reference() -> None:
 def test_short_windows_are_not_padded_in_training() -> None:
     theirs, ours = pair(HTDemucs, **TINY)
     mix = noise(2, 2000)[None]
-    assert_close(ours.train()(mix), theirs.train()(mix))
+    results = [model.train()(mix) for model in (ours, theirs)]
+    assert_close(*results)
+    for result in results:
+        result.square().sum().backward()
+    gradients = [[p.grad for p in model.parameters()] for model in (ours, theirs)]
+    largest = max(gradient.abs().max() for gradient in gradients[1])
+    for one, other in zip(*gradients):
+        assert (one - other).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_gives_the_same(backend: str) -> None:
+    _, ours = pair(HTDemucs, **TINY)
+    mix = noise(2, 2000)[None]
+    with torch.no_grad():
+        assert_close(torch.compile(ours, backend=backend)(mix), ours(mix))
 
 
 def test_linear_layers_can_be_quantized() -> None:

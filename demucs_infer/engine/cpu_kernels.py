@@ -21,6 +21,7 @@ from ..compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
 TILE_BYTES = 2**21  # of the widest result within a tile: the cache of a core holds it
 WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each tile
 NORM_STEPS = 1024  # whose sum in float32 is as good as exact
+FLATNESS = 10  # mean over deviation from which on a difference of squares has lost its digits
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -28,7 +29,8 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 def _eager_on_cpu(x: Tensor) -> bool:
     """`x` is worked on now, and here: not recorded for another engine, nor on another device."""
-    return x.device.type == "cpu" and not (is_tracing() or is_compiling())
+    # The question about compiling comes first: the other one would end what is being compiled.
+    return not is_compiling() and x.device.type == "cpu" and not is_tracing()
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -68,9 +70,9 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
 
 
-def _sums_are_naive(x: Tensor) -> bool:
-    """Tell if PyTorch's norm of `x` `[B, C, T]` adds up one value after the other."""
-    return x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] > 1 and _eager_on_cpu(x)
+def _is_channels_last(x: Tensor) -> bool:
+    """Tell if PyTorch's norm of `x` `[B, C, T]` in float32 would be the one for channels last."""
+    return x.dtype == torch.float32 and not x.is_contiguous() and _eager_on_cpu(x)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -78,9 +80,28 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         steps = x.flatten(2)
-        if steps.shape[2] > NORM_STEPS and _sums_are_naive(steps):
-            return self._exact(steps).reshape(x.shape)
-        return super().forward(x.unsqueeze(2)).squeeze(2) if x.dim() == 3 else super().forward(x)
+        if not _is_channels_last(steps):
+            # In three dimensions: of one channel, an image would be taken for channels last.
+            one = x.dim() == 3 and x.is_contiguous()
+            image = x.unsqueeze(2) if x.dim() == 3 and not one else x
+            return super().forward(image).view_as(x)
+        exact = self._exact if steps.shape[2] > NORM_STEPS else self._short
+        return exact(steps).reshape(x.shape)
+
+    def _short(self, x: Tensor) -> Tensor:
+        """Normalize `x` `[B, C, T]`, with care for items that hardly deviate from their mean.
+
+        PyTorch takes the variance as `E[x^2] - E[x]^2` where channels are last, of which nothing
+        is left where the mean is much larger: in the silent gaps of a track. The other layout has
+        Welford's formula.
+        """
+        shape = (*x.shape, self.num_groups, self.eps)
+        y, mean, rstd = torch.native_group_norm(x.unsqueeze(2), self.weight, self.bias, *shape)
+        flat = ((mean * rstd).abs() > FLATNESS).any(1).nonzero()[:, 0]
+        y = y.squeeze(2)
+        if len(flat):
+            y[flat] = super().forward(x[flat].contiguous())
+        return y
 
     def _exact(self, x: Tensor) -> Tensor:
         """Normalize `x` `[B, C, T]` by sums over short pieces, which are added in float64.

@@ -10,6 +10,7 @@ import argparse
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
@@ -25,6 +26,8 @@ DEFAULT_MODEL = "htdemucs"
 # Titles in --help.
 HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
 READ = "which tracks are accepted"
+
+CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)")  # hours, minutes, seconds
 
 Callback = Callable[[dict[str, Any]], Any]
 Given = ParamSpec("Given")
@@ -63,10 +66,22 @@ def number(
     return parse
 
 
+def parse_time(text: str) -> float:
+    """Seconds that "90", "1:30" or "1:02:03.5" mean. Raises `ValueError` for another text."""
+    match = CLOCK.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    hours, minutes, seconds = match.groups()
+    if (minutes and float(seconds) >= 60) or (hours and int(minutes) >= 60):
+        raise ValueError(text)
+    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+
+
 COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0)
 POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1)
 WHOLE = number(int, "a whole number", lambda n: True)
 OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
+TIME = number(parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: x < float("inf"))
 SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
 
 
@@ -159,13 +174,24 @@ class SeparationOptions:
     )
     callback_arg: Mapping[str, Any] | None = option(None, "entries to add to that dictionary", "")
     _: KW_ONLY
-    stems: Sequence[str] | None = option(
+    stems: str | Sequence[str] | None = option(
         None,
-        "only these stems: models of a bag that do not count for them are not run",
+        "only these stems: models of a bag that do not count for them are not run; a stem may be a"
+        " sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
         section=STEMS,
         type=lambda text: text.split(","),
         metavar="STEM,...",
         group="stems",
+    )
+    start: float | None = option(
+        None,
+        "separate a file from this time on: 90, 1:30 or 1:02:03.5 (in Python seconds)",
+        section=HOW,
+        type=TIME,
+        metavar="TIME",
+    )
+    duration: float | None = option(
+        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=TIME, metavar="TIME"
     )
     seed: int | None = option(
         None,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import isinf
 from typing import Any
 
@@ -61,6 +62,7 @@ class RunOptions:
     passes: Sequence[Pass] | None = None
     batch_size: int | None = None
     stay: bool = False
+    title: str | None = None  # of the bars
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,8 @@ def separate(
     # Each has all cores: sums over fewer threads would have other bits.
     workers = how.num_workers or (os.cpu_count() or 1 if how.pool else 0)
     ahead = workers if device.type == "cpu" else 0
+    titled = bar if how.title is None else partial(bar, desc=how.title)
     own = ThreadPoolExecutor(ahead) if ahead and how.pool is None else DummyPoolExecutor()
     with own, kept_memory():
         outputs = plan.run(how.pool or own, ahead, report)
-        yield from plan.blocks(outputs, bar if how.progress and options.split else None)
+        yield from plan.blocks(outputs, titled if how.progress and options.split else None)

@@ -29,15 +29,18 @@ from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
 from .console import standard_input
+from .container import Picture, read_cover
 from .decode import AudioFile
 from .encode import encoding_errors
 from .mixture import Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
 from .packets import Damage
+from .parts import Part
+from .player import check_length
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
 from .tracks import TrackJob, plan_jobs
-from .writer import StemFile, Target, TrackWriter
+from .writer import Extras, StemFile, Target, TrackWriter
 
 
 class StemSource(Protocol):
@@ -62,9 +65,15 @@ class StemSource(Protocol):
     @property
     def limits(self) -> Limits: ...
 
+    @property
+    def part(self) -> Part:
+        """What is separated of a file."""
+
     def plan(self, length: int) -> list[Pass]: ...
 
-    def blocks(self, mixture: Mixture, passes: Sequence[Pass]) -> Iterator[Tensor]: ...
+    def blocks(
+        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
+    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class TrackResult:
 
     `seconds` are those of the audio, `elapsed` those that it took, and `offsets` the samples that
     were drawn for the shifts, model by model. `damaged` is what of the track could not be read, and
-    `error` what went wrong, if anything did.
+    `error` what went wrong, if anything did; `player` is the page to listen with.
     """
 
     input: Place
@@ -85,6 +94,7 @@ class TrackResult:
     skipped: bool = False
     damaged: Damage | None = None
     error: Exception | None = None
+    player: Place | None = None
     version: str = __version__
 
     @property
@@ -106,6 +116,7 @@ class TrackResult:
             "offsets": list(self.offsets),
             "damaged": None if self.damaged is None else self.damaged.as_json(),
             "error": self.message or None,
+            "player": None if self.player is None else str(self.player),
         }
         return {**vars(self), **changed}
 
@@ -121,15 +132,19 @@ class _Decoded:
     mixture: Mixture
     spool: Spool
     rate: int  # of the file, hertz
-    length: int  # of the file, samples
+    length: int  # of what is separated of the file, samples
+    bits: int  # of the file's samples, 32 for float; 0 if they are lossy
     damage: Damage
     tags: dict[str, str]
+    extras: Extras
+    files: contextlib.ExitStack  # gives back the rest when the stems are there
 
 
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
-    `announce` is called before a track is separated; `report` with what became of it, from any
+    `announce` is called before a track is separated, and gives a title for its progress bar;
+    `report` is called with what became of it, from any
     thread, but for one track at a time. `call` calls a function with arguments where the model may
     be run: batches that share a model share a thread for it.
     """
@@ -140,7 +155,7 @@ class Batch:
         output: Output,
         space: Workspace,
         *,
-        announce: Callable[[Place], None] = lambda track: None,
+        announce: Callable[[Place], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
@@ -164,8 +179,7 @@ class Batch:
             behind: Future[None] | None = None
             try:
                 for job, decoded in self._read_ahead(reader, wanted):
-                    self._announce(job.track)
-                    finish = self._separated(job, decoded)
+                    finish = self._separated(job, decoded, self._announce(job.track))
                     if behind is not None:
                         behind.result()
                     behind = None if finish is None else writer.submit(finish)
@@ -182,7 +196,8 @@ class Batch:
             self._fail(job, exc)
         else:
             stems = {name: StemFile(path) for name, path in job.paths.items()}
-            self._tell(TrackResult(job.track, self.separator.name, stems, skipped=True))
+            name = self.separator.name
+            self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
         return True
 
     def _read_ahead(
@@ -207,46 +222,82 @@ class Batch:
 
     def _decode(self, track: Place) -> _Decoded:
         if track == PIPE:
-            return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME))
-        with local_copy(track, self.space.path) as file:
-            return self._decode_file(track, AudioFile(file, name=str(track)))
+            with contextlib.ExitStack() as stack:
+                return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME), stack)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(local_copy(track, self.space.path))
+            return self._decode_file(track, AudioFile(file, name=str(track)), stack)
 
-    def _decode_file(self, track: Place, file: AudioFile) -> _Decoded:
+    def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
         separator = self.separator
-        decoder = Decoder(file, separator.samplerate, separator.audio_channels, separator.limits)
-        spool, moments = self.space.spool(separator.audio_channels), Moments()
-        try:
-            for block in decoder.blocks():
-                self._check_stop()
-                moments.add(block)
-                spool.write(block)
-        except BaseException:
-            spool.close()
-            raise
+        decoder = Decoder(
+            file, separator.samplerate, separator.audio_channels, separator.limits, separator.part
+        )
+        extras = self._extras(file, decoder, stack)
+        spool, moments = self._spool(stack), Moments()
+        for block in decoder.blocks(None if extras.original is None else extras.original.write):
+            self._check_stop()
+            moments.add(block)
+            spool.write(block)
         if not moments.count:
             raise LoadAudioError(f"{file.name}: is too short to be separated")
-        tags = {"title": self.output.track_name(track), **file.tags}
+        if self.output.player:
+            check_length(file.name, decoder.length / decoder.rate)
         return _Decoded(
-            Mixture(spool.read, moments), spool, decoder.rate, decoder.length, decoder.damage, tags
+            Mixture(spool.read, moments),
+            spool,
+            decoder.rate,
+            decoder.length,
+            file.bits,
+            decoder.damage,
+            {"title": self.output.track_name(track), **file.tags},
+            extras,
+            stack.pop_all(),
         )
 
-    def _separated(self, job: TrackJob, decoded: Future[_Decoded]) -> Callable[[], None] | None:
+    def _spool(self, stack: contextlib.ExitStack) -> Spool:
+        spool = self.space.spool(self.separator.audio_channels)
+        stack.callback(spool.close)
+        return spool
+
+    def _extras(self, file: AudioFile, decoder: Decoder, stack: contextlib.ExitStack) -> Extras:
+        """What the output needs of the file besides its samples."""
+        output = self.output
+        if output.format == "mp4":
+            return Extras(picture=Picture(file, *decoder.samples))
+        if not output.is_together:
+            return Extras()
+        rate = decoder.rate
+        differs = output.keep_rate and rate != self.separator.samplerate
+        own = differs and output.encoding.samplerate(rate) == rate
+        return Extras(read_cover(file), original=self._spool(stack) if own else None)
+
+    def _separated(
+        self, job: TrackJob, decoded: Future[_Decoded], title: str | None
+    ) -> Callable[[], None] | None:
         """Separate a track; returns what is left to do, or None if it has failed."""
         begin = time.monotonic()
         try:
             track = decoded.result()
-            with contextlib.closing(track.spool):
-                return self._call(self._separate, job, track, begin)
+            with track.files as files, contextlib.closing(track.spool):
+                finish = self._call(self._separate, job, track, begin, title)
+                return partial(self._after, files.pop_all(), finish)
         except Exception as exc:
             self._fail(job, exc)
             return None
 
-    def _separate(self, job: TrackJob, track: _Decoded, begin: float) -> Callable[[], None]:
-        writer = TrackWriter(job.paths, self._target(track))
+    def _after(self, files: contextlib.ExitStack, finish: Callable[[], None]) -> None:
+        with files:
+            finish()
+
+    def _separate(
+        self, job: TrackJob, track: _Decoded, begin: float, title: str | None
+    ) -> Callable[[], None]:
+        writer = TrackWriter(job.paths, self._target(track), job.page)
         passes = self.separator.plan(track.mixture.length)
         names, position = self.separator.stems, 0
         try:
-            for stems in self.separator.blocks(track.mixture, passes):
+            for stems in self.separator.blocks(track.mixture, passes, title):
                 start, position = position, position + stems.shape[-1]
                 mixture = partial(track.mixture.samples, start, position)
                 writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
@@ -268,12 +319,15 @@ class Batch:
         rate = self.output.encoding.samplerate(track.rate if self.output.keep_rate else model_rate)
         return Target(
             self.output,
+            self.output.encoding_for(track.bits),
             self.space,
             model_rate,
             self.separator.audio_channels,
             rate,
             track.length if rate == track.rate and rate != model_rate else None,
             track.tags,
+            self.separator.name,
+            track.extras,
         )
 
     def _finish(
@@ -284,7 +338,8 @@ class Batch:
         except Exception as exc:
             self._fail(job, exc)
         else:
-            self._tell(replace(result, stems=stems, elapsed=time.monotonic() - begin))
+            took = time.monotonic() - begin
+            self._tell(replace(result, stems=stems, player=job.page, elapsed=took))
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -317,6 +372,7 @@ def checked_stems(separator: StemSource, output: Output) -> list[str]:
     sources: Any = separator.model.sources
     stem, separated = output.two_stems, separator.stems
     if stem is None:
+        output.warn(separated)
         return separated
     if stem not in sources:
         raise OptionError(f"there is no stem {stem!r}: the model has {', '.join(sources)}")

@@ -7,12 +7,15 @@ what cannot be written there is an error, and the stems are made all the same.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, SaveAudioError
@@ -52,10 +55,15 @@ class _Forgiving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._in_bar = False
 
     def write(self, text: str) -> int:
+        whole = text.endswith("\n")
+        # A message gets a line of its own; the bar goes on below.
+        start = "\n" if self._in_bar and whole and text[0] not in "\r\n" else ""
+        self._in_bar = text.startswith("\r") or (self._in_bar and not whole)
         with contextlib.suppress(OSError):
-            write(text, self._stream)
+            write(start + text, self._stream)
         return len(text)
 
     def flush(self) -> None:
@@ -177,20 +185,72 @@ def check_standard_output() -> None:
         raise SaveAudioError("standard output is closed: nothing can be written to it")
 
 
+def _common(paths: Sequence[str]) -> str:
+    """The one file, or the innermost folder that all are in."""
+    if len(set(paths)) == 1:
+        return paths[0]
+    parts = [re.split(r"(?<=[/\\])", path)[:-1] for path in paths]
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts))
+    return "".join(names[0] for names in shared)
+
+
+def _clock(seconds: float) -> str:
+    """A time for people: 4.2 s, 3:20 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class Console:
     """Tells the user what happens to `count` tracks: on standard error, and as JSON if wanted."""
 
-    def __init__(self, count: int, *, quiet: bool = False, json: bool = False) -> None:
+    def __init__(
+        self, count: int, *, quiet: bool = False, json: bool = False, pipe: bool = False
+    ) -> None:
         self.count, self.quiet, self.json = count, quiet, json
+        self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
         self.output = sys.stdout  # others may stand for it while Ray runs
         self.failed: list[str] = []
         self.done = self.skipped = 0
         self.unwritten: Exception | None = None
+        self._begin = time.monotonic()
+        self._begun = 0
 
-    def announce(self, track: object) -> None:
-        """Say that `track` is begun."""
-        if not self.quiet:
+    def introduce(self, models: int | None, folder: object) -> None:
+        """Say how many models a bag has (`None`: no bag), and where stems go."""
+        if models is not None:
+            self._tell(
+                f"Selected model is a bag of {models} models."
+                " You will see that many progress bars per track."
+            )
+        self._tell(f"Separated tracks will be stored in {folder}")
+
+    def announce(self, track: object) -> str:
+        """Say that `track` is begun, and give a title for its progress bar."""
+        if self.talks:
+            self._tell(f"Separating track {track}")
+        elif not self.quiet:
             say("Separating", bold(track))
+        self._begun = max(self._begun, self.done) + 1
+        name = printable(re.split(r"[/\\]", str(track))[-1])
+        return name if self.count == 1 else f"{name} ({self._begun} of {self.count}{self._left})"
+
+    @property
+    def _left(self) -> str:
+        """The time that the rest of the list will take, from that of what is done."""
+        separated = self.done - self.skipped
+        if separated < 1:
+            return ""
+        seconds = (time.monotonic() - self._begin) / separated * (self.count - self.done)
+        return f", {_clock(seconds)} left"
+
+    def _tell(self, line: str) -> None:
+        """Write what programs look for on standard output; where nobody reads, nothing is lost."""
+        if self.talks:
+            with contextlib.suppress(OSError):
+                write(printable(line) + "\n", self.output)
 
     def report(self, result: Mapping[str, Any]) -> None:
         """Take what `TrackResult.as_json` gives."""
@@ -199,8 +259,17 @@ class Console:
             self.failed.append(result["input"])
             say("demucs-infer: error:", result["error"])
         self.skipped += result["skipped"]
+        self._say_where(result)
         if self.json and self.unwritten is None:
             self._put(json_text(result))
+
+    def _say_where(self, result: Mapping[str, Any]) -> None:
+        """Say where the stems of a track are, and how long it took."""
+        paths = [stem["path"] for stem in result["stems"].values()]
+        paths += filter(None, [result["player"]])
+        if self.quiet or result["skipped"] or result["error"] is not None or "-" in paths:
+            return
+        say("Stems in", bold(_common(paths)), f"({_clock(result['elapsed'])})")
 
     def _put(self, line: str) -> None:
         try:

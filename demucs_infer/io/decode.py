@@ -32,6 +32,8 @@ from .packets import (
 from .pcm import convert_audio
 from .tags import clean_tags
 
+SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
+
 
 class AudioFile:
     """The audio streams of a file; `name` is what messages call it.
@@ -213,10 +215,36 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: there is no audio in this file")
         return container.streams.audio[stream]
 
+    def part(self, first: int, last: int | None, damage: Damage | None = None) -> Iterator[Tensor]:
+        """Samples `[C, n]` of the first audio stream from `first` on, up to `last` if given."""
+        position = 0
+        for block in self.blocks(damage=damage):
+            start, position = position, position + block.shape[-1]
+            stop = position if last is None else last
+            if position > first:
+                yield block[:, max(0, first - start) : stop - start]
+            if position >= stop and last is not None:
+                break
+        if position <= first:
+            raise LoadAudioError(
+                f"{self.name}: ends after {position / self.samplerate():.2f} s, before the part"
+                " that is wanted"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sample where none is lost: 16 or 24, or 32 for float; 0 of lossy formats."""
+        with self._open() as container:
+            if not container.streams.audio:
+                return 0
+            context = container.streams.audio[0].codec_context
+            kind = context.format.name.removesuffix("p") if context.codec.lossless else ""
+        return SAMPLE_BITS.get(kind, 0)
+
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self, pictures: Sequence[str] = ()) -> Iterator[Any]:
         """The container, of a chained stream the first one."""
-        with self._opened() as pieces, self._container(pieces[0]) as container:
+        with self._opened() as pieces, self._container(pieces[0], pictures) as container:
             yield container
 
     @contextmanager
@@ -237,9 +265,9 @@ class AudioFile:
             yield pieces
 
     @contextmanager
-    def _container(self, piece: BinaryIO) -> Iterator[Any]:
+    def _container(self, piece: BinaryIO, pictures: Sequence[str] = ()) -> Iterator[Any]:
         try:
-            container = open_audio(piece, self.path.name)
+            container = open_audio(piece, self.path.name, pictures)
         except AV_ERRORS as exc:
             raise LoadAudioError(
                 f"{self.name}: is no audio file that can be read ({_reason(exc)})"

@@ -10,6 +10,7 @@ network. Two walls are before that, and each holds alone:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, BinaryIO
 
@@ -39,13 +40,19 @@ DEMUXERS = " ".join(
 MAX_FRAME = 2**21  # samples of one frame: Monkey's Audio has the longest, with 1 179 648
 
 
+# Pictures that MP4 holds: looked at only where they are to be copied, for their size.
+PICTURES = tuple("av1 h264 hevc libdav1d mjpeg mpeg1video mpeg2video mpeg4 vp9 vvc".split())
+
+
 @cache
-def _walls() -> dict[str, str]:
+def _walls(pictures: Sequence[str]) -> dict[str, str]:
     return {
         "format_whitelist": ",".join(DEMUXERS),
         "protocol_whitelist": "none",
         # Pictures are not looked at: some of a few bytes take gigabytes.
-        "codec_whitelist": ",".join(filter(_decodes_sound, sorted(av.codecs_available))),
+        "codec_whitelist": ",".join(
+            [*filter(_decodes_sound, sorted(av.codecs_available)), *pictures]
+        ),
     }
 
 
@@ -64,10 +71,13 @@ class _Named:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def open_audio(file: BinaryIO, name: str) -> Any:
-    """An open file as PyAV's container. Raises what PyAV raises; `file` stays the caller's."""
+def open_audio(file: BinaryIO, name: str, pictures: Sequence[str] = ()) -> Any:
+    """An open file as PyAV's container. Raises what PyAV raises; `file` stays the caller's.
+
+    `pictures` are kinds of them that may be looked at, too.
+    """
     container = av.open(
-        _Named(file, name), "r", container_options=dict(_walls()), metadata_errors="replace"
+        _Named(file, name), "r", container_options=dict(_walls(pictures)), metadata_errors="replace"
     )
     for stream in container.streams.audio:
         if stream.codec_context is not None:

@@ -32,7 +32,8 @@ ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
 VORBIS_COMPRESSION = 0.2  # of libsndfile: quality 8 of 10, about 256 kbit/s
 BLOCK = 2**16  # samples that one frame for an encoder has at most
 SAMPLE_FORMATS = {0: "flt", 16: "s16", 24: "s32", 32: "flt"}  # FFmpeg's, of the frames, by depth
-PLANAR = {"libmp3lame": "fltp", "aac": "fltp"}  # encoders that want a plane per channel
+# Those of encoders that want a plane per channel.
+PLANAR = {("libmp3lame", 0): "fltp", ("aac", 0): "fltp", ("alac", 16): "s16p", ("alac", 24): "s32p"}
 
 
 def check_encoder(encoding: Encoding) -> None:
@@ -114,7 +115,7 @@ class _FFmpegEncoder:
         stream.layout = self.layout
         if encoding.kind.bitrate:
             stream.bit_rate = 1000 * (encoding.bitrate or encoding.kind.bitrate)
-        stream.format = PLANAR.get(encoding.codec, SAMPLE_FORMATS[encoding.depth])
+        stream.format = PLANAR.get((encoding.codec, encoding.depth), SAMPLE_FORMATS[encoding.depth])
 
     def write(self, wav: Tensor) -> None:
         for block in wav.split(BLOCK, dim=-1):

@@ -35,6 +35,7 @@ class Format:
     bitrates: tuple[int, int] = (0, 0)
     channels: int = len(LAYOUTS)
     options: Mapping[str, str] = field(default_factory=dict)  # of FFmpeg's muxer
+    variants: Mapping[str, Format] = field(default_factory=dict)  # by the name of another codec
 
     @property
     def is_lossy(self) -> bool:
@@ -43,8 +44,10 @@ class Format:
 
 BEYOND_4_GIB = {"rf64": "auto"}
 EXACT_LENGTH = {"movie_timescale": "{rate}"}  # else it is rounded to milliseconds
+STEM_FILE = {**EXACT_LENGTH, "brand": "M4A "}
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 AAC_RATES = (7350, *MP3_RATES, 64000, 88200, 96000)
+_ALAC = {16: "alac", 24: "alac"}
 VORBIS_RATES = range(1000, 192_001)  # beyond 200 kHz libsndfile 1.2 crashes the process
 FORMATS = {
     "wav": Format("wav", {16: "pcm_s16le", 24: "pcm_s24le", 32: "pcm_f32le"}, options=BEYOND_4_GIB),
@@ -52,8 +55,34 @@ FORMATS = {
     "mp3": Format("mp3", {0: "libmp3lame"}, MP3_RATES, 320, (8, 320), channels=2),
     "ogg": Format("ogg", {0: "vorbis"}, VORBIS_RATES),
     "opus": Format("ogg", {0: "libopus"}, (48000,), 192, (6, 510)),
-    "m4a": Format("ipod", {0: "aac"}, AAC_RATES, 256, (8, 512), options=EXACT_LENGTH),
+    "m4a": Format(
+        "ipod",
+        {0: "aac"},
+        AAC_RATES,
+        256,
+        (8, 512),
+        options=EXACT_LENGTH,
+        variants={"alac": Format("ipod", _ALAC, options=EXACT_LENGTH)},
+    ),
 }
+# Files of several streams: a picture and a stem, or all stems of a track.
+CONTAINERS = {
+    "mp4": Format("mp4", {0: "aac"}, AAC_RATES, 256, (8, 512), options=EXACT_LENGTH),
+    "mka": Format("matroska", {16: "flac", 24: "flac"}),
+    "stem.mp4": Format(
+        "mp4",
+        {0: "aac"},
+        AAC_RATES,
+        256,
+        (8, 512),
+        channels=2,
+        options=STEM_FILE,
+        variants={"alac": Format("mp4", _ALAC, channels=2, options=STEM_FILE)},
+    ),
+}
+ALL_FORMATS = FORMATS | CONTAINERS
+TOGETHER = ("mka", "stem.mp4")  # one file holds all stems
+CODECS = ("aac", "alac")  # of formats that let one choose
 DEFAULT_BITS = 16
 
 
@@ -62,23 +91,31 @@ class Encoding:
     """How a file is encoded. Raises `OptionError` for what its format does not have.
 
     Args:
-        format: a key of `FORMATS`.
+        format: a key of `ALL_FORMATS`.
         bits: 16, 24 or 32 (float32), for the lossless formats.
         bitrate: kbit/s, for MP3, M4A and Opus (default: the format's usual one).
         preset: of MP3, from 2 (best quality) to 7 (fastest).
+        variant: another codec than the format's usual one: "alac", for M4A and stem.mp4.
     """
 
     format: str = "wav"
     bits: int = DEFAULT_BITS
     bitrate: int | None = None
     preset: int = 2
+    variant: str | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if self.format not in ALL_FORMATS:
             raise OptionError(
-                f"cannot write {self.format or 'a file without suffix'!r}: use {', '.join(FORMATS)}"
+                f"cannot write {self.format or 'a file without suffix'!r}:"
+                f" use {', '.join(ALL_FORMATS)}"
             )
-        kind, name = FORMATS[self.format], self.format.upper()
+        name = self.format.upper()
+        usual = ALL_FORMATS[self.format]
+        codecs = {*usual.variants, *usual.codecs.values()}
+        if self.variant is not None and self.variant not in codecs:
+            raise OptionError(f"{name} has no codec {self.variant!r}: {', '.join(sorted(codecs))}")
+        kind = self.kind
         if kind.is_lossy and self.bits != DEFAULT_BITS:
             raise OptionError(f"{name} has no {self.bits} bits: use wav or flac for that")
         if not kind.is_lossy and self.bits not in kind.codecs:
@@ -94,7 +131,8 @@ class Encoding:
 
     @property
     def kind(self) -> Format:
-        return FORMATS[self.format]
+        usual = ALL_FORMATS[self.format]
+        return usual.variants.get(self.variant or "", usual)
 
     @property
     def depth(self) -> int:

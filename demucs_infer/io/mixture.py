@@ -19,6 +19,7 @@ from ..errors import LoadAudioError, OptionError
 from ..resample import Resampler
 from .decode import AudioFile
 from .packets import Damage
+from .parts import Part
 from .pcm import convert_audio_channels, strange_samples
 
 NORMALIZATION_EPSILON = 1e-8  # added to the deviation of a track
@@ -113,32 +114,44 @@ NO_LIMITS = Limits()
 
 
 class Decoder:
-    """Decodes a file to `channels` channels at `samplerate` hertz.
+    """Decodes a file, or a part of it, to `channels` channels at `samplerate` hertz.
 
     `rate` (hertz) is the file's own; `length` counts its samples, and `damage` what is wrong with
     it, while `blocks` is read.
     """
 
     def __init__(
-        self, file: AudioFile, samplerate: int, channels: int, limits: Limits = NO_LIMITS
+        self,
+        file: AudioFile,
+        samplerate: int,
+        channels: int,
+        limits: Limits = NO_LIMITS,
+        part: Part | None = None,
     ) -> None:
         self.file = file
         self.samplerate = samplerate
         self.channels = channels
         self.limits = limits
         self.rate = file.samplerate()
+        self.samples = (part or Part()).samples(self.rate)  # the first, and that behind the last
         self.length = 0
         self.damage = Damage()
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that no music has."""
-        return Resampler(self.rate, self.samplerate).stream(self._decoded())
+    def blocks(self, tap: Callable[[Tensor], None] | None = None) -> Iterator[Tensor]:
+        """Samples `[C, n]`. Raises `LoadAudioError`, also for values that no music has.
 
-    def _decoded(self) -> Iterator[Tensor]:
-        for block in _gathered(self.file.blocks(damage=self.damage)):
+        `tap` is called with them as they are before, at the file's rate.
+        """
+        return Resampler(self.rate, self.samplerate).stream(self._decoded(tap))
+
+    def _decoded(self, tap: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
+        for block in _gathered(self.file.part(*self.samples, damage=self.damage)):
             self.length += block.shape[-1]
             self._check(block)
-            yield convert_audio_channels(block, self.channels)
+            converted = convert_audio_channels(block, self.channels)
+            if tap is not None:
+                tap(converted)
+            yield converted
         if self.damage and self.limits.strict:
             raise LoadAudioError(f"{self.file.name}: is {self.damage}")
 

@@ -10,14 +10,16 @@ import re
 import string
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError, SaveAudioError
+from ..log import logger
 from .console import check_standard_output
-from .formats import DEFAULT_BITS, FORMATS, MP3_PRESETS, Encoding
+from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
+from .stems import Stem, mix
 from .storage import LocalPath, Named, Place, Url, place
 
 if TYPE_CHECKING:
@@ -31,8 +33,22 @@ WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit
 # A field of a template, with its letter, conversion, and alignment, width and precision.
 FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
 OTHER_METHODS = ("none", "add", "minus")
+DEFAULT_FILENAME = "{track}/{stem}.{ext}"
+TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
+PAGE = "player"  # the name of a track's page to listen with, among its stems
+MIX = "mix"  # the first stream of a file of all stems
+MOST_STEMS = 4  # of a stem file
+STANDARD = ("drums", "bass", "other", "vocals")  # in the order of a stem file
+REST = ("guitar", "piano")  # which such a file has no room for: they go to "other"
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
+
+
+class _Track(NamedTuple):
+    """A track, and its folder below the one that was named."""
+
+    place: Place
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -51,17 +67,29 @@ class Output:
         metavar="DIR",
     )
     filename: str = option(
-        "{track}/{stem}.{ext}",
+        DEFAULT_FILENAME,
         "name of each stem's file, from {track}, {trackext}, {parent} (the track's folder),"
-        " {model}, {stem} and {ext} (default: %(default)s)",
+        " {folder} (its folders below the one that was named, to keep their shape), {model}, {stem}"
+        " and {ext} (default: %(default)s, or {track}.{ext} for one of all stems)",
         metavar="TEMPLATE",
+    )
+    player: bool = option(
+        False,
+        "also write a page to listen with, {track}/player.html: one file that plays all stems in"
+        " step, with solo and mute",
+        action="store_true",
     )
     format: str = option(
         "wav",
-        "format of the stems (default: %(default)s)",
+        "format of the stems: a file each; stem.mp4 or mka, one file with the mix and all stems"
+        " (for DJs, or as FLAC); mp4, the picture of a video with the stem as its sound (default:"
+        " %(default)s)",
         section=FORMAT,
-        choices=tuple(FORMATS),
+        choices=tuple(ALL_FORMATS),
         shortcuts={"--flac": "flac", "--mp3": "mp3"},
+    )
+    codec: str | None = option(
+        None, "of M4A and stem.mp4: aac, or alac, which is lossless (default: aac)", choices=CODECS
     )
     bits_per_sample: int = option(
         DEFAULT_BITS,
@@ -78,9 +106,15 @@ class Output:
         action="store_true",
         group="depth",
     )
+    depth: str | None = option(
+        None,
+        "auto: 24 bit or float where the track has that, for WAV and FLAC",
+        choices=("auto",),
+        group="depth",
+    )
     bitrate: int | None = option(
         None,
-        "kbit/s, of MP3 (default: 320), M4A (256) and Opus (192)",
+        "kbit/s, of MP3 (default: 320), AAC (M4A, MP4, stem.mp4: 256) and Opus (192)",
         "--bitrate",
         "--mp3-bitrate",
         type=BITRATE,
@@ -126,26 +160,70 @@ class Output:
     encoding: Encoding = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encoding", self._encoding())
+        self._check_choices()
+        self._place.check()
+        if self._place.is_web:
+            raise OptionError(f"{self.folder}: addresses of the web can only be read")
+        if self.is_together and "{stem}" in self._template:
+            raise OptionError(
+                f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
+                f" {self.filename!r}"
+            )
+        if self.is_pipe:
+            check_standard_output()
+        if self.is_pipe and self.player:
+            raise OptionError("a page to listen with cannot go to standard output: leave it out")
+        self._path(
+            _Track(LocalPath("track.wav"), "folder"), "model", "stem"
+        )  # the template makes sense
+        from .encode import check_encoder  # not before an output is wanted
+
+        check_encoder(self.encoding)
+
+    def _encoding(self) -> Encoding:
         bits = self.bits_per_sample
         if self.as_float:
             if self.format != "wav":
                 raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
             bits = 32
-        encoding = Encoding(self.format, bits, self.bitrate, self.preset)
-        object.__setattr__(self, "encoding", encoding)
+        return Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
+
+    def _check_choices(self) -> None:
         if self.clip not in (None, *CLIP_MODE_NAMES):
             raise OptionError(f"clip={self.clip!r}: use {', '.join(CLIP_MODE_NAMES)}")
+        if self.is_together and self.clip in ("clamp", "tanh"):
+            raise OptionError(
+                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
+                " gain: use rescale-all"
+            )
         if self.other_method not in OTHER_METHODS:
             raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
-        self._place.check()
-        if self._place.is_web:
-            raise OptionError(f"{self.folder}: addresses of the web can only be read")
-        self._path(LocalPath("track.wav"), "model", "stem")  # the template makes sense
-        if self.is_pipe:
-            check_standard_output()
-        from .encode import check_encoder  # not before an output is wanted
+        if self.depth not in (None, "auto"):
+            raise OptionError(f"depth={self.depth!r}: use 'auto', or bits_per_sample")
 
-        check_encoder(encoding)
+    @property
+    def is_together(self) -> bool:
+        """Whether one file holds all stems of a track, behind the mix."""
+        return self.format in TOGETHER
+
+    @property
+    def clip_mode(self) -> str | None:
+        """What happens to samples beyond ±1; stems in one file are all lowered by the same."""
+        return "rescale-all" if self.is_together and self.clip == "rescale" else self.clip
+
+    def encoding_for(self, bits: int) -> Encoding:
+        """How the stems of a track are encoded that has `bits` (32: float)."""
+        fits = [depth for depth in self.encoding.kind.codecs if depth <= bits]
+        if self.depth is None or self.encoding.kind.is_lossy or not fits:
+            return self.encoding
+        return replace(self.encoding, bits=max(fits))
+
+    @property
+    def _template(self) -> str:
+        if self.is_together and self.filename == DEFAULT_FILENAME:
+            return TOGETHER_FILENAME
+        return self.filename
 
     @property
     def _place(self) -> Place:
@@ -170,10 +248,47 @@ class Output:
         return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
-        """Names of the stems that are written of those that the model gives."""
+        """Names of the stems that are written of those that the model gives.
+
+        Raises `OptionError` if one file cannot hold them.
+        """
+        if self.two_stems is not None:
+            names = [self.two_stems, *self._rest]
+        else:
+            names = [stem.name for stem in self._arranged(sources)]
+        if not self.is_together:
+            return names
+        if MIX in names:
+            raise OptionError(f"a stem {MIX!r} and the mix would have one name: use another")
+        return [MIX, *names]
+
+    def _arranged(self, stems: Sequence[str]) -> list[Stem]:
+        """The stems in their order, and which of `stems` are summed where there is no room."""
+        kept = [Stem(name, (name,)) for name in stems]
+        if self.format != "stem.mp4":
+            return kept
+        if set(stems) == {*STANDARD, *REST}:
+            rest = {"other": REST}
+            return [Stem(name, (name, *rest.get(name, ()))) for name in STANDARD]
+        if len(stems) > MOST_STEMS:
+            raise OptionError(
+                f"stem.mp4 holds {MOST_STEMS} stems, not {len(stems)}: choose with --stems, or"
+                " write mka"
+            )
+        if set(stems) == {*STANDARD}:
+            return [Stem(name, (name,)) for name in STANDARD]
+        return kept
+
+    def warn(self, sources: Sequence[str]) -> None:
+        """Say which of the stems that the model gives are not written as they are."""
         if self.two_stems is None:
-            return list(sources)
-        return [self.two_stems, *self._rest]
+            for stem in self._arranged(sources):
+                if len(stem.sources) > 1:
+                    rest = " and ".join(stem.sources[1:])
+                    logger.warning(
+                        "%s holds %d stems: %s are added to %r",
+                        *(self.format, MOST_STEMS, rest, stem.name),
+                    )
 
     @property
     def needed(self) -> list[str] | None:
@@ -187,8 +302,12 @@ class Output:
 
     def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
         """What is written of a block: `stems` `[C, n]` by name, and `mixture` on demand."""
+        first = [mixture()] if self.is_together else []
+        return first + self._pick(mixture, stems)
+
+    def _pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
         if self.two_stems is None:
-            return list(stems.values())
+            return [mix(stem, stems) for stem in self._arranged(list(stems))]
         stem = stems[self.two_stems]
         if self.other_method == "none":
             return [stem]
@@ -197,41 +316,66 @@ class Output:
         others = (other for name, other in stems.items() if name != self.two_stems)
         return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
-    def paths(self, track: Named, model: str, stems: Sequence[str]) -> dict[str, Place]:
-        """The file of each stem of `track`; all are within the folder, whatever the names are."""
+    def paths(
+        self,
+        track: Named,
+        model: str,
+        stems: Sequence[str],
+        folder_of: Callable[[Place], str] = lambda track: "",
+    ) -> dict[str, Place]:
+        """The file of each stem of `track`; all are within the folder, whatever the names are.
+
+        `folder_of` gives the track's folder below the one that was named.
+        """
         track = place(track)
         if self.is_pipe:
-            if len(stems) != 1:
+            if len(stems) != 1 and not self.is_together:
                 raise OptionError(
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
-            return {stems[0]: PIPE}
-        paths = {stem: self._path(track, model, stem) for stem in stems}
-        if len(set(paths.values())) < len(stems):
+            return dict.fromkeys(stems, PIPE)
+        found = _Track(track, folder_of(track))
+        paths = {stem: self._path(found, model, stem) for stem in stems}
+        if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
             )
         return paths
 
+    def page(
+        self, track: Place, model: str, folder_of: Callable[[Place], str] = lambda track: ""
+    ) -> Place | None:
+        """The page to listen to `track` with, if one is wanted: beside the stems."""
+        if not self.player:
+            return None
+        template = self._template if "{stem}" in self._template else DEFAULT_FILENAME
+        return self._file(template, _Track(track, folder_of(track)), model, PAGE, "html")
+
     def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: Place, model: str, stem: str) -> Place:
+    def _path(self, track: _Track, model: str, stem: str) -> Place:
+        return self._file(self._template, track, model, stem, self.format)
+
+    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
+        """The file in the output folder that a template means."""
+        track = found.place
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
             "parent": _safe(track.parent_name),
+            "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
             "model": model,
             "stem": stem,
-            "ext": self.format,
+            "ext": ext,
         }
         try:
-            relative = _filled(self.filename, values)
+            relative = _filled(template, values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
-            raise OptionError(f"the file name {self.filename!r} is no template of {known}") from exc
-        return self._place.below(relative)
+            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
+        return self._place.below(relative if found.folder else relative.lstrip("/"))
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

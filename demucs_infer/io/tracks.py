@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from .console import standard_input
+from .folders import Folders
 from .output import PIPE, Output
 from .storage import LocalPath, Named, Place, Url, place
 
@@ -44,6 +45,18 @@ class TrackJob:
 
     track: Place
     naming: Callable[[Place], Mapping[str, Place]]
+    paging: Callable[[Place], Place | None] = lambda track: None
+
+    @property
+    def page(self) -> Place | None:
+        """The page to listen with, if there is to be one."""
+        return self.paging(self.track)
+
+    @property
+    def files(self) -> Iterable[Place]:
+        """All files of the track, each once."""
+        page = {} if self.page is None else {self.page: None}
+        return {**dict.fromkeys(self.paths.values()), **page}
 
     @property
     def paths(self) -> Mapping[str, Place]:
@@ -53,11 +66,11 @@ class TrackJob:
     @property
     def is_done(self) -> bool:
         """Whether all of its stems are there; they appear when they are whole."""
-        return all(path.exists_whole() for path in self.paths.values())
+        return all(path.exists_whole() for path in self.files)
 
     def check_targets(self) -> None:
         """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
-        for path in self.paths.values():
+        for path in self.files:
             if path != PIPE:
                 path.check_target()
 
@@ -229,14 +242,22 @@ def _is_audio(name: str) -> bool:
 
 
 def plan_jobs(
-    tracks: Iterable[Named], output: Output, model: str, sources: Sequence[str]
+    tracks: Iterable[Named],
+    output: Output,
+    model: str,
+    sources: Sequence[str],
+    folders: Folders | None = None,
 ) -> list[TrackJob]:
     """The jobs for `tracks`, of whose stems none is in another's way.
 
+    `folders` are those below which the tracks were found.
+
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
-    naming = partial(output.paths, model=model, stems=output.stems(sources))
-    jobs = [TrackJob(place(track), naming) for track in tracks]
+    below = (folders or Folders()).of
+    naming = partial(output.paths, model=model, stems=output.stems(sources), folder_of=below)
+    paging = partial(output.page, model=model, folder_of=below)
+    jobs = [TrackJob(place(track), naming, paging) for track in tracks]
     for job in jobs:
         _check_name(job.track)
     if output.is_pipe:
@@ -252,7 +273,7 @@ def _check_apart(jobs: Sequence[TrackJob]) -> None:
     inputs = {job.track.identity for job in jobs}
     taken: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
     for job in jobs:
-        for path in job.paths.values():
+        for path in job.files:
             name = path.identity
             if name in inputs:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
@@ -264,8 +285,8 @@ def _check_apart(jobs: Sequence[TrackJob]) -> None:
 def _check_owner(jobs: Sequence[TrackJob], job: TrackJob, path: Place) -> None:
     """Raise `OptionError` if a job before `job` has the stem `path`, too."""
     for other in itertools.takewhile(lambda other: other is not job, jobs):
-        if path.identity in (stem.identity for stem in other.paths.values()):
+        if path.identity in (file.identity for file in other.files):
             raise OptionError(
                 f"{other.track} and {job.track} would both become {path}: tell them apart with"
-                " {parent} or {trackext} in --filename"
+                " {folder}, {parent} or {trackext} in --filename"
             )

@@ -3,7 +3,7 @@
     block of stems ──▶ resample ──▶ clip ──▶ encoder ──▶ temporary file ──rename──▶ stem
                            └──▶ spool ──rescale──▶ ┘
 
-A stem that is to be rescaled waits in a spool until its peak is known.
+A stem that is to be rescaled, or that shares its file, waits in a spool until all peaks are known.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 
@@ -22,9 +23,12 @@ from ..engine.threads import worker_pool
 from ..errors import SaveAudioError
 from ..resample import Resampler
 from .console import standard_output
-from .encode import encoder, encoding_errors
-from .output import PIPE, Output
+from .container import MultitrackEncoder, Picture, Request, VideoEncoder
+from .encode import Encoder, encoder, encoding_errors
+from .formats import Encoding
+from .output import MIX, PIPE, Output
 from .pcm import RESCALING, prevent_clip, rescale_divisor
+from .player import About, PlayerWriter
 from .spool import Spool, Workspace
 from .storage import Place, Undo, replaced_by
 
@@ -41,40 +45,61 @@ class StemFile:
 
 
 @dataclass(frozen=True)
+class Extras:
+    """A track's file has these besides the samples that are separated.
+
+    `original` is its sound at its own rate, where stems are written at that.
+    """
+
+    cover: bytes | None = None
+    picture: Picture | None = None
+    original: Spool | None = None
+
+
+@dataclass(frozen=True)
 class Target:
-    """What the files of a track have in common.
+    """The files of a track have this in common.
 
     `length` is the number of samples that each gets at `rate` hertz; None: what resampling gives.
     """
 
     output: Output
+    encoding: Encoding
     space: Workspace
     samplerate: int  # of the model
     channels: int
     rate: int
     length: int | None
     tags: Mapping[str, str]
+    model: str
+    extras: Extras = field(default_factory=Extras)
+
+    @property
+    def about(self) -> About:
+        """A page to listen with says this."""
+        return About(self.tags["title"], self.tags.get("artist", ""), self.model)
+
+    def request(self, file: IO[bytes], names: Sequence[str]) -> Request:
+        """The request for a file with streams of these names."""
+        tags, cover = dict(self.tags), self.extras.cover
+        if not self.output.is_together:
+            tags["title"] = f"{tags['title']} ({names[0]})"
+        return Request(file, self.encoding, self.rate, self.channels, names, tags, cover)
 
 
-class _StemWriter:
-    """One stem on its way into its file."""
+class _Signal:
+    """A stem on its way: resampled, measured, and kept until its gain is known.
 
-    def __init__(self, target: Target, name: str) -> None:
-        self.target = target
+    With a `sink`, which takes samples at the target's rate, it is handed on at once.
+    """
+
+    def __init__(self, target: Target, sink: Callable[[Tensor], None] | None) -> None:
+        self.clip = target.output.clip_mode
         self.peak = 0.0
         self.divisor = 1.0
-        self.file = target.space.file()
-        self._handle = self.file.open("w+b")
-        self._encoder = encoder(
-            self._handle,
-            target.output.encoding,
-            target.rate,
-            target.channels,
-            {**target.tags, "title": f"{target.tags['title']} ({name})"},
-        )
+        self._sink = sink
         self._resampler = Resampler(target.samplerate, target.rate, target.length)
-        rescales = target.output.clip in RESCALING
-        self._spool: Spool | None = target.space.spool(target.channels) if rescales else None
+        self._spool = None if sink else target.space.spool(target.channels)
 
     def write(self, block: Tensor) -> None:
         """Take samples `[C, n]` at the model's rate."""
@@ -90,41 +115,133 @@ class _StemWriter:
         if not block.shape[-1]:
             return
         self.peak = max(self.peak, block.abs().max().item())
-        if self._spool is not None:
+        if self._sink is not None:
+            self._sink(prevent_clip(block, self.clip))
+        elif self._spool is not None:
             self._spool.write(block)
-        else:
-            self._encoder.write(prevent_clip(block, self.target.output.clip))
+
+    def blocks(self, check: Callable[[], None]) -> Iterator[Tensor]:
+        """All samples with their gain, if they were kept; `check` may end that at a block."""
+        for block in self._spool.blocks(BLOCK) if self._spool is not None else ():
+            check()
+            yield block / self.divisor
+
+    def close(self) -> None:
+        """Give back the room that the samples take."""
+        if self._spool is not None:
+            self._spool.close()
+
+
+class _Original(_Signal):
+    """The mix as it is in the track's file, at the same rate: it needs no resampling."""
+
+    def __init__(self, target: Target, spool: Spool) -> None:
+        super().__init__(target, None)
+        self.close()
+        self._spool = spool
+        for block in spool.blocks(BLOCK):
+            self.peak = max(self.peak, block.abs().max().item())
+
+    def write(self, block: Tensor) -> None:
+        """Take nothing: the samples are there."""
+
+    def flush(self) -> None:
+        """Take nothing."""
+
+
+class _FileWriter:
+    """A file on its way, with one stem in it or several."""
+
+    def __init__(self, target: Target, names: Sequence[str]) -> None:
+        self.target = target
+        self.file = target.space.file()
+        self._handle = self.file.open("w+b")
+        self._encoder = _encoder(target.request(self._handle, names), target)
+        waits = target.output.is_together or target.output.clip_mode in RESCALING
+        sink = None if waits else self._write_one
+        self.signals = {name: self._signal(name, sink) for name in names}
+
+    def _signal(self, name: str, sink: Callable[[Tensor], None] | None) -> _Signal:
+        original = self.target.extras.original
+        if self.target.output.is_together and name == MIX and original is not None:
+            return _Original(self.target, original)
+        return _Signal(self.target, sink)
+
+    def _write_one(self, block: Tensor) -> None:
+        self._encoder.write([block])
 
     def encode(self, check: Callable[[], None]) -> None:
-        """Encode what is in the spool, and make the file whole; `check` may end that at a block."""
+        """Encode what was kept, and make the file whole; `check` may end that at a block."""
         check()
-        if self._spool is not None:
-            for block in self._spool.blocks(BLOCK):
-                check()
-                self._encoder.write(block / self.divisor)
+        for blocks in zip(*(signal.blocks(check) for signal in self.signals.values())):
+            self._encoder.write(blocks)
         self._encoder.close()
         self.close()
 
     def close(self) -> None:
         """Give everything back but the file, whole or not."""
         self._handle.close()
-        if self._spool is not None:
-            self._spool.close()
+        for signal in self.signals.values():
+            signal.close()
+
+
+class _OneStem:
+    """An encoder of one stem that is called like one of several."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.close = encoder.close
+
+    def write(self, blocks: Sequence[Tensor]) -> None:
+        """Encode the one block `[C, n]`."""
+        (block,) = blocks
+        self._encoder.write(block)
+
+
+def _encoder(request: Request, target: Target) -> MultitrackEncoder | _OneStem:
+    if target.output.is_together:
+        return MultitrackEncoder(request)
+    if target.extras.picture is not None:
+        return _OneStem(VideoEncoder(request, target.extras.picture))
+    return _OneStem(
+        encoder(request.file, request.encoding, request.samplerate, request.channels, request.tags)
+    )
 
 
 class TrackWriter:
     """Takes the stems of a track block by block, and makes them appear together.
 
-    Raises `SaveAudioError` if something cannot be written; nothing of the track is left then.
+    `page` is that of its page to listen with, if there is to be one. Raises `SaveAudioError` if
+    something cannot be written; nothing of the track is left then.
     """
 
-    def __init__(self, paths: Mapping[str, Place], target: Target) -> None:
+    def __init__(self, paths: Mapping[str, Place], target: Target, page: Place | None) -> None:
         self.paths = paths
         self.target = target
-        self._writers: dict[str, _StemWriter] = {}
-        for name, path in paths.items():
+        self.page = page
+        self._files: dict[Place, _FileWriter] = {}
+        self._player: PlayerWriter | None = None
+        for path in dict.fromkeys(paths.values()):
             with self._writing(path):
-                self._writers[name] = _StemWriter(target, name)
+                names = [name for name, other in paths.items() if other == path]
+                self._files[path] = _FileWriter(target, names)
+        self._signals = {
+            name: signal for file in self._files.values() for name, signal in file.signals.items()
+        }
+        if page is not None:
+            with self._writing(page):
+                self._player = self._make_player()
+
+    def _make_player(self) -> PlayerWriter:
+        target, names = self.target, list(self.paths)
+        stems = names[1:] if target.output.is_together else names  # not the mix
+        return PlayerWriter(target.space, target.about, stems, target.samplerate, target.channels)
+
+    @property
+    def _writers(self) -> dict[Place, _FileWriter | PlayerWriter]:
+        """All files of the track."""
+        page = {} if self._player is None or self.page is None else {self.page: self._player}
+        return {**self._files, **page}
 
     @contextmanager
     def _writing(self, path: Place) -> Iterator[None]:
@@ -137,43 +254,48 @@ class TrackWriter:
 
     def write(self, stems: Sequence[Tensor]) -> None:
         """Take a block of every stem, each `[C, n]`, in the order of the paths."""
-        for block, (name, writer) in zip(stems, self._writers.items()):
+        for block, name in zip(stems, self.paths):
             with self._writing(self.paths[name]):
-                writer.write(block)
+                self._signals[name].write(block)
+        if self._player is not None and self.page is not None:
+            with self._writing(self.page):
+                self._player.write(stems[1:] if self.target.output.is_together else stems)
 
     def finish(self, check: Callable[[], None]) -> dict[str, StemFile]:
         """Encode what is left and let the files appear; what `check` raises ends that."""
-        for name, writer in self._writers.items():
+        for name, signal in self._signals.items():
             with self._writing(self.paths[name]):
-                writer.flush()
+                signal.flush()
         self._choose_divisors()
         with worker_pool(min(len(self._writers), os.cpu_count() or 1)) as pool:
-            encoded = [pool.submit(writer.encode, check) for writer in self._writers.values()]
-        for name, future in zip(self._writers, encoded):
-            with self._writing(self.paths[name]):
+            encoded = {
+                path: pool.submit(writer.encode, check) for path, writer in self._writers.items()
+            }
+        for path, future in encoded.items():
+            with self._writing(path):
                 future.result()
         self._publish()
         return {
-            name: StemFile(self.paths[name], writer.peak, 1 / writer.divisor)
-            for name, writer in self._writers.items()
+            name: StemFile(self.paths[name], signal.peak, 1 / signal.divisor)
+            for name, signal in self._signals.items()
         }
 
     def _publish(self) -> None:
         """Let all files appear, or none: one that fails takes back those before it."""
         with contextlib.ExitStack() as published:
-            for name, writer in self._writers.items():
-                with self._writing(self.paths[name]):
-                    published.callback(_taking_back, _publish(writer.file, self.paths[name]))
+            for path, writer in self._writers.items():
+                with self._writing(path):
+                    published.callback(_taking_back, _publish(writer.file, path))
             published.pop_all()
         for writer in self._writers.values():
             replaced_by(writer.file).unlink(missing_ok=True)
 
     def _choose_divisors(self) -> None:
-        clip, writers = self.target.output.clip, self._writers.values()
+        clip, signals = self.target.output.clip_mode, self._signals.values()
         if clip in RESCALING:
-            loudest = max(writer.peak for writer in writers)
-            for writer in writers:
-                writer.divisor = rescale_divisor(loudest if clip == "rescale-all" else writer.peak)
+            loudest = max(signal.peak for signal in signals)
+            for signal in signals:
+                signal.divisor = rescale_divisor(loudest if clip == "rescale-all" else signal.peak)
 
     def discard(self) -> None:
         """Remove what has been written of the track."""

@@ -1,0 +1,76 @@
+"""A Chromium without a window that opens pages from disk, for tests that listen to them."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+ARGUMENTS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--autoplay-policy=no-user-gesture-required",
+    "--window-size=1200,900",
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A driver of it; the test is skipped where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    browser = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("needs Chromium and its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in ARGUMENTS:
+        options.add_argument(argument)
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    session.set_script_timeout(60)
+    try:
+        yield session
+    finally:
+        session.quit()
+
+
+class Listener:
+    """The page of a track in a browser: what it says, and the sound that leaves it."""
+
+    def __init__(self, driver: Any, page: Path) -> None:
+        self.driver = driver
+        driver.get(page.as_uri())
+        self.wait("ready")
+
+    def run(self, code: str, *arguments: object) -> Any:
+        """What `code`, which returns something, gives in the page."""
+        return self.driver.execute_script(code, *arguments)
+
+    def wait(self, promise: str) -> Any:
+        """What the promise that an expression makes gives."""
+        code = (
+            f"const done = arguments[0]; ({promise}).then(done, (e) => done({{error: `${{e}}`}}))"
+        )
+        result = self.driver.execute_async_script(code)
+        assert not (isinstance(result, dict) and "error" in result), result
+        return result
+
+    def sound(self, start: float, length: int) -> np.ndarray:
+        """What leaves the graph from `start` seconds for `length` samples, `[C, length]`."""
+        data = self.wait(
+            f"player.render({start}, {length}).then((buffer) => Array.from("
+            "{length: buffer.numberOfChannels}, (_, channel) => {"
+            "  const bytes = new Uint8Array(buffer.getChannelData(channel).buffer);"
+            "  let text = ''; for (const byte of bytes) text += String.fromCharCode(byte);"
+            "  return btoa(text); }))"
+        )
+        return np.stack([np.frombuffer(base64.b64decode(text), np.float32) for text in data])

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import av
+import demucs.htdemucs
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from demucs_infer.api import Separator
+from demucs_infer.audio import AudioFile
+from demucs_infer.errors import OptionError, SaveAudioError
+from demucs_infer.io.boxes import add_to_user_data, find
+from demucs_infer.io.container import stem_json
+from demucs_infer.io.output import MIX
+from demucs_infer.separate import main
+
+from .helpers import SOURCES, TINY, noise, save_package, shake
+
+RATE = 8000  # of the tiny model
+COVER = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f"
+    b"\x15\xc4\x89\x00\x00\x00\rIDATx\x9cc\xf8\xff\xff?\x00\x05\xfe\x02\xfe\xa7\x9a\xa2\x9f\x00"
+    b"\x00\x00\x00IEND\xaeB`\x82"
+)
+
+
+def ffmpeg(*arguments: object) -> bytes:
+    """What Debian's ffmpeg writes to standard output."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs ffmpeg")
+    command = ["ffmpeg", "-v", "error", "-nostdin", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def probe(path: Path, *entries: str) -> Any:
+    """What Debian's ffprobe says of a file."""
+    if shutil.which("ffprobe") is None:
+        pytest.skip("needs ffprobe")
+    command = ["ffprobe", "-v", "error", "-of", "json", *entries, str(path)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def sound(path: Path, stream: int, length: int | None = None) -> np.ndarray:
+    """A stream of sound as ffmpeg decodes it, `[2, T]`."""
+    data = ffmpeg("-i", path, "-map", f"0:a:{stream}", "-f", "f32le", "-ac", 2, "-")
+    return np.frombuffer(data, np.float32).reshape(-1, 2).T[:, :length]
+
+
+def lag(heard: np.ndarray, given: np.ndarray) -> int:
+    """Samples by which `heard` `[T]` is behind `given`."""
+    size = 2 * max(len(heard), len(given))
+    product = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(given, size))
+    peak = int(np.fft.irfft(product, size).argmax())
+    return peak if peak < size // 2 else peak - size
+
+
+def stem_box(path: Path) -> dict[str, Any]:
+    """The JSON of a stem file."""
+    box = find(data := path.read_bytes(), b"moov", b"udta", b"stem")
+    assert box is not None
+    return json.loads(data[box.content : box.stop])
+
+
+def enabled(path: Path) -> list[bool]:
+    """Which tracks of an MP4 file players play by default."""
+    data, flags, at = path.read_bytes(), [], 0
+    while (at := data.find(b"tkhd", at)) >= 0:
+        flags.append(bool(data[at + 7] & 1))
+        at += 4
+    return flags
+
+
+def falcon() -> Path:
+    """A song in this format by others, with a cover."""
+    spec = find_spec("stempeg")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs stempeg")
+    return next(Path(spec.origin).parent.glob("data/*.stem.mp4"))
+
+
+@pytest.fixture
+def song(tmp_path: Path) -> Path:
+    """A second, not a whole number of a codec's frames, with tags and a cover."""
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as file:
+        file.metadata.update({"title": "A song", "artist": "Somebody", "track": "3"})
+        stream = file.add_stream("aac", rate=RATE, layout="stereo", bit_rate=96_000)
+        with av.open(io.BytesIO(COVER), format="png_pipe") as picture:
+            cover = file.add_stream_from_template(picture.streams.video[0], opaque=True)
+            cover.disposition = av.stream.Disposition.attached_pic
+            packet = next(picture.demux(video=0))
+            packet.stream = cover
+            samples = (0.3 * noise(2, RATE + 7)).numpy()
+            frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
+            frame.sample_rate = RATE
+            file.mux(packet)
+            file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+    return path
+
+
+def run(repo: Path, *arguments: object) -> None:
+    main(["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("codec", ["aac", "alac"])
+def test_a_stem_file(codec: str, repo: Path, song: Path, tmp_path: Path) -> None:
+    """Beside one by Native Instruments: the box field by field, streams, tags, cover."""
+    lossless = ["--codec", "alac", "--int24"] if codec == "alac" else []
+    run(repo, "--format", "stem.mp4", "-o", tmp_path, *lossless, song)
+    path = tmp_path / "tiny/song.stem.mp4"
+    theirs, ours = stem_box(falcon()), stem_box(path)
+    assert {**ours, "stems": 0, "mastering_dsp": 0} == {**theirs, "stems": 0, "mastering_dsp": 0}
+    for part, values in theirs["mastering_dsp"].items():
+        assert ours["mastering_dsp"][part] == pytest.approx({**values, "enabled": False}, abs=1e-6)
+    assert [stem["color"] for stem in ours["stems"]] == [s["color"] for s in theirs["stems"]]
+    assert [stem["name"] for stem in ours["stems"]] == SOURCES
+    assert enabled(falcon()) == enabled(path) == [True, False, False, False, False]
+
+    found = probe(path, "-show_streams", "-show_format")
+    streams = [stream for stream in found["streams"] if stream["codec_type"] == "audio"]
+    for stream in streams:
+        assert stream["codec_name"] == codec
+        assert (stream["start_pts"], stream["duration_ts"]) == (
+            0,
+            len(AudioFile(song).read()[0][0]),
+        )
+        assert (stream["sample_rate"], stream["channels"]) == (str(RATE), 2)
+    assert [stream["tags"]["handler_name"] for stream in streams] == [MIX, *SOURCES]
+    assert found["format"]["tags"]["title"] == "A song"
+    assert found["format"]["tags"]["artist"] == "Somebody"
+    assert ffmpeg("-i", path, "-map", "0:v", "-c", "copy", "-f", "image2pipe", "-") == COVER
+
+    separator = Separator("tiny", repo, device="cpu", shifts=0)
+    mixture, stems = separator.separate_audio_file(song)
+    parts = [mixture.numpy(), *(stem.numpy() for stem in stems.values())]
+    gain = 1 / max(1.01 * max(np.abs(part).max() for part in parts), 1)
+    for index, part in enumerate(parts):
+        heard = sound(path, index, part.shape[-1])
+        assert heard.shape == part.shape
+        assert lag(heard[0], part[0]) == 0
+        error = np.abs(heard - gain * part)
+        assert error.max() <= 2**-22 if codec == "alac" else error.std() < 0.1 * part.std()
+    again = AudioFile(path)
+    assert len(again) == 5
+    assert torch.allclose(again.read(streams=0)[:, : mixture.shape[-1]], mixture * gain, atol=0.05)
+
+
+def test_stems_of_all_kinds_in_one_matroska_file(repo: Path, song: Path, tmp_path: Path) -> None:
+    run(repo, "--format", "mka", "-o", tmp_path, "--stems", "all,rest=drums+bass", song)
+    path = tmp_path / "tiny/song.mka"
+    streams = probe(path, "-show_streams")["streams"]
+    titles = [s["tags"]["title"] for s in streams if s["codec_name"] == "flac"]
+    assert titles == [MIX, *SOURCES, "rest"]
+    assert [s["tags"]["mimetype"] for s in streams if s["codec_type"] == "video"] == ["image/png"]
+    waves = [sound(path, index) for index in range(6)]
+    assert {wave.shape for wave in waves} == {(2, AudioFile(song).read().shape[-1])}
+    assert np.abs(waves[1] + waves[2] - waves[5]).max() <= 3 * 2**-15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "stem.mp4", "--stems", "all,x=drums+bass"], "holds 4 stems, not 5"),
+        (["--format", "stem.mp4", "--clip-mode", "tanh"], "one gain: use rescale-all"),
+        (["--format", "mka", "--filename", "{track}-{stem}.{ext}"], "leave {stem} out"),
+        (["--format", "mka", "--stems", "mix=drums"], "'mix'"),
+        (["--format", "wav", "--codec", "alac"], "WAV has no codec 'alac'"),
+        (["--format", "stem.mp4", "--int24"], "STEM.MP4 has no 24 bits"),
+        (["--player", "--stems", "drums", "-o", "-"], "cannot go to standard output"),
+    ],
+)
+def test_choices_that_do_not_fit(
+    options: list[str], message: str, repo: Path, song: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(repo, *options, song)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_fewer_stems_and_longer_names(repo: Path, song: Path, tmp_path: Path) -> None:
+    name = "n" * 40
+    run(repo, "--format", "stem.mp4", "-o", tmp_path, "--stems", f"vocals,{name}=drums+bass", song)
+    path = tmp_path / "tiny/song.stem.mp4"
+    assert [stem["name"] for stem in stem_box(path)["stems"]] == ["vocals", "n" * 32]
+    assert len(AudioFile(path)) == 3
+
+
+@pytest.mark.slow
+def test_six_stems_become_four(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = ["vocals", "guitar", "drums", "piano", "bass", "other"]
+    torch.manual_seed(0)
+    model = demucs.htdemucs.HTDemucs(**{**TINY, "sources": sources})
+    save_package(tmp_path / "tiny.th", shake(model))
+    run(tmp_path, "--format", "stem.mp4", "--codec", "alac", "--int24", "-o", tmp_path, song)
+    warning = capsys.readouterr().err
+    assert "holds 4 stems: guitar and piano are added to 'other'" in warning
+    path = tmp_path / "tiny/song.stem.mp4"
+    assert [stem["name"] for stem in stem_box(path)["stems"]] == SOURCES
+    mixture, stems = Separator("tiny", tmp_path, shifts=0).separate_audio_file(song)
+    folded = stems["other"] + stems["guitar"] + stems["piano"]
+    highest = max(part.abs().max().item() for part in (mixture, *stems.values(), folded))
+    gain = 1 / max(1.01 * highest, 1)
+    assert np.abs(sound(path, 3) - gain * folded.numpy()).max() < 1e-3 * highest
+    with pytest.raises(OptionError, match="not 5"):
+        Separator("tiny", tmp_path, shifts=0, stems=sources[:5]).separate_to_files(
+            song, tmp_path, format="stem.mp4"
+        )
+
+
+def test_the_mix_keeps_the_rate_of_its_track(repo: Path, track: Path, tmp_path: Path) -> None:
+    """At 48 kHz the mix is the input, and not what is left of it at the model's 8 kHz."""
+    run(repo, "--format", "mka", "--keep-rate", "--clip-mode", "none", "-o", tmp_path, track)
+    path = tmp_path / "tiny/track.mka"
+    given, rate = soundfile.read(track, dtype="float32", always_2d=True)
+    assert {s["sample_rate"] for s in probe(path, "-show_streams")["streams"]} == {str(rate)}
+    assert np.abs(sound(path, 0) - given.T).max() <= 2**-14
+    assert sound(path, 1).shape == given.T.shape
+
+
+def test_pipes(repo: Path, song: Path, tmp_path: Path) -> None:
+    arguments = ["-n", "tiny", "--repo", str(repo), "--format", "mka", "-o", "-", "-"]
+    command = [sys.executable, "-m", "demucs_infer", *arguments]
+    done = subprocess.run(command, input=song.read_bytes(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "out.mka").write_bytes(done.stdout)
+    assert len(AudioFile(tmp_path / "out.mka")) == 5
+
+
+def test_a_failure_leaves_nothing(
+    repo: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("demucs_infer.io.container.add_to_user_data", fail)
+    separator = Separator("tiny", repo, device="cpu", shifts=0)
+    with pytest.raises(SaveAudioError, match="No space left"):
+        separator.separate_to_files(song, tmp_path / "out", format="stem.mp4")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_box_is_added_to_user_data_or_makes_it() -> None:
+    def box(name: bytes, content: bytes = b"") -> bytes:
+        return struct.pack(">I4s", 8 + len(content), name) + content
+
+    made = add_to_user_data(box(b"moov", box(b"mvhd")), b"stem", b"{}")
+    assert made == box(b"moov", box(b"mvhd") + box(b"udta", box(b"stem", b"{}")))
+    first = box(b"moov", box(b"udta", box(b"meta")) + box(b"free"))
+    grown = add_to_user_data(first, b"stem", b"{}")
+    assert grown == box(b"moov", box(b"udta", box(b"meta") + box(b"stem", b"{}")) + box(b"free"))
+    assert json.loads(stem_json(["Größe"]))["stems"][0]["name"] == "Größe"
+
+
+# Video.
+
+FPS = 25
+
+
+def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str = "mpeg4") -> Path:
+    """Three seconds of a picture and two of clicks, that start at these times."""
+    frames = np.random.RandomState(0).randint(0, 255, (3 * FPS, 64, 96, 3), np.uint8)
+    samples = np.zeros((2, 2 * 44_100), np.float32)
+    samples[:, 4410::11_025] = 0.8
+    with av.open(str(path), "w") as file:
+        bf = "0" if codec == "wmv2" else "2"  # pictures that are decoded before their time
+        picture = file.add_stream(codec, rate=FPS, options={"g": "12", "bf": bf})
+        picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
+        stream = file.add_stream("aac", rate=44_100, layout="stereo")
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame.pts, frame.time_base = index + round(picture_at * FPS), Fraction(1, FPS)
+            file.mux(picture.encode(frame))
+        file.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
+        frame.sample_rate, frame.pts = 44_100, round(sound_at * 44_100)
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def pictures(path: Path) -> list[tuple[float, str]]:
+    """Time and digest of every picture that ffmpeg shows."""
+    base = 1000
+    shown = ["-fps_mode", "passthrough", "-enc_time_base", f"1:{base}", "-f", "framemd5", "-"]
+    text = ffmpeg("-copyts", "-i", path, "-map", "0:v", *shown).decode()
+    rows = [line.split(",") for line in text.splitlines() if not line.startswith("#")]
+    return [(int(row[2]) / base, row[5].strip()) for row in rows]
+
+
+def clicks(path: Path) -> np.ndarray:
+    """Times in seconds at which clicks are heard, on the clock of the file."""
+    wave = np.abs(sound(path, 0)[0])
+    (starts,) = np.nonzero(wave > 0.4 * wave.max())
+    apart = starts[np.diff(starts, prepend=-9999) > 2000]
+    return apart / 44_100 + sound_start(path)
+
+
+def sound_start(path: Path) -> float:
+    """The time of the first sample that is heard, on the clock of the file."""
+    entries = ("-show_entries", "frame=pts_time", "-select_streams", "a", "-read_intervals", "%+#3")
+    return float(probe(path, *entries)["frames"][0]["pts_time"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "sound_at", "picture_at"),
+    [
+        ("mp4", 0, 0),
+        ("mp4", 0.75, 0),
+        ("mkv", 0, 0.4),
+        pytest.param("mkv", 0.75, 0, marks=pytest.mark.slow),
+        pytest.param("avi", 0, 0, marks=pytest.mark.slow),
+        pytest.param("ts", 0.75, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_video_comes_back(
+    suffix: str, sound_at: float, picture_at: float, tmp_path: Path
+) -> None:
+    """Every picture, and the clicks at their distance to them."""
+    path = video(tmp_path / f"clip.{suffix}", sound_at, picture_at)
+    separator = Separator("demo", device="cpu", shifts=0)
+    separator.separate_to_files(
+        path, tmp_path / "out", format="mp4", stems=["all=drums+bass+other+vocals"]
+    )
+    made = tmp_path / "out/clip/all.mp4"
+    before, after = pictures(path), pictures(made)
+    assert [digest for _, digest in after] == [digest for _, digest in before]
+    heard, given = clicks(made), clicks(path)
+    apart = (heard - after[0][0]) - (given - before[0][0])
+    assert len(heard) == len(given) == 8
+    assert np.abs(apart).max() < 0.002
+
+
+def test_a_part_of_a_video(tmp_path: Path) -> None:
+    """From the middle of a group of pictures on: what is before the part is not shown."""
+    path = video(tmp_path / "clip.mp4", 0.5, codec="libx264")
+    separator = Separator("demo", device="cpu", shifts=0)
+    whole = "all=drums+bass+other+vocals"
+    result = separator.separate_to_files(
+        path, tmp_path / "out", format="mp4", stems=[whole], start=0.54, duration=1.0
+    )
+    assert result.seconds == 1.0
+    made = tmp_path / "out/clip/all.mp4"
+    before, after = pictures(path), pictures(made)
+    start = sound_start(path) + 0.54
+    first = max(time for time, _ in before if time <= start)
+    assert first < start  # the sound begins while a picture is shown
+    wanted = [(time - first, digest) for time, digest in before if first <= time < start + 1]
+    assert [digest for _, digest in after[: len(wanted)]] == [digest for _, digest in wanted]
+    assert [time for time, _ in after[: len(wanted)]] == pytest.approx([t for t, _ in wanted])
+    expected = [time - first for time in clicks(path) if start <= time < start + 1]
+    assert clicks(made)[:3] == pytest.approx(expected[:3], abs=0.002)
+
+
+def test_what_has_no_picture_for_mp4(
+    repo: Path, song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(repo, "--format", "mp4", "--stems", "vocals", "-o", tmp_path, song)
+    assert caught.value.code == 1
+    assert "has no picture: use --format m4a" in capsys.readouterr().err
+    wmv = video(tmp_path / "clip.avi", codec="wmv2")
+    with pytest.raises(SystemExit):
+        run(repo, "--format", "mp4", "--stems", "vocals", "-o", tmp_path, wmv)
+    assert "(wmv2) cannot be in MP4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_music_with_true_stems(tmp_path: Path) -> None:
+    """The first stream of another's file is separated; the streams of ours sum to its mix."""
+    separator = Separator("demo", device="cpu", shifts=0)
+    separator.separate_to_files(
+        falcon(),
+        tmp_path,
+        filename="{model}.{ext}",
+        format="stem.mp4",
+        codec="alac",
+        bits_per_sample=24,
+    )
+    path = tmp_path / "demo.stem.mp4"
+    given = AudioFile(falcon()).read()
+    ours = AudioFile(path).read()
+    assert ours.shape == given.shape
+    gain = (ours[0] * given[0]).sum() / given[0].square().sum()
+    assert (ours[0] - gain * given[0]).abs().max() < 1e-5
+    for stem in range(1, 5):
+        assert lag(ours[stem][0].numpy(), ours[stem][0].numpy()) == 0
+    error = (ours[1:].sum(0) - ours[0]).square().mean() / ours[0].square().mean()
+    assert error < 0.05
