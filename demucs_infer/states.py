@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ from .utils import Uninitialized, appearing, capture_init, shortened
 
 __all__ = [
     "capture_init",
+    "copy_state",
+    "get_quantizer",
     "get_state",
     "load_model",
     "save_model",
     "save_with_checksum",
+    "serialize_model",
     "set_state",
+    "swap_state",
 ]
 
 QUANTIZED = "__quantized"  # the key that marks a state of diffq's
@@ -233,6 +238,60 @@ def set_state(
         quantizer.restore_quantized_state(state)
         quantizer.detach()
     return state
+
+
+def copy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the weights of `state` into memory of their own, on the CPU."""
+    return {name: tensor.cpu().clone() for name, tensor in state.items()}
+
+
+@contextmanager
+def swap_state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give `model` the weights that `state` has for as long as the block runs."""
+    before = copy_state(model.state_dict())
+    model.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
+
+
+def get_quantizer(model: nn.Module, args: Any, optimizer: Any = None) -> Any:
+    """Make diffq's quantizer of `model` as the options of a training say, or None if they do not.
+
+    `args` has `diffq` (a penalty, or 0), `qat` (bits, or 0), `min_size` (megabytes) and, for
+    `diffq`, `group_size`. Raises `MissingDependencyError` without diffq.
+    """
+    if args.diffq:
+        kind = _import_diffq().DiffQuantizer
+        quantizer = kind(model, min_size=args.min_size, group_size=args.group_size)
+        if optimizer is not None:
+            quantizer.setup_optimizer(optimizer)
+        return quantizer
+    if args.qat:
+        return _import_diffq().UniformQuantizer(model, bits=args.qat, min_size=args.min_size)
+    return None
+
+
+def serialize_model(
+    model: nn.Module, training_args: Any, quantizer: Any = None, half: bool = True
+) -> dict[str, Any]:
+    """Make the package of `model` that `save_with_checksum` saves and `load_model` reads.
+
+    `training_args` are plain containers, or a configuration of OmegaConf, which becomes such.
+    """
+    args, kwargs = model._init_args_kwargs  # type: ignore[misc]
+    if type(training_args).__module__.partition(".")[0] == "omegaconf":
+        from omegaconf import OmegaConf
+
+        training_args = OmegaConf.to_container(training_args, resolve=True)
+    return {
+        "klass": type(model),
+        "args": args,
+        "kwargs": kwargs,
+        "state": get_state(model, quantizer, half),
+        "training_args": training_args,
+    }
 
 
 def _import_diffq() -> Any:
