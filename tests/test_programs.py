@@ -352,9 +352,6 @@ GONE = {
     },
     "pretrained": {"get_model_from_sig": "never there: see get_model"},
     "repo": {"AnyModel": "an alias for annotations"},
-    "states": dict.fromkeys(
-        ("copy_state", "get_quantizer", "serialize_model", "swap_state"), "not there yet"
-    ),
     "utils": {
         **dict.fromkeys(("EMA", "Subset", "pull_metric", "random_subset"), TRAINING),
         "sizeof_fmt": TRAINING,
