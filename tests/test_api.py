@@ -194,9 +194,10 @@ def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(
     wav, counts, drums = noise(2, 15_000), [], []
     for stems in (None, ["drums"]):
         separator = Separator("ft", tmp_path, device="cpu", shifts=0, stems=stems)
+        runs.clear()  # of loading, which plans a window
         drums.append(separator.separate_tensor(wav)[1]["drums"])
         counts.append(len(runs))
-    assert counts[0] == 4 * (counts[1] - counts[0])
+    assert counts[0] == 4 * counts[1]
     assert torch.equal(*drums)
 
 
