@@ -3,7 +3,8 @@
 PyTorch's device for that, `meta`, imports its compiler, which takes a second and a temporary
 folder, and runs an LSTM step by step. Here every result is an outline, one zero that is expanded
 to its shape: views of it are views, and the rules below know the shapes of what is no view. What
-has no rule is computed on the outlines, and its result becomes one.
+has no rule is computed on the outlines, and its result becomes one. What does not depend on the
+window is computed as ever.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from ..errors import ModelLoadingError
 FREE_BYTES = 10**8
 BYTES_PER_WEIGHT = 16
 STEP_BYTES = 1024  # that a step of an LSTM counts for: they are taken one after the other
-NOWHERE = torch.device("meta")  # so that no path is taken for the sake of a processor
+# The device of outlines, so that no path is taken for the sake of a processor.
+HERE, NOWHERE = torch.device("cpu"), torch.device("meta")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64)
+ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+PLACES = frozenset(zero.data_ptr() for zero in ZEROS.values())
 
 
 def check_window(model: nn.Module) -> None:
@@ -45,7 +50,17 @@ def check_window(model: nn.Module) -> None:
 
 def outline(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of zeros without memory."""
-    return torch.zeros((), dtype=dtype).expand(tuple(shape))
+    return ZEROS[dtype].expand(tuple(shape))
+
+
+def _is_nowhere(value: Any) -> bool:
+    return isinstance(value, torch.device) and value == NOWHERE
+
+
+def _has_outlines(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_outlines, value))
+    return isinstance(value, Tensor) and value.data_ptr() in PLACES
 
 
 class _Outlines(TorchFunctionMode):
@@ -58,9 +73,13 @@ class _Outlines(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        args = tuple(HERE if _is_nowhere(value) else value for value in args)
+        kwargs = {name: value for name, value in (kwargs or {}).items() if not _is_nowhere(value)}
+        # What does not depend on the window is real: it may be kept, as resampling filters are.
+        if not _has_outlines((*args, *kwargs.values())):
+            return func(*args, **kwargs)
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
             return NOWHERE
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
         name = func.__name__
         if name == "lstm":
             self._check(args[0].shape[0] * STEP_BYTES)
@@ -78,8 +97,7 @@ class _Outlines(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         self._check(result.numel() * result.element_size())
-        floating = result.is_floating_point() or result.is_complex()
-        return outline(result.shape, result.dtype) if floating else result
+        return outline(result.shape, result.dtype) if result.dtype in ZEROS else result
 
     def _check(self, size: int) -> None:
         if size > self.limit:
@@ -173,7 +191,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 
 
 def _group_norm(x: Tensor, groups: int, weight: Any = None, *_: Any, **__: Any) -> Tensor:
-    _require(x.shape[1] % groups == 0, list(x.shape), groups)
+    _require(x.shape[1] % groups == 0 and x.numel() > groups, list(x.shape), groups)
     _require(weight is None or weight.shape == (x.shape[1],), list(x.shape))
     return x
 
