@@ -337,7 +337,7 @@ def test_pipes(format: str, repo: Path, tmp_path: Path) -> None:
     written, _ = soundfile.read(tmp_path / f"separated/tiny/a/vocals.{format}")
     assert rate == 8000
     assert np.array_equal(piped, written)
-    assert result.stderr == b"Separating -\n"
+    assert result.stderr.startswith(b"Separating -\n")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the sign
 def test_interrupted(repo: Path, tmp_path: Path) -> None:
     tracks = [write_track(tmp_path / f"{name}.wav", 60) for name in "ab"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "demucs_infer", "--repo", repo, "-n", "tiny", *tracks],
+        [sys.executable, "-m", "demucs_infer", "--json", "--repo", repo, "-n", "tiny", *tracks],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -446,9 +446,8 @@ def test_a_full_disk(clip: str, repo: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "long/" in result.stderr or "no room" in result.stderr
     assert "2 tracks: 1 separated, 1 failed" in result.stderr
-    assert sorted(result.stdout.splitlines()) == sorted(
-        f"disk/tiny/short/{name}.wav" for name in SOURCES
-    )
+    listed = [line for line in result.stdout.splitlines() if not line.startswith("Separat")]
+    assert sorted(listed) == sorted(f"disk/tiny/short/{name}.wav" for name in SOURCES)
 
 
 PEAK = """

@@ -44,7 +44,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
-    usual = ("Separating", "2 tracks: ")
+    usual = ("Separating", "Stems in", "2 tracks: ")
     lines = (line for line in result.stderr.splitlines() if line and "%|" not in line)
     return [line for line in lines if not line.startswith(usual)]
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, SaveAudioError
-from ..log import bold, decoded, printable, say, write
+from ..log import bold, decoded, is_terminal, printable, say, write
 
 # Ends that others bring about, as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -224,13 +224,15 @@ class Console:
             self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
         self._tell(f"Separated tracks will be stored in {folder}")
 
-    def announce(self, track: object) -> str:
-        """Say that `track` is begun, and give a title for its progress bar."""
+    def announce(self, track: object) -> str | None:
+        """Say that `track` is begun, and give a title for its progress bar on a terminal."""
         if self.talks:
             self._tell(f"Separating track {track}")
         elif not self.quiet:
             say("Separating", bold(track))
         self._begun = max(self._begun, self.done) + 1
+        if not is_terminal(sys.stderr):  # programs read the bars, as they are in the reference
+            return None
         name = printable(re.split(r"[/\\]", str(track))[-1])
         return name if self.count == 1 else f"{name} ({self._begun} of {self.count}{self._left})"
 
