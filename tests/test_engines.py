@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
-from demucs_infer.engine.backends import EngineOptions, on_engine
+from demucs_infer.engine.backends import EngineOptions, on_engine, pytorch
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -149,7 +149,7 @@ def test_a_gpu_multiplies_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> 
     """Its autocast is tried on the CPU, where it takes bfloat16."""
     theirs, ours = pair(HTDemucs, **TINY)
     options = EngineOptions(precision="bfloat16", device="cuda")
-    object.__setattr__(options, "device", "cuda")
+    monkeypatch.setattr(pytorch, "_usable", torch.device)
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, dtype: autocast("cpu", dtype))
     mix = noise(2, 4000)[None]

@@ -166,7 +166,7 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
         ("models: ['aaaa', 'pickled']", r"has no pickled.safetensors \(nothing but"),
         ("models: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: &a {b: c}\nmodels: [{<<: [*a, *a]}]", "not valid YAML"),
-        ("models: ['aaaa']\nsegment: &a [*a]", "no number"),
+        ("models: ['aaaa']\nsegment: &a [*a]", "not valid YAML"),
         ("models: ['aaaa']\nweights: 7", "no rows"),
         (f"models: ['aaaa']\nweights: [[1{'0' * 400}]]", "no number"),
         (f"models: [1{'0' * 5000}]", "not valid YAML"),

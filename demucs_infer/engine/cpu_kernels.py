@@ -72,7 +72,9 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 def _is_channels_last(x: Tensor) -> bool:
     """Tell if PyTorch's norm of `x` `[B, C, T]` in float32 would be the one for channels last."""
-    return x.dtype == torch.float32 and not x.is_contiguous() and _eager_on_cpu(x)
+    if x.dtype != torch.float32 or x.is_contiguous() or not _eager_on_cpu(x):
+        return False
+    return x.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -96,7 +98,11 @@ class GroupNorm(nn.GroupNorm):
         Welford's formula.
         """
         shape = (*x.shape, self.num_groups, self.eps)
-        y, mean, rstd = torch.native_group_norm(x.unsqueeze(2), self.weight, self.bias, *shape)
+        batch, channels, steps = x.shape
+        # The stride of a batch of one may be any, but PyTorch judges the layout by it.
+        strides = (channels * steps, 1, channels * steps, channels)
+        image = x.as_strided((batch, channels, 1, steps), strides)
+        y, mean, rstd = torch.native_group_norm(image, self.weight, self.bias, *shape)
         flat = ((mean * rstd).abs() > FLATNESS).any(1).nonzero()[:, 0]
         y = y.squeeze(2)
         if len(flat):
