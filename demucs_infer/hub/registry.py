@@ -98,7 +98,7 @@ def registry() -> dict[str, Any]:
     try:
         _check_content(content)
     except ModelLoadingError as exc:
-        raise ModelLoadingError(f"{path}: is damaged: {exc}: install demucs-infer again") from exc
+        raise ModelLoadingError(f"{path}: is damaged: {exc}: install the package again") from exc
     return content
 
 
