@@ -110,7 +110,7 @@ def test_without_a_training_length_any_length_is_run_as_it_is() -> None:
 
 
 def test_a_window_over_the_training_length_is_refused() -> None:
-    model = HTDemucs(**TINY)
+    model = HTDemucs(**TINY).eval()
     assert model.valid_length(1) == model.valid_length(4000) == 4000
     with pytest.raises(OptionError, match="4001 samples is longer"):
         model(noise(2, 4001)[None])
