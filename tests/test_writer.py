@@ -106,7 +106,10 @@ def test_where_the_stems_are(
     assert capsys.readouterr().err == ""
 
 
-def test_the_title_of_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_title_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Console(1).announce("in/song.mp3") is None  # where programs read the bars
+    monkeypatch.setattr("demucs_infer.io.console.is_terminal", lambda stream: True)
+
     def result(**other: Any) -> dict[str, Any]:
         plain = {"input": "a", "error": None, "skipped": False, "stems": {}, "player": None}
         return {**plain, "elapsed": 1.0, **other}
