@@ -28,8 +28,9 @@ from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.batch import Batch, TrackResult, checked_stems
 from .io.console import signals_kept
 from .io.folders import Folders
+from .io.local import LocalPath
 from .io.output import Output
-from .io.storage import LocalPath, Place, place
+from .io.storage import Place, place
 from .io.tracks import plan_jobs
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written

@@ -12,7 +12,8 @@ import soundfile
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.storage import LocalPath, Url
+from demucs_infer.io.local import LocalPath
+from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
 from .helpers import SOURCES, noise, run

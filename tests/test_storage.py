@@ -19,8 +19,9 @@ from moto.server import ThreadedMotoServer
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.io.storage import Url, place
+from demucs_infer.io.storage import place
 from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
+from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
 from .helpers import SOURCES, environment, noise, run, separate

@@ -20,8 +20,9 @@ import soundfile
 from demucs_infer.api import Output, Separator
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import DemucsInferError, LoadAudioError
-from demucs_infer.io.storage import Place, Url, place
+from demucs_infer.io.storage import Place, place
 from demucs_infer.io.tracks import find_tracks
+from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
 from .helpers import SOURCES, environment, separate

@@ -10,8 +10,9 @@ import pytest
 
 from demucs_infer.errors import LoadAudioError
 from demucs_infer.io import web as tracks
-from demucs_infer.io.storage import Url, local_copy
+from demucs_infer.io.storage import local_copy
 from demucs_infer.io.tracks import read_list
+from demucs_infer.io.url import Url
 
 from .web import (
     CONTENT,

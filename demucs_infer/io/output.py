@@ -19,8 +19,10 @@ from ..errors import OptionError, SaveAudioError
 from ..log import logger
 from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
+from .local import LocalPath
 from .stems import Stem, mix
-from .storage import LocalPath, Named, Place, Url, place
+from .storage import Named, Place, place
+from .url import Url
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import SaveAudioError
-from .storage import TEMPORARY
+from .local import TEMPORARY
 
 LOCK = "lock"
 IN_MEMORY = 2**22  # bytes: what a spool keeps in memory, 12 s of stereo at 44.1 kHz

@@ -17,8 +17,10 @@ from typing import IO, Any
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from .console import standard_input
 from .folders import Folders
+from .local import LocalPath
 from .output import PIPE, Output
-from .storage import LocalPath, Named, Place, Url, place
+from .storage import Named, Place, place
+from .url import Url
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(

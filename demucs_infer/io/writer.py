@@ -26,11 +26,12 @@ from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
 from .encode import Encoder, encoder, encoding_errors
 from .formats import Encoding
+from .local import Undo, replaced_by
 from .output import MIX, PIPE, Output
 from .pcm import RESCALING, prevent_clip, rescale_divisor
 from .player import About, PlayerWriter
 from .spool import Spool, Workspace
-from .storage import Place, Undo, replaced_by
+from .storage import Place
 
 BLOCK = 2**16  # samples that are read from a spool at once
 
