@@ -142,14 +142,14 @@ def test_what_an_engine_compiled_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("engine", "packages"),
-    [("openvino", "openvino"), ("onnxruntime", "onnxruntime onnx onnxscript")],
+    ("engine", "package"),
+    [("openvino", "openvino"), ("onnxruntime", "onnxruntime"), ("onnxruntime", "onnxscript")],
 )
 def test_without_its_package_the_message_has_the_command(
-    engine: str, packages: str, monkeypatch: pytest.MonkeyPatch
+    engine: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, engine, None)
-    with pytest.raises(MissingDependencyError, match=f"pip install {packages}$"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=f"pip install {package}$"):
         on_engine(HTDemucs(**TINY), EngineOptions(engine=engine))
 
 

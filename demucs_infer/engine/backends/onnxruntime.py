@@ -5,6 +5,8 @@ A provider goes by its name in ONNX Runtime, in any case and with or without "Ex
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +22,7 @@ from . import EngineOptions
 from .compiled import Compiled, CompilingBackend, cache_name
 from .graph import network_graph
 
+PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 SUFFIX = "ExecutionProvider"
 CPU = f"CPU{SUFFIX}"
 ALIASES = {"directml": "dml"}
@@ -153,8 +156,8 @@ def _reason(provider: str, exc: Exception) -> str:
 
 
 def _import_onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise MissingDependencyError("onnxruntime onnx onnxscript", "engine='onnxruntime'") from exc
-    return onnxruntime
+    # Only what is missing: there may be another build of it.
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(" ".join(missing), "engine='onnxruntime'")
+    return importlib.import_module("onnxruntime")
