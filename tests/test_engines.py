@@ -220,7 +220,7 @@ def test_a_provider_of_several_gpus_in_half_precision(monkeypatch: pytest.Monkey
     found = ["TensorrtExecutionProvider", "DmlExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    model_class, options = LIGHT
+    model_class, options = FAMILIES["bands"]
     ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
     half = on_engine(ours, EngineOptions(device="onnxruntime:directml:1", precision="float16"))
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_provider_of_several_gpus_in_half_precision(monkeypatch: pytest.Monkey
     assert given == [("DmlExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
     given.clear()
     with torch.no_grad():  # TensorRT, which compiles for minutes, is only used by name
-        on_engine(ours, EngineOptions(engine="onnxruntime"))(mix)
+        on_engine(pair(LIGHT[0], **LIGHT[1])[1], EngineOptions(engine="onnxruntime"))(mix)
     assert given[0] == ("DmlExecutionProvider", {})
 
 

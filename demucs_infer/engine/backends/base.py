@@ -98,10 +98,12 @@ def cast(model: Model, dtype: torch.dtype, exact: tuple[type[nn.Module], ...] = 
     """
     half: Any = copy.deepcopy(model)
     half.to(dtype)
-    inner = [layer for layer in half.modules() if isinstance(layer, exact)]
+    layers = half.exact_layers()
+    within = {part for layer in layers for part in layer.modules()}
+    inner = [part for part in half.modules() if isinstance(part, exact) and part not in within]
     for layer in inner:
         layer.register_forward_hook(partial(_narrowed, dtype))
-    for layer in {*inner, *half.exact_layers()}:
+    for layer in (*inner, *layers):
         layer.float().register_forward_pre_hook(_widened)
     return half
 
