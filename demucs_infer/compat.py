@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,27 @@ is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _neve
 
 # Whether the processor multiplies tiles of bfloat16 (AMX); from PyTorch 2.4 on.
 has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _never)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Tell if an x86 processor multiplies bfloat16; PyTorch knows from 2.5 on, Linux always."""
+    known = (getattr(torch.cpu, "_is_avx512_bf16_supported", _never), has_tiles)
+    if any(ask() for ask in known):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def cuda_has_bfloat16(device: torch.device) -> bool:
+    """Tell if a GPU multiplies bfloat16 itself, instead of converting it."""
+    with torch.cuda.device(device):
+        try:
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        except TypeError:  # before 2.4, which knew no emulation
+            return torch.cuda.is_bf16_supported()
 
 
 def autocast_on_cpu() -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .engine.options import GraphOptions, add_flags, values_of
 from .errors import DemucsInferError, ModelLoadingError, OptionError
 from .log import fatal
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 LARGEST_CONFIG = 2**16  # bytes
+PLAIN = GraphOptions()
 
-Write = Callable[["nn.Module", Mapping[str, Any], Path], object]
+Write = Callable[["nn.Module", Mapping[str, Any], Path, GraphOptions], object]
 
 
 def main(opts: Sequence[str] | None = None) -> None:
@@ -37,39 +38,51 @@ def main(opts: Sequence[str] | None = None) -> None:
         help="what ZFTurbo's training toolkit was given for the model; IN is then its .ckpt file,"
         " of weights alone or with the state of a training",
     )
+    add_flags(parser, GraphOptions)
     args = parser.parse_args(opts)
     try:
-        convert(args.checkpoint, args.target, args.config)
+        graph = GraphOptions(**values_of(GraphOptions, args))
+        convert(args.checkpoint, args.target, args.config, graph)
     except (DemucsInferError, OSError) as exc:
         fatal(exc)
 
 
-def convert(checkpoint: Path, target: Path, config: Path | None = None) -> None:
+def convert(
+    checkpoint: Path,
+    target: Path,
+    config: Path | None = None,
+    graph: GraphOptions = PLAIN,
+) -> None:
     """Convert a checkpoint file; with `config`, one of ZFTurbo's training toolkit.
 
-    Raises `ModelLoadingError`, `OptionError` for a name of `target` that tells no format, or
-    `OSError` if writing fails.
+    Raises `ModelLoadingError`, `OptionError` for a name of `target` that tells no format and for
+    options that its format does not have, or `OSError` if writing fails.
     """
     if target.suffix not in WRITERS:
         raise OptionError(f"{target}: the name must end in {' or '.join(WRITERS)}")
+    if target.suffix != ".onnx" and graph != PLAIN:
+        raise OptionError(f"{target}: precision and dynamic are for a name that ends in .onnx")
     from .hub.packages import read_package
     from .states import build_model
 
     package = read_package(checkpoint) if config is None else read_trained(checkpoint, config)
-    WRITERS[target.suffix](build_model(package, str(checkpoint)), package, target)
+    WRITERS[target.suffix](build_model(package, str(checkpoint)), package, target, graph)
 
 
-def _write_safetensors(model: nn.Module, package: Mapping[str, Any], target: Path) -> None:
+def _write_safetensors(
+    model: nn.Module, package: Mapping[str, Any], target: Path, graph: GraphOptions
+) -> None:
     from .hub.packages import write_safetensors
 
     write_safetensors(package, target)
 
 
-def _write_onnx(model: nn.Module, package: Mapping[str, Any], target: Path) -> None:
+def _write_onnx(
+    model: nn.Module, package: Mapping[str, Any], target: Path, graph: GraphOptions
+) -> None:
     from .export import export
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of what it can do without
-    export(model, target)
+    export(model, target, graph.precision, graph.dynamic)
 
 
 WRITERS: dict[str, Write] = {".safetensors": _write_safetensors, ".onnx": _write_onnx}

@@ -1,32 +1,29 @@
 """Write a model's network as ONNX: python -m demucs_infer.export IN OUT.onnx
 
-What is written maps real tensors of a fixed shape to real tensors. The recipe of the transforms
-around it is in the file's metadata: `recipe` in words, and what it needs in numbers.
+What is written maps real tensors of a fixed shape, but for the batch if that is wanted, to real
+tensors. The recipe of the transforms around it is in the file's metadata: `recipe` in words, and
+what it needs in numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .engine.backends.base import NetworkModule
+from .engine.backends.graph import network_graph
 from .engine.model import Model
-from .errors import DemucsInferError, MissingDependencyError, OptionError
+from .engine.options import GraphOptions, add_flags, values_of
+from .errors import DemucsInferError, OptionError
 from .log import fatal
 from .states import load_model
 from .utils import appearing
-
-OPSET = 18
 
 SPECTRAL_RECIPE = """\
 Input: `mix` [1, channels, samples], float32, at `samplerate`.
@@ -48,39 +45,28 @@ The output holds the channels of each source in turn: resample it by 1/2, trim i
 it back."""
 
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    precision: str = "float32",
+    dynamic: bool = False,
+) -> Path:
     """Write the network of `model`, for windows of its `segment`, to `path`.
 
-    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for a PyTorch that is
-    too old, `OSError` if the file cannot be written.
+    Weights and network are in `precision` ("float32" or "float16"), inputs and outputs in float32;
+    `dynamic`: they have any batch.
+
+    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for another precision, a
+    PyTorch that is too old or a model that ONNX cannot express, `OSError` if the file cannot be
+    written.
     """
-    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
-        raise OptionError("export to ONNX needs PyTorch 2.5 or newer")
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as exc:
-        raise MissingDependencyError("onnx onnxscript", "export to ONNX") from exc
-    path = Path(path)
-    ours: Any = model
-    inputs = _example(ours)
-    names = ["x", "xt"] if len(inputs) == 2 else ["x"]
-    with appearing(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            NetworkModule(ours).eval(),
-            tuple(inputs),
-            str(temporary),
-            input_names=names,
-            output_names=[f"{name}_out" for name in names],
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        graph = onnx.load(str(temporary))
-        onnx.helper.set_model_props(graph, _metadata(ours))
-        onnx.save(graph, str(temporary))
+    path, ours = Path(path), cast(Any, model)
+    graph = network_graph(ours, _example(ours), precision, dynamic)
+    metadata = _metadata(ours) | {"precision": precision, "batch": "any" if dynamic else "1"}
+    for name, value in metadata.items():
+        graph.metadata_props.add(key=name, value=value)
+    with appearing(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
     return path
 
 
@@ -120,13 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demucs_infer.export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="a .th or .safetensors file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .onnx file to write")
+    add_flags(parser, GraphOptions)
     args = parser.parse_args(arguments)
-    # It warns of packages that it can do without.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         if args.out.suffix != ".onnx":
             raise OptionError(f"{args.out}: the name must end with .onnx")
-        export(load_model(args.checkpoint), args.out)
+        export(load_model(args.checkpoint), args.out, **values_of(GraphOptions, args))
     except (DemucsInferError, OSError) as exc:
         fatal(exc)
 

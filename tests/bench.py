@@ -48,6 +48,7 @@ ON_CPU = {
     "bfloat16": {"precision": "bfloat16"},
     "openvino float32": {"engine": "openvino"},
     "openvino bfloat16": {"engine": "openvino", "precision": "bfloat16"},
+    "onnxruntime float32": {"engine": "onnxruntime"},
 }
 ON_CUDA = {
     "float32": {},
@@ -177,9 +178,12 @@ def compare_commands(seconds: float, count: int) -> None:
             "demucs-infer --precision bfloat16": [
                 *["-m", "demucs_infer", "--precision", "bfloat16", *common]
             ],
-            "demucs-infer --engine openvino": [
-                *["-m", "demucs_infer", "--engine", "openvino", "--cache-dir", folder, *common]
-            ],
+            **{
+                f"demucs-infer --engine {engine}": [
+                    *["-m", "demucs_infer", "--engine", engine, "--cache-dir", folder, *common]
+                ]
+                for engine in ("openvino", "onnxruntime")
+            },
             "demucs": ["-m", "demucs", *common],
         }
         times = medians({k: partial(_checked, *v) for k, v in sides.items()}, count)

@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 
+from demucs_infer.convert import main
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.states import load_model
 
 from .helpers import SOURCES, TINY, noise, pair, run
+from .test_engines import decibels
 
 SMALL = {"channels": 8, "depth": 3, "dconv_lstm": 2, "dconv_attn": 2}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -69,8 +71,32 @@ def test_a_name_that_tells_no_format(repo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_by_the_same_door(repo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "floor"), [(["--precision", "float16"], 50), (["--dynamic"], 100)], ids=str
+)
+def test_onnx_in_half_precision_or_of_any_batch(
+    flags: list[str], floor: float, repo: Path, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    result = run("-m", "demucs_infer.convert", repo / "tiny.th", tmp_path / "out.onnx")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out.onnx").stat().st_size > 10_000
+    main([*flags, str(repo / "tiny.th"), str(tmp_path / "out.onnx")])
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    assert {node.type for node in (*session.get_inputs(), *session.get_outputs())} == {
+        "tensor(float)"
+    }
+
+    def network(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs)}
+        return tuple(map(torch.from_numpy, session.run(None, feed)))
+
+    model = load_model(repo / "tiny.th")
+    batch = 3 if "--dynamic" in flags else 1
+    mix = torch.stack([noise(2, 4000, seed) for seed in range(batch)])
+    with torch.no_grad():
+        assert floor < decibels(model(mix, network=network), model(mix)) < 150
+
+
+def test_options_of_onnx_are_for_onnx(repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["--dynamic", str(repo / "tiny.th"), str(tmp_path / "out.safetensors")])
+    assert not list(tmp_path.glob("out*"))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,13 @@ from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
-from demucs_infer.engine.backends import EngineOptions, on_engine, pytorch
+from demucs_infer.engine.backends import EngineOptions, backend_of, on_engine, pytorch
+from demucs_infer.engine.processor import X86
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import SOURCES, TINY, assert_close, noise, pair
+from .helpers import SOURCES, TINY, assert_close, environment, noise, pair, run
 
 SMALL = {"sources": SOURCES, "channels": 8, "samplerate": 8000, "segment": 0.5}
 FAMILIES = {
@@ -24,6 +28,8 @@ FAMILIES = {
     "bands": (HDemucs, {**SMALL, "nfft": 1024, "multi_freqs": [0.3], "dconv_mode": 3}),
     "demucs": (Demucs, {**SMALL, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
 }
+# Converted in a second, and takes windows of any length.
+LIGHT = (Demucs, {**SMALL, "depth": 2, "dconv_mode": 0, "lstm_layers": 0})
 # Family, engine, precision, and decibels that the error must lie below the signal.
 FLOORS = [
     ("htdemucs", "torch", "bfloat16", 40),
@@ -33,7 +39,10 @@ FLOORS = [
     ("htdemucs", "openvino", "float32", 75),
     ("htdemucs", "openvino", "bfloat16", 40),
     ("demucs", "openvino", "float32", 75),
+    *((family, "onnxruntime", "float32", 75) for family in FAMILIES),
 ]
+# Who compiles for an engine, so that a test can forbid it.
+COMPILERS = {"openvino": ("openvino", "convert_model"), "onnxruntime": ("torch.onnx", "export")}
 
 
 def decibels(ours: Tensor, theirs: Tensor) -> float:
@@ -41,12 +50,24 @@ def decibels(ours: Tensor, theirs: Tensor) -> float:
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has it."""
+    monkeypatch.setattr(pytorch, "why_no_bfloat16", lambda: None)
+
+
+@pytest.fixture(params=COMPILERS)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each of the engines that compile."""
+    pytest.importorskip(request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(("family", "engine", "precision", "floor"), FLOORS)
 def test_engines_and_precisions_stay_above_their_floors(
-    family: str, engine: str, precision: str, floor: float
+    family: str, engine: str, precision: str, floor: float, with_bfloat16: None
 ) -> None:
-    if engine == "openvino":
-        pytest.importorskip("openvino")
+    pytest.importorskip(engine)
     model_class, options = FAMILIES[family]
     theirs, ours = pair(model_class, **options)
     mix = noise(2, 4000)[None]
@@ -58,7 +79,7 @@ def test_engines_and_precisions_stay_above_their_floors(
     assert floor < decibels(out, expected[:, [2, 0]]) < 160
 
 
-def test_a_bag_runs_on_an_engine() -> None:
+def test_a_bag_runs_on_an_engine(with_bfloat16: None) -> None:
     _, ours = pair(HTDemucs, **TINY)
     bag = BagOfModels([ours, ours], [[1, 1, 0, 1], [0, 1, 1, 1]], segment=0.25)
     half = on_engine(bag, EngineOptions(precision="bfloat16"))
@@ -69,67 +90,84 @@ def test_a_bag_runs_on_an_engine() -> None:
     assert 40 < decibels(out, expected) < 100
 
 
-def test_openvino_runs_other_lengths_in_pytorch_and_many_threads_at_once() -> None:
-    pytest.importorskip("openvino")
-    model_class, options = FAMILIES["hdemucs"]
+def test_other_lengths_run_in_pytorch_and_many_threads_at_once(engine: str) -> None:
+    model_class, options = LIGHT
     ours = pair(model_class, **options)[1]
-    model = on_engine(ours, EngineOptions(engine="openvino"))
+    model = on_engine(ours, EngineOptions(engine=engine))
     mix = noise(2, 14_500)[None]  # ends in a shorter window
     expected = apply_model(ours, mix, shifts=0)
     assert_close(apply_model(model, mix, shifts=0, num_workers=3), expected)
 
 
-def test_what_openvino_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    openvino = pytest.importorskip("openvino")
-    ours = pair(HTDemucs, **TINY)[1]
-    mix = noise(2, 4000)[None]
-    options = EngineOptions(engine="openvino", cache=tmp_path)
+def test_what_an_engine_compiled_is_kept(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept are what others could have put there, too: that is compiled anew."""
+    model_class, options = LIGHT
+    ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
+    cache = tmp_path / engine
 
-    def separated(model: nn.Module, options: EngineOptions = options) -> Tensor:
+    def separated(model: nn.Module, folder: Path = tmp_path) -> Tensor:
         with torch.no_grad():
-            return on_engine(model, options)(mix)
+            return on_engine(model, EngineOptions(engine=engine, cache=folder))(mix)
+
+    def files() -> set[Path]:
+        return {path for path in cache.iterdir() if path.suffix != ".sha256"}
 
     first = separated(ours)
-    (kept,) = (tmp_path / "openvino").glob("*.blob")
+    (kept,) = files()
     with monkeypatch.context() as patch:  # nothing needs to be converted again
-        patch.setattr(openvino, "convert_model", None)
+        module, function = COMPILERS[engine]
+        patch.setattr(importlib.import_module(module), function, None)
         assert torch.equal(separated(copy.deepcopy(ours)), first)
     kept.write_bytes(b"damaged")
     assert torch.equal(separated(ours), first)
     assert kept.stat().st_size > 1000
-    # What another could have put there is not even read.
-    with monkeypatch.context() as patch:
-        patch.setattr(openvino.Core, "import_model", None)
-        kept.write_bytes(kept.read_bytes()[:-1] + b"?")
-        assert torch.equal(separated(ours), first)
-        kept.parent.chmod(0o777)
-        assert torch.equal(separated(ours), first)
-    kept.parent.chmod(0o700)
 
     other = copy.deepcopy(ours)
-    nn.init.zeros_(other.decoder[-1].conv_tr.weight)
+    nn.init.zeros_(other.decoder[-1][-1].weight)
     assert not torch.equal(separated(other), first)
+    (foreign,) = files() - {kept}
+    kept.write_bytes(foreign.read_bytes())
+    assert torch.equal(separated(ours), first)
+    # In a folder to which others may write, a right digest is worth nothing.
+    for suffix in ("", ".sha256"):
+        Path(f"{kept}{suffix}").write_bytes(Path(f"{foreign}{suffix}").read_bytes())
+    cache.chmod(0o777)
+    assert torch.equal(separated(ours), first)
+    cache.chmod(0o700)
+
     (tmp_path / "blocked").write_text("")
-    blocked = EngineOptions(engine="openvino", cache=tmp_path / "blocked")
-    assert torch.equal(separated(ours, blocked), first)
+    assert torch.equal(separated(ours, tmp_path / "blocked"), first)
 
 
-def test_without_openvino_the_message_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install openvino$"):
-        on_engine(HTDemucs(**TINY), EngineOptions(engine="openvino"))
+@pytest.mark.parametrize(
+    ("engine", "package"),
+    [("openvino", "openvino"), ("onnxruntime", "onnxruntime"), ("onnxruntime", "onnxscript")],
+)
+def test_without_its_package_the_message_has_the_command(
+    engine: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=f"pip install {package}$"):
+        on_engine(HTDemucs(**TINY), EngineOptions(engine=engine))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "choose from torch, openvino"),
+        ({"engine": "tensorrt"}, "choose from torch, openvino, onnxruntime"),
         ({"precision": "int8"}, "choose from float32, bfloat16, float16"),
         ({"precision": "float16"}, "a CPU takes 'bfloat16'"),
         ({"precision": "float16", "engine": "openvino"}, "a CPU takes 'bfloat16'"),
         ({"precision": "bfloat16", "device": "mps"}, "not supported on MPS"),
         ({"engine": "openvino", "compile": True}, "compiles by itself"),
         ({"engine": "openvino", "device": "cuda"}, "'openvino:GPU'"),
+        ({"engine": "onnxruntime", "precision": "bfloat16"}, "'bfloat16' is not supported"),
+        ({"engine": "onnxruntime", "precision": "float16"}, "takes 'float32'"),
+        ({"engine": "onnxruntime", "compile": True}, "compiles by itself"),
+        ({"device": "onnxruntime:QPU"}, "no provider 'QPU', but cpu"),
+        ({"device": "onnxruntime:cpu:first"}, "a number must follow"),
     ],
     ids=str,
 )
@@ -145,13 +183,96 @@ def test_a_device_that_openvino_lacks_is_named() -> None:
         on_engine(HTDemucs(**TINY), options)
 
 
+@pytest.mark.parametrize(
+    "name", ["CPU", "cpuexecutionprovider", "onnxruntime:CPUExecutionProvider"]
+)
+def test_providers_of_onnx_runtime_by_name(name: str) -> None:
+    pytest.importorskip("onnxruntime")
+    backend = backend_of(EngineOptions(engine="onnxruntime", device=name))
+    assert backend.provider == "CPUExecutionProvider"
+
+
+def test_a_provider_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left out, or is an error if it was named."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    model_class, options = LIGHT
+    ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_close(on_engine(ours, EngineOptions(engine="onnxruntime"))(mix), ours(mix))
+        with pytest.raises(OptionError, match="cuda: what it needs is not on this machine"):
+            on_engine(ours, EngineOptions(device="onnxruntime:cuda"))(mix)
+
+
+def test_a_provider_of_several_gpus_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session is tried on the CPU."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    real, given = onnxruntime.InferenceSession, []
+
+    def session(graph: bytes, options: Any, providers: list, **kwargs: object) -> Any:
+        given.extend(providers)
+        made = real(graph, options, providers=["CPUExecutionProvider"], **kwargs)
+        made.get_providers = lambda: [providers[0][0], "CPUExecutionProvider"]
+        return made
+
+    found = ["TensorrtExecutionProvider", "DmlExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    model_class, options = FAMILIES["bands"]
+    ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
+    half = on_engine(ours, EngineOptions(device="onnxruntime:directml:1", precision="float16"))
+    with torch.no_grad():
+        assert 50 < decibels(half(mix), ours(mix)) < 100
+    assert given == [("DmlExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+    given.clear()
+    with torch.no_grad():  # TensorRT, which compiles for minutes, is only used by name
+        on_engine(pair(LIGHT[0], **LIGHT[1])[1], EngineOptions(engine="onnxruntime"))(mix)
+    assert given[0] == ("DmlExecutionProvider", {})
+
+
+NO_BFLOAT16 = """
+import sys, torch
+from demucs_infer.api import Separator
+from tests.helpers import noise
+_, repo, device = sys.argv
+def vocals(precision):
+    separator = Separator("tiny", repo=repo, device=device, shifts=0, precision=precision)
+    return separator.separate_tensor(noise(2, 6000)).stems["vocals"]
+print(torch.equal(vocals("float32"), vocals("bfloat16")))
+"""
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+@pytest.mark.skipif(not X86, reason="the variables are for x86")
+@pytest.mark.parametrize(
+    ("device", "limits"),
+    [("cpu", AVX2), ("cpu", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}), ("openvino", AVX2)],
+    ids=str,
+)
+def test_without_bfloat16_a_processor_takes_float32(
+    device: str, limits: dict[str, str], repo: Path
+) -> None:
+    if device != "cpu":
+        pytest.importorskip(device)
+    result = run("-c", NO_BFLOAT16, repo, device, env={**environment(), **limits})
+    assert result.stdout.split() == ["True"], result.stderr
+    (warning,) = result.stderr.splitlines()
+    assert "instructions" in warning
+    assert warning.endswith("float32 is used instead")
+
+
 def test_a_gpu_multiplies_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its autocast is tried on the CPU, where it takes bfloat16."""
     theirs, ours = pair(HTDemucs, **TINY)
     options = EngineOptions(precision="bfloat16", device="cuda")
     monkeypatch.setattr(pytorch, "_usable", torch.device)
+    monkeypatch.setattr(pytorch, "cuda_has_bfloat16", lambda device: True)
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, dtype: autocast("cpu", dtype))
     mix = noise(2, 4000)[None]
     with torch.no_grad():
         assert 40 < decibels(on_engine(ours, options)(mix), theirs(mix)) < 100
+    monkeypatch.setattr(pytorch, "cuda_has_bfloat16", lambda device: False)
+    assert on_engine(ours, options) is ours

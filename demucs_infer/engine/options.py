@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .backends import ENGINES, PRECISIONS
+from .backends import ENGINES, GRAPH_PRECISIONS, PRECISIONS
 
 if TYPE_CHECKING:
     import torch
@@ -124,8 +124,8 @@ class SeparationOptions:
 
     device: str | torch.device | None = option(
         None,
-        "cpu, cuda, cuda:1, mps, or a device of another engine's, such as openvino:GPU (default: a"
-        " GPU if there is one)",
+        "cpu, cuda, cuda:1, mps, or a device of another engine's, such as openvino:GPU or"
+        " onnxruntime:directml (default: a GPU if there is one)",
         "-d",
         "--device",
         section=RUNS,
@@ -203,14 +203,16 @@ class SeparationOptions:
     )
     precision: str = option(
         "float32",
-        "of the network: bfloat16 is faster on CPUs and GPUs that have it, float16 on GPUs; the"
-        " error stays far below what is heard (default: %(default)s)",
+        "of the network: bfloat16 is faster on CPUs and GPUs that have it (where they have not,"
+        " float32 is used), float16 on GPUs; the error stays far below what is heard (default:"
+        " %(default)s)",
         section=RUNS,
         choices=PRECISIONS,
     )
     engine: str = option(
         "torch",
-        "runs the network; openvino is faster on a CPU (default: %(default)s)",
+        "runs the network; openvino is faster on a CPU, onnxruntime has providers for the GPUs of"
+        " many makers (default: %(default)s)",
         choices=tuple(ENGINES),
     )
     compile: bool = option(
@@ -241,6 +243,18 @@ class SeparationOptions:
 @dataclass(frozen=True)
 class SeparatorOptions(SeparationOptions, ModelOptions):
     """All that a `Separator` takes, in demucs's order."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What a network is like in ONNX, see `export`."""
+
+    precision: str = option(
+        "float32",
+        "of weights and network in ONNX; inputs and outputs stay in float32 (default: %(default)s)",
+        choices=GRAPH_PRECISIONS,
+    )
+    dynamic: bool = option(False, "take any batch in ONNX, not one window", action="store_true")
 
 
 def options_of(options: type, given: Mapping[str, Any]) -> Any:

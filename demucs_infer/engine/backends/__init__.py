@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import OptionError
+from ...log import logger
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
     from .base import Backend
 
 # The module here that has the `Backend` of each engine.
-ENGINES: Mapping[str, str] = {"torch": "pytorch", "openvino": "openvino"}
+ENGINES: Mapping[str, str] = {
+    "torch": "pytorch",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+}
 PRECISIONS = ("float32", "bfloat16", "float16")
+GRAPH_PRECISIONS = ("float32", "float16")  # that a network can have in ONNX
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class EngineOptions:
 def backend_of(options: EngineOptions) -> Backend:
     """The backend that `options` ask for. Importing it imports PyTorch.
 
+    Where bfloat16 would be no faster, a warning says why, and the backend has float32.
+
     Raises `OptionError` for what does not go together, and for a device that cannot be used;
     `MissingDependencyError` without the engine's package.
     """
@@ -67,6 +75,10 @@ def backend_of(options: EngineOptions) -> Backend:
         device = None
     module: Any = importlib.import_module(f".{ENGINES[engine]}", __name__)
     backend: Backend = module.Backend(options, device)
+    reason = backend.why_no_bfloat16() if options.precision == "bfloat16" else None
+    if reason is not None:
+        logger.warning("precision='bfloat16' would be slow: %s; float32 is used instead", reason)
+        backend = module.Backend(replace(options, precision="float32"), device)
     return backend
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import OptionError
+from ...utils import run_network
 from ..bag import BagOfModels
 from ..model import Model, Network
 from . import EngineOptions
@@ -32,6 +35,10 @@ class Backend(ABC):
     def is_plain(self) -> bool:
         """Whether a model already runs like that by itself."""
         return False
+
+    def why_no_bfloat16(self) -> str | None:
+        """Say why bfloat16 would not be faster here than float32; None where it is."""
+        return None
 
     @abstractmethod
     def network(self, model: Model) -> tuple[Model, Network]:
@@ -71,11 +78,39 @@ class EngineModel(nn.Module):
 
 
 class NetworkModule(nn.Module):
-    """The network of `model` as a module of its own, which is what converters take."""
+    """The network of `model` as a module of its own, which is what converters take.
+
+    Its inputs and outputs are float32, whatever the network is in.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.model.network(*inputs)
+        return run_network(self.model.network, self.model, *inputs)
+
+
+def cast(model: Model, dtype: torch.dtype, exact: tuple[type[nn.Module], ...] = ()) -> Model:
+    """A copy of `model` with its network in `dtype`, but for what the model names as exact.
+
+    Layers of the types `exact` compute in float32, too, and give what others take.
+    """
+    half: Any = copy.deepcopy(model)
+    half.to(dtype)
+    layers = half.exact_layers()
+    within = {part for layer in layers for part in layer.modules()}
+    inner = [part for part in half.modules() if isinstance(part, exact) and part not in within]
+    for layer in inner:
+        layer.register_forward_hook(partial(_narrowed, dtype))
+    for layer in (*inner, *layers):
+        layer.float().register_forward_pre_hook(_widened)
+    return half
+
+
+def _widened(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].float(),)
+
+
+def _narrowed(dtype: torch.dtype, _: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.to(dtype)

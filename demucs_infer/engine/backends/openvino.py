@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import platform
-import threading
 import warnings
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -15,21 +13,20 @@ from torch import Tensor
 
 from ...errors import MissingDependencyError, OptionError
 from ...log import logger
-from ..model import Model, Network
+from ..model import Model
+from ..processor import ONEDNN, limit_on_bfloat16
 from . import EngineOptions
-from .base import Backend as Base
 from .base import NetworkModule
-from .cache import CompiledCache
+from .compiled import Compiled, CompilingBackend, cache_name
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names of them
 PYTORCH_DEVICES = ("cuda", "mps")
 
 
-class Backend(Base):
+class Backend(CompilingBackend):
     """Runs networks in OpenVINO, on its device `device` (default: "CPU")."""
 
-    name = "openvino"
-    device = torch.device("cpu")
+    name, title = "openvino", "OpenVINO"
 
     def __init__(self, options: EngineOptions, device: str | None) -> None:
         super().__init__(options, device)
@@ -41,102 +38,68 @@ class Backend(Base):
         self.target = (device or "CPU").upper()
         if options.precision == "float16" and self.target == "CPU":
             raise OptionError("precision='float16' is for GPUs: a CPU takes 'bfloat16'")
-        if options.compile:
-            raise OptionError("compile=True is for engine='torch': OpenVINO compiles by itself")
         self.openvino = _import_openvino()
         devices = self.openvino.Core().available_devices
         if self.target.split(".")[0] not in {name.split(".")[0] for name in devices}:
             raise OptionError(
                 f"OpenVINO has no device {self.target!r} here, but {', '.join(devices)}"
             )
-        folder = None if options.cache is None else options.cache / self.name
-        self.cache = CompiledCache(folder)
 
-    def network(self, model: Model) -> tuple[Model, Network]:
-        return model, _Network(self, model)
+    def why_no_bfloat16(self) -> str | None:
+        core = self.openvino.Core()
+        if "BF16" not in core.get_property(self.target, "OPTIMIZATION_CAPABILITIES"):
+            return f"OpenVINO has no instructions for it on {self.target}"
+        return limit_on_bfloat16(*ONEDNN) if self.target == "CPU" else None
 
+    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Compiled:
+        compiled = self._compile(model, inputs)
 
-def _import_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as exc:
-        raise MissingDependencyError("openvino", "engine='openvino'") from exc
-    return openvino
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            request = compiled.create_infer_request()
+            request.infer([x.contiguous().numpy() for x in inputs])
+            outputs = (request.get_output_tensor(i).data for i in range(len(compiled.outputs)))
+            return tuple(torch.from_numpy(y.copy()) for y in outputs)
 
+        return run
 
-class _Network:
-    """Runs the network of `model`, which is compiled once, for the first shape of a window.
-
-    A model whose windows have any length runs other lengths (those at a track's end) in PyTorch.
-    """
-
-    def __init__(self, backend: Backend, model: Model) -> None:
-        self._backend, self._model = backend, model
-        self._lock = threading.Lock()
-        self._compiled: Any = None
-        self._shapes: tuple[torch.Size, ...] = ()
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        shapes = tuple(x.shape for x in inputs)
-        with self._lock:
-            if self._compiled is None:
-                self._compiled, self._shapes = self._compile(inputs), shapes
-        if shapes != self._shapes:
-            return self._model.network(*inputs)
-        request = self._compiled.create_infer_request()
-        request.infer([x.contiguous().numpy() for x in inputs])
-        outputs = (request.get_output_tensor(i).data for i in range(len(self._compiled.outputs)))
-        return tuple(torch.from_numpy(y.copy()) for y in outputs)
-
-    def _compile(self, inputs: Sequence[Tensor]) -> Any:
-        backend = self._backend
-        core, precision = backend.openvino.Core(), backend.options.precision
+    def _compile(self, model: Model, inputs: Sequence[Tensor]) -> Any:
+        core, precision = self.openvino.Core(), self.options.precision
         hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
-        if backend.target == "CPU":
+        if self.target == "CPU":
             hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        name = self._cached_name(core, inputs)
-        kept = backend.cache.load(name)
+        name = self._cached_name(core, model, inputs)
+        kept = self.cache.load(name)
         if kept is not None:
             try:
-                return core.import_model(kept, backend.target, hints)
+                return core.import_model(kept, self.target, hints)
             except (RuntimeError, OSError) as exc:
                 logger.info("what OpenVINO compiled before is not used: %s", exc)
         logger.info("OpenVINO compiles the network; this takes up to a minute")
-        compiled = core.compile_model(self._converted(inputs), backend.target, hints)
+        compiled = core.compile_model(self._converted(model, inputs), self.target, hints)
         self._keep(compiled, name)
         return compiled
 
-    def _converted(self, inputs: Sequence[Tensor]) -> Any:
+    def _converted(self, model: Model, inputs: Sequence[Tensor]) -> Any:
         shapes = [tuple(x.shape) for x in inputs]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shapes are fixed, and how is OpenVINO's choice
             try:
-                return self._backend.openvino.convert_model(
-                    NetworkModule(self._model), example_input=tuple(inputs), input=shapes
+                return self.openvino.convert_model(
+                    NetworkModule(model), example_input=tuple(inputs), input=shapes
                 )
             except Exception as exc:  # OpenVINO has a tree of its own for each of its parts
                 raise OptionError(
                     "OpenVINO cannot convert this model: leave engine at 'torch'"
                 ) from exc
 
-    def _cached_name(self, core: Any, inputs: Sequence[Tensor]) -> str:
-        """A name for all that the compiled network depends on."""
-        backend = self._backend
-        digest = sha256(repr(self._model.options).encode())
-        for name, tensor in self._model.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        device = core.get_property(backend.target, "FULL_DEVICE_NAME")
-        precision = backend.options.precision
-        for fact in (
-            [tuple(x.shape) for x in inputs],
-            (precision, backend.target, device, platform.machine()),
-            (torch.get_num_threads(), backend.openvino.get_version()),
-        ):
-            digest.update(repr(fact).encode())
-        return f"{digest.hexdigest()[:32]}-{precision}.blob"
+    def _cached_name(self, core: Any, model: Model, inputs: Sequence[Tensor]) -> str:
+        device = core.get_property(self.target, "FULL_DEVICE_NAME")
+        precision, version = self.options.precision, self.openvino.get_version()
+        machine = (self.target, device, platform.machine(), torch.get_num_threads())
+        return f"{cache_name(model, inputs, precision, machine, version)}-{precision}.blob"
 
     def _keep(self, compiled: Any, name: str) -> None:
         """Store what was compiled, if the device allows it."""
@@ -146,4 +109,12 @@ class _Network:
             logger.info("what OpenVINO compiled is not kept: %s", exc)
             return
         is_stream = isinstance(exported, io.BytesIO)
-        self._backend.cache.store(name, exported.getvalue() if is_stream else bytes(exported))
+        self.cache.store(name, exported.getvalue() if is_stream else bytes(exported))
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as exc:
+        raise MissingDependencyError("openvino", "engine='openvino'") from exc
+    return openvino

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...compat import cuda_has_bfloat16
 from ...errors import OptionError
 from ..model import Model, Network
+from ..processor import why_no_bfloat16
 from . import EngineOptions
 from .base import Backend as Base
+from .base import cast
 
 
 class Backend(Base):
@@ -36,11 +36,16 @@ class Backend(Base):
     def is_plain(self) -> bool:
         return self.options.precision == "float32" and not self.options.compile
 
+    def why_no_bfloat16(self) -> str | None:
+        if self.device.type == "cuda" and not cuda_has_bfloat16(self.device):
+            return "this GPU has no instructions for it"
+        return why_no_bfloat16() if self.device.type == "cpu" else None
+
     def network(self, model: Model) -> tuple[Model, Network]:
         dtype = getattr(torch, self.options.precision)
         is_half = dtype != torch.float32
         if is_half and self.device.type == "cpu":
-            model = _cast(model, dtype)
+            model = cast(model, dtype)
         network: Network = model.network
         if self.options.compile:
             network = torch.compile(network)
@@ -61,19 +66,6 @@ def _usable(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise OptionError(f"the device {device!r} cannot be used: {reason}") from exc
-
-
-def _cast(model: Model, dtype: torch.dtype) -> Model:
-    """A copy of `model` with its network in `dtype`, but for what the model names as exact."""
-    half: Any = copy.deepcopy(model)
-    half.to(dtype)
-    for layer in half.exact_layers():
-        layer.float().register_forward_pre_hook(_widened)
-    return half
-
-
-def _widened(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].float(),)
 
 
 def _autocast(network: Network, device: str, dtype: torch.dtype) -> Network:
