@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .io.tracks import TrackJob
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/speed.md.
+SPIN_COUNT = 100_000
 
 DESCRIPTION = "Separate songs into stems: drums, bass, vocals and the rest."
 EPILOG = """\
@@ -189,6 +191,7 @@ def main(opts: Sequence[str] | None = None) -> None:
         _take_address(args)
         if not args.tracks and args.from_file is None:
             parser.error("no track is given")
+        _leave_room()
         failed = _separate_tracks(args)
     except OptionError as exc:
         logger.debug("", exc_info=exc)
@@ -202,6 +205,16 @@ def main(opts: Sequence[str] | None = None) -> None:
         fatal("interrupted", status=EXIT_INTERRUPTED)
     if failed:
         raise SystemExit(EXIT_FAILED)
+
+
+def _leave_room() -> None:
+    """Let idle threads of PyTorch sleep soon, as long as it is not imported and nobody chose.
+
+    A layer waits for its slowest thread. Beside a busy program, threads that wait in a loop keep
+    that one from its core.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def _take_address(args: argparse.Namespace) -> None:

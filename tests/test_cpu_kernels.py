@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from demucs_infer.demucs import Demucs
+from demucs_infer.engine import cpu_kernels
 from demucs_infer.engine.cpu_kernels import GroupNorm, channels_last
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, pair, shake
+from .helpers import TINY, assert_close, pair, shake
 
 SMALL = {"sources": ["a", "b"], "channels": 8, "samplerate": 8000}
 FAMILIES = [
@@ -57,3 +58,29 @@ def test_no_further_from_float64_than_the_reference(family: type, options: dict)
         exact = copy.deepcopy(theirs).double()(mix)
         error, allowed = ((model(mix.float()) - exact).abs().max() for model in (ours, theirs))
     assert error <= 1.5 * allowed
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_products_by_either_library(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def chosen() -> bool:
+        nonlocal calls
+        calls += 1
+        return by_onednn
+
+    monkeypatch.setattr(cpu_kernels, "onednn_is_faster", chosen)
+    theirs, ours = pair(HTDemucs, **TINY)
+    mix = torch.randn(1, 2, 4000)
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+    assert calls
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_layers_in_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(HDemucs, **{**SMALL, "depth": 4, "nfft": 1024})
+    mix = torch.randn(1, 2, 20_000)
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", rows * 16 * 80 * 4)
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))

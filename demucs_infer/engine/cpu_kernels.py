@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compat import autocast_on_cpu, has_tiles, is_compiling, is_tracing
+from .processor import onednn_is_faster
 
-TILE_BYTES = 2**21  # of the widest result within a tile: the cache of a core holds it
-WHOLE_BYTES = 2**24  # up to here, a layer is not cut: its weights would be read for each tile
+TILE_BYTES = 2**24  # of the widest result within a tile; each more makes all threads wait
 NORM_STEPS = 2048  # whose sum in float32 is exact enough
 PIECE = 2**12  # values whose sum in float32 is as good as exact
 FLATNESS = 10  # mean over deviation from which on a difference of squares has lost its digits
 ATTENTION_ROWS = 896  # queries whose scores are held at once, for the same reason
-
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _eager_on_cpu(x: Tensor) -> bool:
@@ -188,14 +185,13 @@ def in_tiles(
     """Apply `function`, a layer along frequency, to `inputs` `[B, C, F, T]`, tile by tile of rows.
 
     `widest` is the number of channels of the largest result on the way; None is for a layer that
-    needs all rows at once. On a CPU tiles are small enough for the cache, and none of the results
-    on the way is kept whole: the outermost encoder takes 40 instead of 148 ms, the outermost
-    decoder 102 instead of 246.
+    needs all rows at once. On a CPU none of the results on the way is kept whole, and what one
+    layer leaves in the cache the next one finds there.
     """
     x = inputs[0]
     count = reach.count(x.shape[2])
     row_bytes = x.shape[0] * (widest or 0) * x.shape[-1] * x.element_size()
-    if widest is None or count * row_bytes <= WHOLE_BYTES or not _eager_on_cpu(x):
+    if widest is None or count * row_bytes <= TILE_BYTES or not _eager_on_cpu(x):
         return reach.of(function, inputs, 0, count)
     tiles = math.ceil(count / max(1, TILE_BYTES // row_bytes))
     edges = [count * index // tiles for index in range(tiles + 1)]
@@ -205,8 +201,8 @@ def in_tiles(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by oneDNN where that makes products of matrices faster.
 
-    PyTorch leaves float32 products to MKL, which does not use AVX-512 on every processor that has
-    it: 470 GFLOP/s instead of 210, and the transformer takes 0.67 instead of 1.17 s.
+    PyTorch leaves float32 products to MKL. By oneDNN the transformer takes 0.67 instead of 1.17 s
+    on an EPYC with AVX-512.
     """
     return _unpacked(F.linear(_packed(x), weight, bias))
 
@@ -241,16 +237,15 @@ def _unpacked(x: Tensor) -> Tensor:
 def _onednn(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return (
         x.dtype == dtype
-        and _X86
+        and onednn_is_faster()
         and _eager_on_cpu(x)
-        and torch.backends.mkldnn.is_available()
         and not torch.is_grad_enabled()
         and not autocast_on_cpu()
     )
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `[B, H, T, C]`; by oneDNN in 50 instead of 79 ms.
+    """Scaled dot-product attention of `[B, H, T, C]`; by oneDNN, if faster, 50 instead of 79 ms.
 
     In float32 that is faster than PyTorch's bfloat16, too (by a third), where there are no tiles.
     """

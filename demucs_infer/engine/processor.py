@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,23 @@ def limit_on_bfloat16(*variables: str) -> str | None:
         if value.upper() in _WITHOUT[name]:
             return f"{name}={value} leaves out the instructions for it"
     return None
+
+
+@functools.cache
+def _is_of_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux; Apple's computers have no other x86 processor
+        return platform.system() == "Darwin" or "GenuineIntel" in platform.processor()
+
+
+def onednn_is_faster() -> bool:
+    """Tell if products of matrices are faster by oneDNN than by MKL.
+
+    MKL takes AVX-512 only on processors by Intel. It is as good where there is no AVX-512.
+    """
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return X86 and wide and not _is_of_intel() and torch.backends.mkldnn.is_available()
 
 
 def why_no_bfloat16() -> str | None:
