@@ -12,9 +12,18 @@ import torch
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import download, registry
 from demucs_infer.hub.http import Patience
+from demucs_infer.log import logger
 
 from .helpers import TINY, noise, publish, save_package, shake
 from .web import Web, serving
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    """What the command does to the package's logger ends with its test."""
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = before
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,7 @@ def test_mono_models(tiny) -> None:
     assert_close(seeded(apply_model, ours, mix, shifts=2)[0], expected)
 
 
+@pytest.mark.slow
 def test_released_size_over_a_song_equals_the_reference() -> None:
     theirs, ours = released_pair("955717e8")
     mix = noise(2, 500_000)[None]

@@ -394,6 +394,7 @@ def test_interrupted(repo: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "separated/tiny").glob(".*"))
 
 
+@pytest.mark.slow
 @needs_posix
 def test_killed_at_any_time_and_resumed(repo: Path, tmp_path: Path) -> None:
     """The result equals an undisturbed run, and nothing else is left."""
@@ -468,6 +469,7 @@ def peak_memory(*options: object, **kwargs: Any) -> int:
 reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.mark.slow
 @reads_proc
 def test_memory_does_not_grow_with_the_track(repo: Path, tmp_path: Path) -> None:
     """Samples of eight minutes would be 150 MB: the mixture and four stems."""
@@ -478,6 +480,7 @@ def test_memory_does_not_grow_with_the_track(repo: Path, tmp_path: Path) -> None
     assert soundfile.info(tmp_path / "separated/tiny/8/bass.wav").frames == 8 * 60 * 8000
 
 
+@pytest.mark.slow
 @reads_proc
 def test_six_hours(tmp_path: Path) -> None:
     """The same memory as for two minutes, the right length, and the same music at the end."""

@@ -154,6 +154,7 @@ def test_ended_by_a_signal(job: Path, repo: Path) -> None:
     assert not list((job / "ended/tiny").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_is_killed(job: Path, repo: Path) -> None:
     process = on_ray(repo, "in", "-o", "killed", cwd=job, DEMUCS_INFER_TEST=str(job))
@@ -190,6 +191,7 @@ if "default_worker.py" in " ".join(sys.orig_argv):
 """
 
 
+@pytest.mark.slow
 def test_a_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> None:
     (job / "site").mkdir()
     (job / "site/sitecustomize.py").write_text(KILLER)
@@ -211,6 +213,7 @@ def test_a_cluster_that_is_not_there(repo: Path, job: Path) -> None:
     assert_one_line(result, "--ray 127.0.0.1:1: no cluster answers")
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start(job: Path, repo: Path) -> None:
     process = on_ray(repo, "in", "-o", "none", "-d", "cuda:77", cwd=job)
     _, errors = finish(process)
@@ -219,6 +222,7 @@ def test_workers_that_cannot_start(job: Path, repo: Path) -> None:
     assert "cuda:77" in errors[0]
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation(job: Path, repo: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     ours = block.replace('"model": "htdemucs"', f'"model": "tiny", "repo": {str(repo)!r}')

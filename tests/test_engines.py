@@ -36,10 +36,18 @@ FLOORS = [
     ("hdemucs", "torch", "bfloat16", 40),
     ("bands", "torch", "bfloat16", 35),
     ("demucs", "torch", "bfloat16", 40),
-    ("htdemucs", "openvino", "float32", 75),
-    ("htdemucs", "openvino", "bfloat16", 40),
     ("demucs", "openvino", "float32", 75),
-    *((family, "onnxruntime", "float32", 75) for family in FAMILIES),
+    ("hdemucs", "onnxruntime", "float32", 75),
+    *(
+        pytest.param(*values, marks=pytest.mark.slow)
+        for values in (
+            ("htdemucs", "openvino", "float32", 75),
+            ("htdemucs", "openvino", "bfloat16", 40),
+            ("htdemucs", "onnxruntime", "float32", 75),
+            ("bands", "onnxruntime", "float32", 75),
+            ("demucs", "onnxruntime", "float32", 75),
+        )
+    ),
 ]
 # Who compiles for an engine, so that a test can forbid it.
 COMPILERS = {"openvino": ("openvino", "convert_model"), "onnxruntime": ("torch.onnx", "export")}
@@ -79,6 +87,7 @@ def test_engines_and_precisions_stay_above_their_floors(
     assert floor < decibels(out, expected[:, [2, 0]]) < 160
 
 
+@pytest.mark.slow
 def test_a_bag_runs_on_an_engine(with_bfloat16: None) -> None:
     _, ours = pair(HTDemucs, **TINY)
     bag = BagOfModels([ours, ours], [[1, 1, 0, 1], [0, 1, 1, 1]], segment=0.25)
@@ -90,6 +99,7 @@ def test_a_bag_runs_on_an_engine(with_bfloat16: None) -> None:
     assert 40 < decibels(out, expected) < 100
 
 
+@pytest.mark.slow
 def test_other_lengths_run_in_pytorch_and_many_threads_at_once(engine: str) -> None:
     model_class, options = LIGHT
     ours = pair(model_class, **options)[1]
@@ -99,6 +109,7 @@ def test_other_lengths_run_in_pytorch_and_many_threads_at_once(engine: str) -> N
     assert_close(apply_model(model, mix, shifts=0, num_workers=3), expected)
 
 
+@pytest.mark.slow
 def test_what_an_engine_compiled_is_kept(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_say_and_exceptions_and_the_logger(
     with pytest.raises(SystemExit, match="3"):
         fatal(HOSTILE, status=3)
     assert capsys.readouterr().err == f"Separating {HARMLESS}\ndemucs-infer: error: {HARMLESS}\n"
-    logger.propagate = True
+    logger.handlers[:], logger.propagate = [], True
     logger.warning("%s: damaged", HOSTILE)
     assert caplog.messages == [f"{HARMLESS}: damaged"]
 

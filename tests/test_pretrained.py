@@ -43,6 +43,7 @@ def test_released_architectures_equal_the_reference(signature: str) -> None:
             torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAGS)
 def test_released_bags_equal_the_reference(name: str) -> None:
     bag = bags()[name]
