@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import demucs.demucs
+import demucs.hdemucs
+import pytest
+import torch
+from torch import nn
+
+from demucs_infer.blocks import (
+    BLSTM,
+    DConv,
+    DConvOptions,
+    HDecLayer,
+    HEncLayer,
+    LayerOptions,
+    LayerScale,
+    LocalState,
+    ScaledEmbedding,
+)
+from demucs_infer.errors import OptionError
+
+from .helpers import assert_close, shake
+
+
+def like(ours: nn.Module, theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Both with the reference's weights."""
+    shake(theirs)
+    ours.eval().load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("length", [1, 199, 200, 201, 450])
+def test_an_lstm_in_frames(length: int) -> None:
+    options = {"layers": 2, "max_steps": 200, "skip": True}
+    ours, theirs = like(BLSTM(6, **options), demucs.demucs.BLSTM(6, **options))
+    with torch.no_grad():
+        x = random(2, 6, length)
+        assert_close(ours(x), theirs(x))
+
+
+def test_attention_that_stays_local() -> None:
+    ours, theirs = like(LocalState(8), demucs.demucs.LocalState(8, nfreqs=0))
+    with torch.no_grad():
+        x = random(2, 8, 50)
+        assert_close(ours(x), theirs(x))
+    with pytest.raises(OptionError, match="multiple of 4 channels, not 6"):
+        LocalState(6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_gain_for_each_channel(last: bool) -> None:
+    ours, theirs = like(
+        LayerScale(3, 0.5, channel_last=last), demucs.transformer.LayerScale(3, 0.5, last)
+    )
+    with torch.no_grad():
+        x = random(2, 3, 3)
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_embeddings_are_stored_divided() -> None:
+    torch.manual_seed(0)
+    embedding = ScaledEmbedding(5, 3, scale=10.0)
+    vectors = embedding()
+    assert vectors.shape == (5, 3)
+    assert torch.equal(vectors, 10 * embedding.embedding.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"depth": -2, "kernel": 5, "comp": 2},
+        {"attn": True, "lstm": True},
+        {"norm": False, "gelu": False},
+    ],
+    ids=str,
+)
+def test_a_residual_branch(options: dict) -> None:
+    theirs_options = {"compress" if k == "comp" else k: v for k, v in options.items()}
+    ours, theirs = like(
+        DConv(16, DConvOptions(**options)), demucs.demucs.DConv(16, **theirs_options)
+    )
+    with torch.no_grad():
+        x = random(2, 16, 300)
+        assert_close(ours(x), theirs(x))
+
+
+LAYERS = [
+    {},
+    {"norm": False, "context": 1},
+    {"rewrite": False},
+    {"empty": True},
+    {"freq": False},
+    {"freq": False, "norm": False, "kernel_size": 6, "stride": 3},
+]
+
+
+def theirs_of(kind: type, options: dict, **more: object) -> nn.Module:
+    return kind(4, 8, dconv=False, **{"norm_groups": 4, "context": 0, **options}, **more)
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_an_encoder_layer(options: dict) -> None:
+    theirs = theirs_of(demucs.hdemucs.HEncLayer, options)
+    ours, theirs = like(HEncLayer(4, 8, LayerOptions(**options)), theirs)
+    x = random(2, 4, 32, 20) if ours.freq else random(2, 4, 77)
+    with torch.no_grad():
+        result = ours(x)
+        assert_close(result, theirs(x))
+        if ours.freq:
+            inject = random(2, 8, 20)
+            assert_close(ours(x, inject), theirs(x, inject))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("options", [*LAYERS, {"context": 1, "context_freq": False}], ids=str)
+def test_a_decoder_layer(options: dict, last: bool) -> None:
+    theirs = theirs_of(demucs.hdemucs.HDecLayer, options, last=last)
+    ours, theirs = like(HDecLayer(4, 8, LayerOptions(**options), last), theirs)
+    x = random(2, 4, 8, 20) if ours.freq else random(2, 4, 20)
+    skip = None if ours.empty else 0.5 * x
+    with torch.no_grad():
+        for result, expected in zip(ours(x, skip, 60), theirs(x, skip, 60)):
+            assert_close(result, expected)
