@@ -4,21 +4,28 @@ All sides run the same window with the same random weights, alternating in one p
 warm-up; seconds are medians. A window is as long as the model is run at (7.8 s for htdemucs, 40 s
 for the others), unless --seconds is given. Peak memory is that of a process of its own for each
 side. With --song the two commands separate a made song, everything counted; with --cuda the windows
-run on a GPU. Each time goes to standard error when it is taken.
+run on a GPU. With --exact both are compared with the reference in float64, on tones with gaps.
+Each time goes to standard error when it is taken.
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.bench
+
+stands for a processor without AVX-512, but for MKL, which still has it on Intel's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +41,7 @@ from demucs_infer.engine.backends import EngineOptions, on_engine
 from demucs_infer.engine.cpu_kernels import linear
 from demucs_infer.engine.memory import kept_memory
 
-from .helpers import environment, noise, released_pair, run, save_package
+from .helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
 
 MODELS = {
     "htdemucs": "955717e8",
@@ -149,6 +156,31 @@ def compare_windows(label: str, count: int, seconds: float | None, device: str, 
         print("|", " | ".join(cells), "|", flush=True)
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep `count` cores busy with other programs."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@torch.no_grad()
+def compare_errors(label: str, seconds: float | None) -> None:
+    """Largest errors of both sides against the reference in float64, as parts of its peak."""
+    theirs, ours = released_pair(MODELS[label])
+    mix = tone_with_gaps(int(44_100 * (seconds or 7.8)), 44_100)
+    exact = copy.deepcopy(theirs).double()(mix)
+    error, allowed = (
+        float((model(mix.float()) - exact).abs().max() / exact.abs().max())
+        for model in (ours, theirs)
+    )
+    print(f"| {label} | {error:.1e} | {allowed:.1e} | {error / allowed:.2f} |", flush=True)
+
+
 def compare_memory(label: str, seconds: float | None) -> None:
     sides: dict[str, dict[str, str]] = {**ON_CPU, "demucs": {}}
     peaks = {name: peak_megabytes(MODELS[label], name, kw, seconds) for name, kw in sides.items()}
@@ -237,23 +269,35 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="(default: all)")
     parser.add_argument("--seconds", type=float, help="length of a window (default: the model's)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU, in batches of 8 windows")
+    parser.add_argument("--busy", action="store_true", help="each second core has other work")
+    parser.add_argument("--exact", action="store_true", help="compare with float64 instead")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead")
     parser.add_argument("--loading", action="store_true", help="compare loading instead")
     parser.add_argument("--ray", action="store_true", help="compare Ray with processes instead")
     parser.add_argument("--song", type=float, metavar="SECONDS", help="compare commands instead")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
+    print(f"{torch.backends.cpu.get_cpu_capability()},", end=" ")
     print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    with busy((os.cpu_count() or 1) // 2) if args.busy else nullcontext():
+        _compare(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
     labels = args.model or MODELS
     if args.loading:
         compare_loading(args.windows)
-    elif args.memory:
-        for label in labels:
-            compare_memory(label, args.seconds)
     elif args.song:
         compare_commands(args.song, args.windows)
     elif args.ray:
         compare_ray(args.windows)
+    elif args.exact:
+        print("| model | error | of demucs | ratio |\n|---|---|---|---|")
+        for label in labels:
+            compare_errors(label, args.seconds)
+    elif args.memory:
+        for label in labels:
+            compare_memory(label, args.seconds)
     else:
         print("| model | network | seconds | ratio | error below | of matrix rate |")
         print("|---|---|---|---|---|---|")

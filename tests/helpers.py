@@ -91,6 +91,14 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> 
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+def tone_with_gaps(length: int, samplerate: int = 8000) -> Tensor:
+    """Two tones that are silent every other quarter of the time, as `[1, 2, T]` in float64."""
+    time = torch.arange(length, dtype=torch.float64) / samplerate
+    tone = 0.3 * torch.sin(2 * torch.pi * 220 * time) + 0.1 * torch.sin(2 * torch.pi * 1760 * time)
+    tone = tone * ((4 * time).floor() % 2 == 0)
+    return torch.stack([tone, 0.7 * tone])[None]
+
+
 def save_package(path: Path, model: nn.Module, half: bool = False, **changes: object) -> Path:
     """Save `model` as the reference's training does."""
     args, kwargs = model._init_args_kwargs

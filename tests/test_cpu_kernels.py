@@ -11,7 +11,7 @@ from demucs_infer.engine.cpu_kernels import GroupNorm, channels_last
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, pair, shake
+from .helpers import TINY, assert_close, pair, shake, tone_with_gaps
 
 SMALL = {"sources": ["a", "b"], "channels": 8, "samplerate": 8000}
 FAMILIES = [
@@ -19,14 +19,6 @@ FAMILIES = [
     (HDemucs, {**SMALL, "depth": 5, "nfft": 1024}),
     (HTDemucs, {**TINY, "segment": 15}),
 ]
-
-
-def tone_with_gaps(length: int) -> torch.Tensor:
-    """Two tones that are silent every other quarter of the time, as `[1, 2, T]` in float64."""
-    time = torch.arange(length, dtype=torch.float64) / 8000
-    tone = 0.3 * torch.sin(2 * torch.pi * 220 * time) + 0.1 * torch.sin(2 * torch.pi * 1760 * time)
-    tone = tone * ((4 * time).floor() % 2 == 0)
-    return torch.stack([tone, 0.7 * tone])[None]
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 5000), (2, 8, 3, 2001), (1, 16, 200_000)])
