@@ -21,31 +21,16 @@ from .test_storage import bucket, s3_url  # noqa: F401
 from .web import serving
 
 RATE = 8000  # of the tiny model
-TREE = "{folder}/{track}.{ext}"
-# Options by the folder that the files are written to, and what of the inputs is named.
+# By the folder that the files are written to: what of the inputs is named, and the options.
 WAYS = {
-    "dj": ("music", "--format stem.mp4 --player --filename", TREE),
-    "part": (
-        "music",
-        "--format mka --stems vocals,music=drums+bass+other --start 0.25"
-        " --duration 0:00.5 --filename",
-        TREE,
-    ),
-    "deep": (
-        "music",
-        "--stems music=drums+bass+other,vocals --depth auto --filename",
-        "{folder}/{track}/{stem}.{ext}",
-    ),
-    "film": (
-        "clip.mp4",
-        "--format mp4 --stems music=drums+bass+other --filename",
-        "{track}/{stem}.{ext}",
-    ),
+    "dj": "music --format stem.mp4 --player --start 0.25 --duration 0:00.5",
+    "deep": "music --format mka --stems vocals,music=drums+bass+other --depth auto",
+    "film": "clip.mp4 --format mp4 --stems music=drums+bass+other",
 }
+TEMPLATES = {"film": "{track}/{stem}.{ext}"}
 FILES = {
     "dj": ["A/song.stem.mp4", "A/song/player.html", "B/song.stem.mp4", "B/song/player.html"],
-    "part": ["A/song.mka", "B/song.mka"],
-    "deep": [f"{album}/song/{stem}.wav" for album in "AB" for stem in ("music", "vocals")],
+    "deep": ["A/song.mka", "B/song.mka"],
     "film": ["clip/music.mp4"],
 }
 
@@ -66,27 +51,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(inputs: Path, repo: Path) -> Path:
     """What is made of them on this machine, in a folder for each of the ways."""
     results = separated(repo, inputs, "{}", str(inputs / "here/{}"))
-    assert {name: len(found) for name, found in results.items()} == {
-        "dj": 2,
-        "part": 2,
-        "deep": 2,
-        "film": 1,
-    }
+    assert [len(found) for found in results.values()] == [2, 2, 1]
     return inputs / "here"
 
 
 def separated(
-    repo: Path, cwd: Path, named: str, out: str, ways: Mapping[str, Any] = WAYS, ray: bool = False
+    repo: Path,
+    cwd: Path,
+    named: str,
+    out: str,
+    ways: Mapping[str, str] = WAYS,
+    ray: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of each of the ways, by one process; `{}` stands for what differs in a name."""
     common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--json"]
-    common += ["--cpus-per-worker", "1", "--ray"] if ray else []
-    commands = [
-        [*common, "-o", out.format(way), *words.split(), template, "--", named.format(name)]
-        for way, (name, words, template) in ways.items()
-    ]
+    common += ["--cpus-per-worker", "2", "--ray"] if ray else []
+    commands = []
+    for way, words in ways.items():
+        name, *options = words.split()
+        options += ["--filename", TEMPLATES.get(way, "{folder}/{track}.{ext}")]
+        commands.append([*common, "-o", out.format(way), *options, "--", named.format(name)])
     code = "import json, sys; from demucs_infer.separate import main\n"
-    if ray:
+    if ray:  # started once, for all
         code += "import ray; ray.init(num_cpus=2, log_to_driver=False, logging_level='CRITICAL')\n"
     code += "for words in json.loads(sys.argv[1]): main(words); print('next')"
     variables = {**environment(), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
@@ -112,15 +98,15 @@ def assert_as_here(way: str, here: Path, read: Callable[[str], bytes]) -> None:
 
 def test_on_this_machine(here: Path) -> None:
     for way, names in FILES.items():
-        found = [path for path in (here / way).rglob("*") if path.is_file()]
-        assert sorted(path.relative_to(here / way / "tiny").as_posix() for path in found) == names
-    for album, bits in {"A": 24, "B": 32}.items():
-        assert {AudioFile(path).bits for path in (here / "deep/tiny" / album).rglob("*.wav")} == {
-            bits
-        }
-        part = AudioFile(here / f"part/tiny/{album}/song.mka").read()
-        assert part.shape == (3, 2, RATE // 2)
-        assert len(stem_box(here / f"dj/tiny/{album}/song.stem.mp4")["stems"]) == 4
+        root = here / way / "tiny"
+        found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
+        assert found == names
+    for album in "AB":
+        stems = AudioFile(here / f"deep/tiny/{album}/song.mka")
+        assert (len(stems), stems.bits) == (3, 24)
+        path = here / f"dj/tiny/{album}/song.stem.mp4"
+        assert len(stem_box(path)["stems"]) == 4
+        assert AudioFile(path).duration == 0.5
 
 
 def test_from_a_bucket_into_a_bucket(
@@ -156,18 +142,18 @@ def check_bucket(here: Path, inputs: Path, repo: Path, store: s3fs.S3FileSystem,
         said += [result["player"] for result in results[way] if result["player"]]
         assert {*said} == {f"s3://{root}{name}" for name in names}
         assert not any(result["error"] for result in results[way])
-    assert [result["seconds"] for result in results["part"]] == [0.5, 0.5]
+    assert [result["seconds"] for result in results["dj"]] == [0.5, 0.5]
 
 
 def test_from_the_web(here: Path, inputs: Path, repo: Path, tmp_path: Path) -> None:
-    """A part of a file, and a video."""
-    ways = {name: WAYS[name] for name in ("part", "film")}
-    ways["part"] = ("song.wav", *ways["part"][1:])
+    """A track that is named has no folder."""
+    ways = {**WAYS, "deep": WAYS["deep"].replace("music", "song.wav", 1)}
+    del ways["dj"]
     with serving() as web:
         web.others["song.wav"] = (inputs / "music/A/song.wav").read_bytes()
         web.others["clip.mp4"] = (inputs / "clip.mp4").read_bytes()
         separated(repo, inputs, web.url + "/x/{}", str(tmp_path / "{}"), ways)
     assert_as_here("film", here, lambda name: (tmp_path / "film/tiny" / name).read_bytes())
-    made = (tmp_path / "part/tiny/song.mka").read_bytes()  # a track that was named has no folder
-    expected = (here / "part/tiny/A/song.mka").read_bytes()
+    made = (tmp_path / "deep/tiny/song.mka").read_bytes()
+    expected = (here / "deep/tiny/A/song.mka").read_bytes()
     assert content(made, "song.mka") == content(expected, "song.mka")

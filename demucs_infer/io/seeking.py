@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .packets import AV_ERRORS
 
-COUNTING = frozenset("aiff au caf flac mov ogg w64 wav".split())
+COUNTING = frozenset("aiff au caf flac mov w64 wav".split())
 SAME_ANYWHERE = frozenset("alac flac".split())  # and all of PCM
 NEAR = 3  # seconds: what lies so near to the beginning is decoded from there
 PREROLL = 1  # seconds in which times and samples have to agree
@@ -33,15 +33,15 @@ def find_landing(container: Any, stream: Any, first: int) -> Landing | None:
 
     The container is used up by this.
     """
-    if first < NEAR * stream.rate or not _is_sure(container, stream):
-        return None
     try:
+        if first < NEAR * stream.rate or not _is_sure(container, stream):
+            return None
         begin = next(_frames(container, stream))
         time = begin.pts + first - PREROLL * stream.rate
         container.seek(time, stream=stream)
         return _checked(begin, time, begin.pts + first, _frames(container, stream))
-    except (*AV_ERRORS, StopIteration, TypeError):  # damage, and frames without a time
-        return None
+    except (*AV_ERRORS, StopIteration, TypeError, OverflowError):
+        return None  # damage, frames without a time, a sample that no file has
 
 
 def _is_sure(container: Any, stream: Any) -> bool:
