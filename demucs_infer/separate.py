@@ -54,6 +54,10 @@ EPILOG = """\
 examples:
   demucs-infer song.mp3                      four stems in separated/htdemucs/song/
   demucs-infer --two-stems vocals song.mp3   vocals and accompaniment
+  demucs-infer --stems voice=vocals,band=drums+bass+other song.mp3   sums, with your names
+  demucs-infer --format stem.mp4 song.mp3    one file for DJs
+  demucs-infer --player song.mp3             and a page to listen with
+  demucs-infer --format mp4 --stems vocals film.mp4   a video with the stem as its sound
   demucs-infer --mp3 -o stems album/         MP3 stems of all tracks in a folder, in stems/
   demucs-infer --skip-existing -o stems a/   go on with what was interrupted
   demucs-infer --stems vocals -o - a.mp3     one stem to standard output, as WAV

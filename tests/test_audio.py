@@ -125,8 +125,10 @@ def test_parts_of_a_file(tmp_path: Path) -> None:
     part = AudioFile(path).read(seek_time=0.25, duration=0.5)
     assert part.shape == (1, 2, 22050)
     assert torch.equal(part[0], wav[:, 11025:33075])
-    with pytest.raises(LoadAudioError, match="no samples"):
+    with pytest.raises(LoadAudioError, match=r"ends after 1\.00 s"):
         AudioFile(path).read(seek_time=5, streams=0)
+    with pytest.raises(LoadAudioError, match="no samples"):
+        AudioFile(path).read(seek_time=0.5, duration=0, streams=0)
 
 
 def test_a_file_that_breaks_off_is_read_with_a_warning(

@@ -160,6 +160,21 @@ def test_healthy_files_are_read_as_by_ffmpeg(name: str, folder: Path) -> None:
     assert not damage
 
 
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_part_is_that_of_the_whole_file(name: str, folder: Path) -> None:
+    """To the bit, whether it can be sought or all before it has to be decoded."""
+    file = AudioFile(made(folder, name))
+    whole, rate = torch.cat(list(file.blocks()), dim=-1), file.samplerate()
+    length = whole.shape[1]
+    for first in (rate // 10, length // 2, length - rate // 7, length - 1):
+        for last in (None, first + rate // 20):
+            part = torch.cat(list(file.part(first, last)), dim=-1)
+            assert torch.equal(part, whole[:, first:last])
+    for first in (length, 10**25):
+        with pytest.raises(LoadAudioError, match="ends after"):
+            list(file.part(first, None))
+
+
 def damaged(folder: Path, name: str, places: list[float], target: Path, size: int = 300) -> Path:
     """A copy with `size` bytes of noise at each of the places, which are parts of its length."""
     data = bytearray(made(folder, name).read_bytes())

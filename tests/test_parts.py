@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.options import parse_time
 from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.io.packets import Damage
 from demucs_infer.io.parts import Part
 from demucs_infer.separate import main
 
@@ -84,6 +86,49 @@ def test_a_part_is_what_a_file_cut_there_would_be(
     last = None if duration is None else first + round(duration * rate)
     part = torch.cat(list(file.part(*Part(start, duration).samples(rate))), dim=-1)
     assert torch.equal(part, whole[:, first:last])
+
+
+def test_what_lies_before_a_part_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two minutes, only what the last second needs is read; damage before it is not noticed."""
+    path, wav = tmp_path / "a.flac", noise(2, 120 * RATE)
+    soundfile.write(path, wav.T.numpy(), RATE)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"damage " * 1000)
+    read = 0
+
+    class Counting(io.BufferedReader):
+        def read(self, count: int | None = -1) -> bytes:
+            nonlocal read
+            data = super().read(count)
+            read += len(data)
+            return data
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Counting(io.FileIO(self, mode)))
+    damage = Damage()
+    part = torch.cat(list(AudioFile(path).part(119 * RATE, None, damage)), dim=-1)
+    assert (part - wav[:, 119 * RATE :]).abs().max() <= 2**-15
+    assert not damage
+    assert read < size / 4
+
+
+def test_damage_counts_within_a_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also in a format that is decoded from its beginning, and if the part ends before the file."""
+    path = tmp_path / "a.m4a"
+    data = bytearray(encoded(path).read_bytes())
+    at = data.index(b"mdat") + len(data) // 2
+    data[at : at + 2000] = bytes(2000)
+    path.write_bytes(data)
+    file = AudioFile(path)
+    for start, stop, places in ((0, 0.3, 0), (0.5, 1.5, 1), (1.7, None, 0)):
+        caplog.clear()
+        first, last = Part(start, stop and stop - start).samples(RATE)
+        damage = Damage()
+        assert sum(block.shape[1] for block in file.part(first, last, damage)) > RATE / 4
+        assert (damage.places, len(caplog.messages)) == (places, places)
 
 
 def test_the_stems_of_a_part(

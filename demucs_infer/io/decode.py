@@ -7,8 +7,8 @@ decode files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,7 @@ from .packets import (
     Tally,
 )
 from .pcm import convert_audio
+from .seeking import Landing, find_landing
 from .tags import clean_tags
 
 SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
@@ -162,13 +163,8 @@ class AudioFile:
         rate = self.samplerate(stream)
         first = round((seek_time or 0.0) * rate)
         last = None if duration is None else first + round(duration * rate)
-        blocks, position = [], 0
-        for block in self.blocks(stream):
-            blocks.append(block[:, max(0, first - position) :])
-            position += block.shape[-1]
-            if last is not None and position >= last:
-                break
-        wav = torch.cat(blocks, dim=-1)[:, : None if last is None else last - first]
+        blocks = list(self.part(first, last, stream=stream))
+        wav = torch.cat(blocks, dim=-1)
         if not wav.shape[-1]:
             raise LoadAudioError(f"{self.name}: there are no samples in this part of the file")
         return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
@@ -180,18 +176,50 @@ class AudioFile:
         channels that change are converted to the first. `damage` is told of it. Raises
         `LoadAudioError` if less than half of the packets can be decoded.
         """
-        tally, converter = Tally(Damage() if damage is None else damage), Converter()
+        return self.part(0, None, damage, stream)
+
+    def part(
+        self, first: int, last: int | None, damage: Damage | None = None, stream: int = 0
+    ) -> Iterator[Tensor]:
+        """`blocks` from the sample `first` on, up to `last` if given.
+
+        What lies before is decoded only where it has to be (see `seeking`), and damage there does
+        not count.
+        """
+        tally, converter = Tally(Damage() if damage is None else damage), Converter(max(0, first))
+        position = first
         try:
-            with self._opened() as pieces:
-                for piece in pieces:
-                    with self._container(piece) as container:
-                        found = self._stream(container, stream)
-                        yield from StreamDecoder(container, found, tally, converter).blocks()
-                        self._check_size(piece, found, tally)
-            yield from converter.flush()
+            with closing(self._decoded(stream, tally, converter)) as blocks:
+                for block in blocks:
+                    yield block if last is None else block[:, : last - position]
+                    position += block.shape[-1]
+                    if last is not None and position >= last:
+                        break
         except AV_ERRORS as exc:
             raise LoadAudioError(f"{self.name}: cannot be decoded ({_reason(exc)})") from exc
-        self._judge(tally, converter.samples)
+        self._judge(tally, converter)
+
+    def _decoded(
+        self, stream: int, tally: Tally, converter: Converter
+    ) -> Generator[Tensor, None, None]:
+        with self._opened() as pieces:
+            landing = self._landing(pieces, stream, converter.first)
+            for piece in pieces:
+                with self._container(piece) as container:
+                    found = self._stream(container, stream)
+                    decoder = StreamDecoder(container, found, tally, converter)
+                    if landing is not None:
+                        decoder.begin_at(*landing)
+                    yield from decoder.blocks()
+                    self._check_size(piece, found, tally)
+        yield from converter.flush()
+
+    def _landing(self, pieces: Sequence[BinaryIO], stream: int, first: int) -> Landing | None:
+        """Where to begin; links of a chained stream are decoded from the first one on."""
+        if first <= 0 or len(pieces) > 1:
+            return None
+        with self._container(pieces[0]) as container:
+            return find_landing(container, self._stream(container, stream), first)
 
     @staticmethod
     def _check_size(piece: BinaryIO, stream: Any, tally: Tally) -> None:
@@ -199,14 +227,19 @@ class AudioFile:
         if missing and stream.codec_context.bit_rate:
             tally.miss(8 * missing / stream.codec_context.bit_rate)
 
-    def _judge(self, tally: Tally, samples: int) -> None:
+    def _judge(self, tally: Tally, converter: Converter) -> None:
         if tally.good < tally.bad:
             raise LoadAudioError(
                 f"{self.name}: is no audio file that can be read: {tally.bad} of its"
                 f" {tally.good + tally.bad} packets cannot be decoded"
             )
-        if not samples:
+        if not converter.samples:
             raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+        if not converter.wants(0):
+            raise LoadAudioError(
+                f"{self.name}: ends after {converter.samples / converter.rate:.2f} s, before the"
+                " part that is wanted"
+            )
         if tally.damage:
             logger.warning("%s: is %s", self.name, tally.damage)
 
@@ -214,22 +247,6 @@ class AudioFile:
         if not 0 <= stream < len(container.streams.audio):
             raise LoadAudioError(f"{self.name}: there is no audio in this file")
         return container.streams.audio[stream]
-
-    def part(self, first: int, last: int | None, damage: Damage | None = None) -> Iterator[Tensor]:
-        """Samples `[C, n]` of the first audio stream from `first` on, up to `last` if given."""
-        position = 0
-        for block in self.blocks(damage=damage):
-            start, position = position, position + block.shape[-1]
-            stop = position if last is None else last
-            if position > first:
-                yield block[:, max(0, first - start) : stop - start]
-            if position >= stop and last is not None:
-                break
-        if position <= first:
-            raise LoadAudioError(
-                f"{self.name}: ends after {position / self.samplerate():.2f} s, before the part"
-                " that is wanted"
-            )
 
     @property
     def bits(self) -> int:
@@ -266,6 +283,7 @@ class AudioFile:
 
     @contextmanager
     def _container(self, piece: BinaryIO, pictures: Sequence[str] = ()) -> Iterator[Any]:
+        piece.seek(0)
         try:
             container = open_audio(piece, self.path.name, pictures)
         except AV_ERRORS as exc:

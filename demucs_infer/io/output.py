@@ -350,8 +350,17 @@ class Output:
         """The page to listen to `track` with, if one is wanted: beside the stems."""
         if not self.player:
             return None
-        template = self._template if "{stem}" in self._template else DEFAULT_FILENAME
-        return self._file(template, _Track(track, folder_of(track)), model, PAGE, "html")
+        found = _Track(track, folder_of(track))
+        return self._file(self._page_template, found, model, PAGE, "html")
+
+    @property
+    def _page_template(self) -> str:
+        """The template of a page: beside the stems, or in a folder named like their one file."""
+        template = self._template
+        if "{stem}" in template:
+            return template
+        folder = template.removesuffix(".{ext}")
+        return folder + ("." if folder == template else "/") + "{stem}.{ext}"
 
     def track_name(self, track: Place) -> str:
         """What `{track}` stands for."""

@@ -68,10 +68,14 @@ class Damage:
 
 @dataclass
 class Converter:
-    """Converts frames to float32 at the rate and with the channels of the first one."""
+    """Converts frames to float32 at the rate and with the channels of the first one.
 
+    Samples before the one with the number `first` are left out.
+    """
+
+    first: int = 0
     rate: int = 0
-    samples: int = 0  # how many have been made
+    samples: int = 0  # how many there have been, with those that are left out
     _layout: Any = None
     _source: Any = None
     _resampler: Any = None
@@ -89,11 +93,23 @@ class Converter:
 
     def convert(self, frame: Any) -> Iterator[Tensor]:
         """The samples of `frame`, or with `None` the last ones."""
+        if frame is not None and frame.rate == self.rate and not self.wants(frame.samples):
+            self.samples += frame.samples
+            return
         for converted in self._resampler.resample(frame):
             if converted.samples:
-                self.samples += converted.samples
                 samples = converted.to_ndarray().reshape(converted.samples, -1)
-                yield torch.from_numpy(samples.T.copy())
+                yield from self._kept(torch.from_numpy(samples.T.copy()))
+
+    def wants(self, samples: int) -> bool:
+        """Whether any of so many samples that come next is not left out."""
+        return self.samples + samples > self.first
+
+    def _kept(self, block: Tensor) -> Iterator[Tensor]:
+        skipped = max(0, self.first - self.samples)
+        self.samples += block.shape[-1]
+        if skipped < block.shape[-1]:
+            yield block[:, skipped:]
 
     def flush(self) -> Iterator[Tensor]:
         """What has been kept back."""
@@ -104,10 +120,9 @@ class Converter:
     def silence(self, seconds: float) -> Iterator[Tensor]:
         """So much silence."""
         left = round(seconds * self.rate)
-        self.samples += left
         while left > 0:
             length = min(left, SILENCE_BLOCK)
-            yield torch.zeros(self._layout.nb_channels, length)
+            yield from self._kept(torch.zeros(self._layout.nb_channels, length))
             left -= length
 
 
@@ -161,7 +176,14 @@ class StreamDecoder:
         self._names = frozenset(container.format.name.split(","))
         self._end: float | None = None  # seconds: where the last frame ended, by the file's clock
         self._silent = self._sounding = self._longest = 0.0  # seconds
-        self._late: int | None = None  # samples that are still to be dropped
+        self._begun = False
+
+    def begin_at(self, time: int, sample: int) -> None:
+        """Seek to `time`, in the stream's unit, where the sample of that number lies."""
+        self.container.seek(time, stream=self.stream)
+        self.converter.samples = sample
+        self._sounding = sample / self.stream.rate
+        self._begun = True
 
     def blocks(self) -> Iterator[Tensor]:
         """Samples `[C, n]`."""
@@ -208,16 +230,16 @@ class StreamDecoder:
     def _placed(self, frame: Any, lost: list[float], following: Any) -> Iterator[Tensor]:
         """The samples of `frame`, after the silence of what is missing before it."""
         gap = self._gap(frame, lost, following)
-        self.tally.settle(lost, gap)
         yield from self.converter.adapt(frame)
+        if self.converter.wants(round((gap or 0) * frame.rate) + frame.samples):
+            self.tally.settle(lost, gap)
         if gap:
             self._silent += gap
             yield from self.converter.silence(gap)
-        if self._late is None:
-            self._late = late_samples(self.container, frame)
-        for block in self.converter.convert(frame):
-            yield block[:, self._late :]
-            self._late -= min(self._late, block.shape[-1])
+        if not self._begun:
+            self._begun = True
+            self.converter.first += late_samples(self.container, frame)
+        yield from self.converter.convert(frame)
 
     def _gap(self, frame: Any, lost: list[float], following: Any) -> float | None:
         """Seconds that are missing before `frame`; `None` if there is no clock to tell."""

@@ -1,0 +1,159 @@
+"""What people do with stems next, on this machine, by URL and on Ray: the same files everywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import s3fs
+import soundfile
+
+from demucs_infer.audio import AudioFile
+
+from .helpers import environment, noise, run
+from .test_container import stem_box, video
+from .test_storage import bucket, s3_url  # noqa: F401
+from .web import serving
+
+RATE = 8000  # of the tiny model
+# By the folder that the files are written to: what of the inputs is named, and the options.
+WAYS = {
+    "dj": "music --format stem.mp4 --player --start 0.25 --duration 0:00.5",
+    "deep": "music --format mka --stems vocals,music=drums+bass+other --depth auto",
+    "film": "clip.mp4 --format mp4 --stems music=drums+bass+other",
+}
+TEMPLATES = {"film": "{track}/{stem}.{ext}"}
+FILES = {
+    "dj": ["A/song.stem.mp4", "A/song/player.html", "B/song.stem.mp4", "B/song/player.html"],
+    "deep": ["A/song.mka", "B/song.mka"],
+    "film": ["clip/music.mp4"],
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two albums with a song of one name, in 24 bit and in float, and a video."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for seed, (album, depth) in enumerate({"A": "PCM_24", "B": "FLOAT"}.items()):
+        (folder / "music" / album).mkdir(parents=True)
+        wav = noise(2, RATE + 7, seed).T.numpy()
+        soundfile.write(folder / "music" / album / "song.wav", wav, RATE, subtype=depth)
+    video(folder / "clip.mp4", 0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(inputs: Path, repo: Path) -> Path:
+    """What is made of them on this machine, in a folder for each of the ways."""
+    results = separated(repo, inputs, "{}", str(inputs / "here/{}"))
+    assert [len(found) for found in results.values()] == [2, 2, 1]
+    return inputs / "here"
+
+
+def separated(
+    repo: Path,
+    cwd: Path,
+    named: str,
+    out: str,
+    ways: Mapping[str, str] = WAYS,
+    ray: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of each of the ways, by one process; `{}` stands for what differs in a name."""
+    common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--json"]
+    common += ["--cpus-per-worker", "2", "--ray"] if ray else []
+    commands = []
+    for way, words in ways.items():
+        name, *options = words.split()
+        options += ["--filename", TEMPLATES.get(way, "{folder}/{track}.{ext}")]
+        commands.append([*common, "-o", out.format(way), *options, "--", named.format(name)])
+    code = "import json, sys; from demucs_infer.separate import main\n"
+    if ray:  # started once, for all
+        code += "import ray; ray.init(num_cpus=2, log_to_driver=False, logging_level='CRITICAL')\n"
+    code += "for words in json.loads(sys.argv[1]): main(words); print('next')"
+    variables = {**environment(), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+    done = run("-c", code, json.dumps(commands), cwd=cwd, env=variables)
+    assert done.returncode == 0, done.stderr
+    texts = done.stdout.split("next\n")
+    return {way: [json.loads(line) for line in text.splitlines()] for way, text in zip(ways, texts)}
+
+
+def content(data: bytes, name: str) -> object:
+    """The packets of a file, or the text of a page."""
+    if name.endswith(".html"):
+        return data
+    with av.open(io.BytesIO(data)) as file:
+        return [(packet.stream.index, packet.pts, bytes(packet)) for packet in file.demux()]
+
+
+def assert_as_here(way: str, here: Path, read: Callable[[str], bytes]) -> None:
+    for name in FILES[way]:
+        expected = (here / way / "tiny" / name).read_bytes()
+        assert content(read(name), name) == content(expected, name), name
+
+
+def test_on_this_machine(here: Path) -> None:
+    for way, names in FILES.items():
+        root = here / way / "tiny"
+        found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
+        assert found == names
+    for album in "AB":
+        stems = AudioFile(here / f"deep/tiny/{album}/song.mka")
+        assert (len(stems), stems.bits) == (3, 24)
+        path = here / f"dj/tiny/{album}/song.stem.mp4"
+        assert len(stem_box(path)["stems"]) == 4
+        assert AudioFile(path).duration == 0.5
+
+
+def test_from_a_bucket_into_a_bucket(
+    here: Path,
+    inputs: Path,
+    repo: Path,
+    bucket: s3fs.S3FileSystem,  # noqa: F811
+) -> None:
+    check_bucket(here, inputs, repo, bucket, ray=False)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_from_a_bucket_into_a_bucket_on_ray(
+    here: Path,
+    inputs: Path,
+    repo: Path,
+    bucket: s3fs.S3FileSystem,  # noqa: F811
+) -> None:
+    pytest.importorskip("ray")
+    check_bucket(here, inputs, repo, bucket, ray=True)
+
+
+def check_bucket(here: Path, inputs: Path, repo: Path, store: s3fs.S3FileSystem, ray: bool) -> None:
+    for path in (inputs / "clip.mp4", *(inputs / "music").rglob("*.wav")):
+        store.pipe(f"bucket/in/{path.relative_to(inputs).as_posix()}", path.read_bytes())
+    results = separated(repo, inputs, "s3://bucket/in/{}", "s3://bucket/out/{}", ray=ray)
+    for way, names in FILES.items():
+        root = f"bucket/out/{way}/tiny/"
+        assert sorted(store.find(root)) == [root + name for name in names]
+        assert_as_here(way, here, lambda name: store.cat_file(root + name))  # noqa: B023
+        said = [stem["path"] for result in results[way] for stem in result["stems"].values()]
+        said += [result["player"] for result in results[way] if result["player"]]
+        assert {*said} == {f"s3://{root}{name}" for name in names}
+        assert not any(result["error"] for result in results[way])
+    assert [result["seconds"] for result in results["dj"]] == [0.5, 0.5]
+
+
+def test_from_the_web(here: Path, inputs: Path, repo: Path, tmp_path: Path) -> None:
+    """A track that is named has no folder."""
+    ways = {**WAYS, "deep": WAYS["deep"].replace("music", "song.wav", 1)}
+    del ways["dj"]
+    with serving() as web:
+        web.others["song.wav"] = (inputs / "music/A/song.wav").read_bytes()
+        web.others["clip.mp4"] = (inputs / "clip.mp4").read_bytes()
+        separated(repo, inputs, web.url + "/x/{}", str(tmp_path / "{}"), ways)
+    assert_as_here("film", here, lambda name: (tmp_path / "film/tiny" / name).read_bytes())
+    made = (tmp_path / "deep/tiny/song.mka").read_bytes()
+    expected = (here / "deep/tiny/A/song.mka").read_bytes()
+    assert content(made, "song.mka") == content(expected, "song.mka")
