@@ -1,6 +1,6 @@
 """Mutated inputs of every kind that strangers send, tried in a process that may die.
 
-    python -m tests.fuzz TARGET [--seconds N] [--seed S] [--save FOLDER]
+    python -m tests.fuzz TARGET [--seconds N] [--inputs N] [--seed S] [--save FOLDER]
     python -m tests.fuzz TARGET --only I [--seed S]       input I here, with its traceback
 
 Input I of a seed is always the same. A finding is an exception from outside of our tree, a death of
@@ -13,6 +13,7 @@ A further target is a row in `TARGETS`: valid inputs, how one is changed (`mutat
 from __future__ import annotations
 
 import argparse
+import glob
 import io
 import itertools
 import json
@@ -28,6 +29,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -126,9 +128,14 @@ def _lists(folder: Path) -> Sequence[bytes]:
 
 
 def _is_outside(name: object) -> bool:
-    """Tell whether a name is a folder of this machine, which is too large to be searched."""
+    """Tell whether a name, or what a pattern starts with, is a folder of this machine.
+
+    Those are too large to be searched.
+    """
     try:
         text = str(name).removeprefix("file://")
+        if glob.has_magic(text):
+            text = re.split(r"[^/]*[*?\[]", text)[0] or "."
         return Path(text).is_dir() and not Path(text).resolve().is_relative_to(Path.cwd())
     except (OSError, ValueError):
         return False
@@ -229,9 +236,17 @@ def _mutate_archive(random: Random, seeds: Sequence[bytes]) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _option_names(klass: type) -> list[str]:
+    import torch
+
+    with torch.device("meta"):  # a whole model takes a second
+        return [*vars(klass(["a"]).options)]
+
+
 def _change_options(random: Random, package: dict) -> dict:
     package = {**package, "kwargs": dict(package["kwargs"]), "state": dict(package["state"])}
-    names = [*vars(package["klass"](["a"]).options)]
+    names = _option_names(package["klass"])
     for _ in range(random.choice((1, 1, 2, 4))):
         package["kwargs"][random.choice(names)] = random.choice(OPTION_VALUES)
     if random.random() < 0.2 and "__quantized" not in package["state"]:
@@ -428,12 +443,16 @@ class Findings:
     wrong: dict[int, str]
 
 
-def fuzz(target: str, seconds: float, seed: int = SEED) -> Findings:
-    """Try inputs of a target for so long; the process that tries them is replaced when it dies."""
+def fuzz(target: str, seconds: float, seed: int = SEED, inputs: int = sys.maxsize) -> Findings:
+    """Try inputs of a target for so long, or so many.
+
+    The process that tries them is replaced when it dies.
+    """
     end = time.monotonic() + seconds
     number, wrong = 0, dict[int, str]()
-    while time.monotonic() < end:
-        words = [target, "--seed", seed, "--seconds", end - time.monotonic(), "--from", number]
+    while time.monotonic() < end and number < inputs:
+        words = [target, "--seed", seed, "--seconds", end - time.monotonic()]
+        words += ["--from", number, "--inputs", inputs]
         with subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz", *map(str, words)],
             stdout=subprocess.PIPE,
@@ -458,12 +477,12 @@ def _death(status: int) -> str:
     return f"the process died ({status})"
 
 
-def _work(target: Target, seed: int, seconds: float, start: int) -> None:
+def _work(target: Target, seed: int, seconds: float, numbers: range) -> None:
     """Say each number before the input is tried, and what was wrong with it, if anything was."""
     end = time.monotonic() + seconds
     with _inputs(target, seed) as inputs:
         _attempt(target, inputs(None))  # imports, which are not the inputs' fault
-        for number in itertools.count(start):
+        for number in numbers:
             if time.monotonic() > end:
                 return
             print(number, flush=True)
@@ -549,6 +568,7 @@ def _show(target: Target, seed: int, number: int, save: Path | None) -> None:
 def _options() -> Iterator[tuple[str, dict[str, object]]]:
     yield "target", {"choices": TARGETS}
     yield "--seconds", {"type": float, "default": 30.0}
+    yield "--inputs", {"type": int, "default": sys.maxsize, "help": "how many at most"}
     yield "--seed", {"type": int, "default": SEED}
     yield (
         "--save",
@@ -565,11 +585,11 @@ def main() -> None:
     args = parser.parse_args()
     target = TARGETS[args.target]
     if args.start is not None:
-        _work(target, args.seed, args.seconds, args.start)
+        _work(target, args.seed, args.seconds, range(args.start, args.inputs))
     elif args.only is not None:
         _show(target, args.seed, args.only, args.save)
     else:
-        findings = fuzz(args.target, args.seconds, args.seed)
+        findings = fuzz(args.target, args.seconds, args.seed, args.inputs)
         print(f"{args.target}: {findings.tried} inputs, {len(findings.wrong)} wrong")
         for number, text in findings.wrong.items():
             print(f"    {number}: {text}")
