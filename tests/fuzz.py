@@ -33,6 +33,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from demucs_infer.errors import DemucsInferError
 
@@ -454,20 +455,18 @@ def fuzz(target: str, seconds: float, seed: int = SEED, inputs: int = sys.maxsiz
     while time.monotonic() < end and number < inputs:
         words = [target, "--seed", seed, "--seconds", end - time.monotonic()]
         words += ["--from", number, "--inputs", inputs]
-        with subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz", *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[1],
-            text=True,
-        ) as process:
-            with _Watch(process.pid) as watch:
-                for line in process.stdout:
-                    watch.restart()
-                    head, _, text = line.partition(" ")
-                    number = int(head)
-                    if text.strip():
-                        wrong[number] = text.strip()
+        options: Any = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[1]}
+        command = [sys.executable, "-m", "tests.fuzz", *map(str, words)]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process,
+            _Watch(process.pid) as watch,
+        ):
+            for line in process.stdout:
+                watch.restart()
+                head, _, text = line.partition(" ")
+                number = int(head)
+                if text.strip():
+                    wrong[number] = text.strip()
         number += 1
         if process.returncode:
             wrong.setdefault(number - 1, _death(process.returncode))
