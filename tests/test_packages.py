@@ -363,7 +363,8 @@ def test_safetensors_that_are_not_what_they_say(name: str, package: dict, tmp_pa
     path = as_safetensors(package, tmp_path / "a.safetensors")
     load_model(path)
     path.write_bytes(HEADERS[name](path.read_bytes()))
-    with pytest.raises(ModelLoadingError, match=r"a\.safetensors") as caught:
+    reason = "a header of" if name == "a long header" else ""
+    with pytest.raises(ModelLoadingError, match=rf"a\.safetensors.*{reason}") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
 
