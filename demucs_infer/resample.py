@@ -23,6 +23,7 @@ from torch.nn import functional as F
 ZEROS, ROLLOFF = 24, 0.945  # of julius: zero crossings of the filter's sinc, and its cutoff
 LARGEST_KERNEL = 2**20  # coefficients: julius makes a million of them a second
 AT_ONCE = 16  # samples that a kernel gives, at least
+TAPS_AT_ONCE = 2**20
 
 
 class _Filters:
@@ -71,12 +72,23 @@ class _Filters:
         `width` neighbours on each side of `k = floor(j old / new)`. The division makes a constant
         signal keep its level.
         """
+        taps = torch.empty(self.new, 2 * self.width + 1)
+        for outputs in torch.arange(self.new).split(self._rows):
+            taps[outputs] = self._taps_of(outputs)
+        return taps
+
+    def _taps_of(self, outputs: Tensor) -> Tensor:
         around = torch.arange(-self.width, self.width + 1)
-        positions = self._positions[:, None] + around
-        phases = torch.arange(self.new, dtype=torch.float64)[:, None] / self.new
+        positions = self._positions[outputs, None] + around
+        phases = outputs.double()[:, None] / self.new
         t = ((positions / self.old - phases) * self.cutoff).clamp(-ZEROS, ZEROS)
         taps = torch.sinc(t) * torch.cos(t * math.pi / ZEROS / 2) ** 2
         return (taps / taps.sum(1, keepdim=True)).float()
+
+    @property
+    def _rows(self) -> int:
+        """Filters whose taps are worked on at once: all may take many times what they are."""
+        return max(1, TAPS_AT_ONCE // (2 * self.width + 1))
 
     @property
     def _positions(self) -> Tensor:
@@ -92,8 +104,10 @@ class _Filters:
             return y.transpose(1, 2).flatten(1)[:, : frames * self.new]
         windows = x.unfold(-1, self.taps.shape[1], 1)
         starts = range(0, x.shape[-1] - 2 * self.width, self.old)
-        at = self._positions.to(x.device)
-        return torch.cat([(windows[:, s + at] * self.taps.to(x)).sum(-1) for s in starts], dim=-1)
+        at, taps = self._positions.to(x.device), self.taps.to(x)
+        parts = list(zip(at.split(self._rows), taps.split(self._rows)))
+        outputs = [(windows[:, s + part] * rows).sum(-1) for s in starts for part, rows in parts]
+        return torch.cat(outputs, dim=-1)
 
 
 @functools.lru_cache(maxsize=4)

@@ -29,6 +29,8 @@ Init = TypeVar("Init", bound=Callable[..., None])
 DRAWING = frozenset(("normal_", "uniform_", "trunc_normal_", "bernoulli_", "random_"))
 _shorten = Repr()
 _shorten.maxother = _shorten.maxstring = 200  # characters
+_shorten.maxlevel = 3  # of containers: each may have six in it
+MAX_WORDS = 400  # characters of a value in a message
 
 LARGEST = 2**63  # of the numbers in options: PyTorch's integers end there
 MAX_LAYERS = 64  # repetitions of one kind of layer
@@ -164,7 +166,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def shortened(value: Any) -> str:
     """A value for a message, in one line of moderate length."""
-    return " ".join(_shorten.repr(value).split())
+    words = " ".join(_shorten.repr(value).split())
+    return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}..."
 
 
 def _is_name(source: Any) -> bool:

@@ -25,7 +25,7 @@ from demucs_infer.apply import (
     window_share,
 )
 from demucs_infer.demucs import Demucs
-from demucs_infer.errors import ModelLoadingError, OptionError
+from demucs_infer.errors import DemucsInferError, ModelLoadingError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
@@ -321,6 +321,15 @@ def test_options_out_of_range_are_refused_with_their_value(tiny, options: dict) 
 def test_mixtures_that_make_no_sense_are_refused(mix: Tensor) -> None:
     with pytest.raises(OptionError):
         apply_model(Identity(), mix)
+
+
+def test_stems_that_are_not_finite_are_no_stems() -> None:
+    """Of a model whose weights are all finite, but too large."""
+    model = HTDemucs(**TINY).eval()
+    for parameter in model.decoder[-1].parameters():
+        parameter.data.fill_(1e38)
+    with pytest.raises(DemucsInferError, match="gives values that are not finite"):
+        apply_model(model, noise(2, 4000)[None], shifts=0)
 
 
 def test_an_empty_mixture_gives_empty_stems() -> None:

@@ -22,7 +22,8 @@ from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.errors import OptionError, SaveAudioError
 from demucs_infer.io.boxes import add_to_user_data, find
-from demucs_infer.io.container import stem_json
+from demucs_infer.io.container import MultitrackEncoder, Request, read_cover, stem_json
+from demucs_infer.io.formats import Encoding
 from demucs_infer.io.output import MIX
 from demucs_infer.separate import main
 
@@ -109,6 +110,21 @@ def song(tmp_path: Path) -> Path:
             file.mux(stream.encode(frame))
             file.mux(stream.encode(None))
     return path
+
+
+@pytest.mark.parametrize(
+    "cover",
+    [COVER[:16] + b"\x7f\xff\xff\xff" * 2 + COVER[24:], b"\xff\xd8\xff\xe0" + bytes(100)],
+    ids=["png of exapixels", "jpeg"],
+)
+def test_a_cover_is_copied_and_not_looked_at(cover: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.stem.mp4"
+    with path.open("w+b") as file:
+        request = Request(file, Encoding("stem.mp4"), RATE, 2, ["mix", "a"], {}, cover)
+        encoder = MultitrackEncoder(request)
+        encoder.write([noise(2, RATE)] * 2)
+        encoder.close()
+    assert read_cover(AudioFile(path)) == cover
 
 
 def run(repo: Path, *arguments: object) -> None:

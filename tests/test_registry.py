@@ -167,3 +167,13 @@ def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     registry.registry.cache_clear()
     assert "renamed" in registry.bags()
     registry.registry.cache_clear()
+
+
+def test_a_bag_of_what_the_registry_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
+    (folder / "htdemucs.yaml").write_text("models: ['12345678']\n")
+    monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
+    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: .* no checkpoint 12345678"):
+        registry.bags()

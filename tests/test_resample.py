@@ -4,6 +4,7 @@ import pytest
 import torch
 from julius.resample import resample_frac
 
+from demucs_infer import resample as resampling
 from demucs_infer.resample import Resampler, resample, resampled_length
 
 from .helpers import assert_close, noise
@@ -53,3 +54,14 @@ def test_equal_rates_change_nothing() -> None:
     wav = noise(2, 1000)
     assert torch.equal(torch.cat(list(Resampler(8000, 8000).stream(wav.split(300, -1))), -1), wav)
     assert resample(wav, 8000, 8000) is wav
+
+
+def test_filters_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a rate that a stranger's header names, such as 994481, would take gigabytes."""
+    wav = noise(2, 50_000)
+    expected = resample(wav, 44100, 44099)
+    for taps in (20_000, 10**9):
+        monkeypatch.setattr(resampling, "TAPS_AT_ONCE", taps)
+        resampling._filters.cache_clear()
+        assert torch.equal(resample(wav, 44100, 44099), expected)
+    resampling._filters.cache_clear()

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import demucs.hdemucs
 import demucs.hf
@@ -28,11 +29,15 @@ from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub.packages import read_package
 from demucs_infer.states import (
+    copy_state,
+    get_quantizer,
     get_state,
     load_model,
     save_model,
     save_with_checksum,
+    serialize_model,
     set_state,
+    swap_state,
 )
 
 from .helpers import TINY, assert_close, noise, released_pair, run, save_package, shake
@@ -453,3 +458,90 @@ def test_states(tmp_path: Path) -> None:
     path = save_with_checksum({"state": state}, tmp_path / "abc.th")
     assert path.name.startswith("abc-")
     demucs.repo.check_checksum(path, path.stem.partition("-")[2])
+
+
+class Configuration(dict):
+    """Stands in for one of OmegaConf, which only trainings have."""
+
+    __module__ = "omegaconf.dictconfig"
+
+
+@pytest.fixture
+def omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    def to_container(config: dict, resolve: bool) -> dict:
+        assert resolve
+        return dict(config)
+
+    kind = SimpleNamespace(to_container=to_container)
+    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace(OmegaConf=kind))
+
+
+def test_a_package_that_is_saved_as_the_reference_does(omegaconf: None, tmp_path: Path) -> None:
+    """The same is in it, and it is read again."""
+    model = shake(HTDemucs(**{**TINY, "segment": Fraction(1, 2)}))
+    ours = serialize_model(model, {"epochs": 1})
+    theirs = demucs.states.serialize_model(model, Configuration(epochs=1))
+    assert ours.keys() == theirs.keys()
+    assert {**ours, "state": 0} == {**theirs, "state": 0}
+    assert {tensor.dtype for tensor in ours["state"].values()} == {torch.float16}
+    assert all(torch.equal(tensor, theirs["state"][k]) for k, tensor in ours["state"].items())
+    package = serialize_model(model, Configuration(epochs=1), half=False)
+    assert package["training_args"] == {"epochs": 1}
+    assert type(package["training_args"]) is dict
+    loaded = load_model(save_with_checksum(package, tmp_path / "a.th"))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"diffq": 0, "qat": 0}, None),
+        ({"diffq": 1e-4, "qat": 0, "group_size": 4}, "DiffQuantizer"),
+        ({"diffq": 0, "qat": 4}, "UniformQuantizer"),
+    ],
+)
+def test_the_quantizer_of_a_training(options: dict, kind: str | None, tmp_path: Path) -> None:
+    args = SimpleNamespace(min_size=0.01, **options)
+    model, other = HDemucs(**HYBRID), demucs.hdemucs.HDemucs(**HYBRID)
+    other.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters()) if kind == "DiffQuantizer" else None
+    ours = get_quantizer(model, args, optimizer)
+    theirs = demucs.states.get_quantizer(other, args)
+    assert type(ours) is type(theirs) is (type(None) if kind is None else getattr(diffq, kind))
+    if kind is None:
+        return
+    assert optimizer is None or len(optimizer.param_groups) == 2
+    assert ours.min_size == theirs.min_size
+    package = serialize_model(model, {}, ours)
+    assert package["state"]["__quantized"]
+    loaded = load_model(save_with_checksum(package, tmp_path / "a.th")).state_dict()
+    fresh = demucs.hdemucs.HDemucs(**HYBRID)
+    demucs.states.set_state(fresh, package["state"])
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in fresh.state_dict().items())
+
+
+def test_a_quantizer_without_diffq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffq", None)
+    model = torch.nn.Linear(1, 1)
+    assert get_quantizer(model, SimpleNamespace(diffq=0, qat=0)) is None
+    for options in ({"diffq": 1, "qat": 0, "group_size": 8}, {"diffq": 0, "qat": 8}):
+        with pytest.raises(MissingDependencyError, match="pip install diffq"):
+            get_quantizer(model, SimpleNamespace(min_size=1, **options))
+
+
+def test_states_that_are_copied_and_swapped() -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = copy_state(model.state_dict())
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.equal(before["weight"] + 1, model.weight)  # of memory of their own
+    inside = copy_state(model.state_dict())
+    with pytest.raises(KeyError), swap_state(model, other.state_dict()):
+        assert torch.equal(model.weight, other.weight)
+        raise KeyError
+    assert torch.equal(model.weight, inside["weight"])
+    with swap_state(model, {"bias": torch.zeros(2)}):  # as the reference, some of them
+        assert torch.equal(model.bias, torch.zeros(2))
+        assert torch.equal(model.weight, inside["weight"])
+    assert torch.equal(model.bias, inside["bias"])

@@ -125,6 +125,9 @@ def test_addresses_that_are_not_opened_in_a_cluster(
     )
     for url in [*REFUSED, "", "a\0b"]:
         assert worker({"input": url})["error"]
+    for url in REFUSED:
+        with pytest.raises(DemucsInferError):
+            SeparateTracks(url, model="tiny", repo=repo, device="cpu", progress=False)
 
 
 def test_a_template_reads_no_environment(repo: Path, tmp_path: Path) -> None:

@@ -124,7 +124,18 @@ def _elementwise(*values: Any, **_: Any) -> Tensor:
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return outline(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)), dtype)
+    return outline(_broadcast(*(tensor.shape for tensor in tensors)), dtype)
+
+
+def _broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """What PyTorch's function says, which imports the compiler for that."""
+    longest = max(map(len, shapes))
+    sizes = zip(*((1,) * (longest - len(shape)) + tuple(shape) for shape in shapes))
+    result = tuple(next((size for size in column if size != 1), 1) for column in sizes)
+    for shape in shapes:
+        fits = all(size in (1, most) for size, most in zip(shape[::-1], result[::-1]))
+        _require(fits, *map(list, shapes))
+    return result
 
 
 def _first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -134,7 +145,7 @@ def _first(x: Tensor, *_: Any, **__: Any) -> Tensor:
 def _assigned(target: Tensor, index: Any, value: Any) -> None:
     part = target[index]
     if isinstance(value, Tensor):
-        _require(torch.broadcast_shapes(part.shape, value.shape) == part.shape, *part.shape)
+        _require(_broadcast(part.shape, value.shape) == part.shape, *part.shape)
 
 
 def _numbers(value: Any, count: int) -> tuple[int, ...]:
@@ -182,7 +193,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
     _require(x.shape[-1] == y.shape[-2], list(x.shape), list(y.shape))
-    return outline((*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))
+    return outline((*_broadcast(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:

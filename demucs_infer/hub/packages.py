@@ -28,10 +28,18 @@ from .content import Content, Refused
 from .pickles import ClassName, make_fraction, read_pickled
 
 LENGTH_BYTES = 8  # that tell the length of a safetensors file's header
+MAX_HEADER = 2**22  # bytes: JSON takes many times that; a released checkpoint has 10**5
+
+
+def _load_safetensors(data: bytes) -> dict[str, Tensor]:
+    header = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if header > MAX_HEADER:
+        raise Refused(f"a header of {header} bytes")
+    return safetensors.torch.load(data)
 
 
 def _read_safetensors(data: bytes) -> dict[str, Any]:
-    tensors = safetensors.torch.load(data)
+    tensors = _load_safetensors(data)
     header = int.from_bytes(data[:LENGTH_BYTES], "little")
     metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header]).get("__metadata__") or {}
     if "klass" not in metadata:
@@ -110,7 +118,7 @@ def read_weights(file: str | os.PathLike[str] | Content) -> dict[str, Tensor]:
     """
     path = file.path if isinstance(file, Content) else Path(file)
     tensors_only = path.suffix == ".safetensors"
-    reader = safetensors.torch.load if tensors_only else partial(read_pickled, skip=True)
+    reader = _load_safetensors if tensors_only else partial(read_pickled, skip=True)
     state: Any = _read_with(reader, file)
     while wrapped := [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]:
         state = wrapped[0]

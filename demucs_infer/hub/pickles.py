@@ -26,6 +26,8 @@ from .content import Refused, check_size
 MAX_PICKLE = 2**21  # bytes; a released checkpoint has 10**5
 MAX_ENTRIES = 50_000  # of an archive, one for each tensor
 MAX_TERM = 10**18  # of a fraction
+MAX_SIZE = 2**62  # of one dimension
+MAX_DIMS = 8  # of a tensor; the product of a million sizes takes hours
 
 # The classes that may be named; which of them are models, `states` knows.
 CLASS_NAME = re.compile(r"(demucs|demucs_infer|diffq)(\.\w+)+")
@@ -91,8 +93,12 @@ def _make_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
     """A view of `storage` that stays within it; stands in for `torch._utils._rebuild_tensor_v2`."""
-    numbers = (offset, *size, *stride)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(size) != len(stride):
+    sizes = isinstance(size, tuple) and isinstance(stride, tuple)
+    if not (
+        sizes
+        and len(size) == len(stride) <= MAX_DIMS
+        and all(isinstance(n, int) and 0 <= n <= MAX_SIZE for n in (offset, *size, *stride))
+    ):
         raise Refused(f"a tensor of shape {shortened(size)}, stride {shortened(stride)}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if math.prod(size) and (last >= storage.numel() or math.prod(size) > storage.numel()):
@@ -239,6 +245,8 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> str:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > size or len(entries) > MAX_ENTRIES:
         raise Refused("compressed, overlapping or too many entries")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise Refused("entries of one name")  # of which each reader takes another
     roots = [e.filename[: -len("/data.pkl")] for e in entries if e.filename.endswith("/data.pkl")]
     if len(roots) != 1:
         raise Refused("an archive that PyTorch did not write")

@@ -188,12 +188,22 @@ def bags_with(signature: str) -> list[str]:
 
 
 def _definition(name: str) -> dict[str, Any]:
-    bag = _published_bag(bag_files()[name])
+    path = bag_files()[name]
+    bag = _published_bag(path)
+    for signature in bag.models:
+        if not any(signature in group for group in _groups()):
+            raise ModelLoadingError(f"{path}: the registry has no checkpoint {signature}")
     values = {"models": list(bag.models), "weights": bag.weights, "segment": bag.segment}
     return {key: value for key, value in values.items() if value is not None}
 
 
 _published_bag = lru_cache(maxsize=None)(Bag.read)
+
+
+def _groups() -> Sequence[Mapping[str, Any]]:
+    """The entries of all checkpoints, in the groups that they are in."""
+    content = registry()
+    return content[EMBEDDED], content["checkpoints"], content[COMMUNITY]["checkpoints"]
 
 
 def is_community(name: str) -> bool:

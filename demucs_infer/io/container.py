@@ -47,8 +47,12 @@ MASTERING = {  # of the player that mixes the stems: switched off, with the valu
     },
     "limiter": {"enabled": False, "release": 0.05, "threshold": 0, "ceiling": -0.35},
 }
-# A cover by the first bytes of its file: FFmpeg's name of what reads it, and its media type.
-COVERS = {b"\x89PNG": ("png_pipe", "image/png"), b"\xff\xd8\xff": ("jpeg_pipe", "image/jpeg")}
+# A cover by the first bytes of its file: its media type, and FFmpeg's names of its reader, its
+# codec, and the pixels of a picture of that kind.
+COVERS = {
+    b"\x89PNG": ("image/png", "png_pipe", "png", "rgb24"),
+    b"\xff\xd8\xff": ("image/jpeg", "jpeg_pipe", "mjpeg", "yuvj420p"),
+}
 LARGEST_COVER = 2**24  # bytes
 MOST_EARLY = 32  # packets of a picture without a time to decode them
 
@@ -150,7 +154,7 @@ class MultitrackEncoder:
 
 def cover_type(cover: bytes) -> str | None:
     """The media type of a cover, if it is one that files can hold."""
-    return next((kind for magic, (_, kind) in COVERS.items() if cover.startswith(magic)), None)
+    return next((row[0] for magic, row in COVERS.items() if cover.startswith(magic)), None)
 
 
 def _add_cover(file: Any, cover: bytes) -> None:
@@ -162,13 +166,24 @@ def _add_cover(file: Any, cover: bytes) -> None:
         if hasattr(file, "add_attachment"):
             file.add_attachment(f"cover.{kind.rpartition('/')[2]}", kind, cover)
         return
-    (reader,) = (name for name, other in COVERS.values() if other == kind)
-    with av.open(io.BytesIO(cover), "r", format=reader) as picture:
+    (row,) = (row for row in COVERS.values() if row[0] == kind)
+    # A stranger's picture is not decoded: some kilobytes may be gigapixels. All that the file's
+    # header needs is known of any picture of its kind.
+    with av.open(io.BytesIO(_any_picture(*row[2:])), "r", format=row[1]) as picture:
         stream = file.add_stream_from_template(picture.streams.video[0], opaque=True)
         stream.disposition = Disposition.attached_pic
-        packet = next(picture.demux(video=0))
-        packet.stream = stream
+        packet = av.Packet(cover)
+        packet.stream, packet.pts, packet.dts = stream, 0, 0
+        packet.is_keyframe = True
         file.mux(packet)
+
+
+def _any_picture(codec: str, pixels: str) -> bytes:
+    encoder: Any = av.CodecContext.create(codec, "w")
+    encoder.width = encoder.height = 16
+    encoder.pix_fmt, encoder.time_base = pixels, Fraction(1)
+    frame = av.VideoFrame(16, 16, pixels)
+    return b"".join(map(bytes, [*encoder.encode(frame), *encoder.encode(None)]))
 
 
 def read_cover(audio: AudioFile) -> bytes | None:

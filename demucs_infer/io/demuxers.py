@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import av
 
+from .claims import Honest
+
 # Readers of FFmpeg (`ffmpeg -demuxers`) that read sound out of one file, by what they read.
 DEMUXERS = " ".join(
     [
@@ -68,7 +70,8 @@ class _Named:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.name = name
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+        honest = Honest(file)
+        self.read, self.seek, self.tell = honest.read, honest.seek, honest.tell
 
 
 def open_audio(file: BinaryIO, name: str, pictures: Sequence[str] = ()) -> Any:

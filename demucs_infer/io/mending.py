@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, BinaryIO
 
@@ -48,14 +48,20 @@ class Part(io.RawIOBase):
         left = max(0, self._size - self._at)
         self._file.seek(self._start + self._at)
         data = self._file.read(left if size < 0 else min(size, left))
-        for place, patch in self._patches.items():
-            at = place - self._at
-            if -len(patch) < at < len(data):
-                before, skip = max(0, at), max(0, -at)
-                piece = patch[skip : skip + len(data) - before]
-                data = data[:before] + piece + data[before + len(piece) :]
+        data = patched(data, self._at, self._patches)
         self._at += len(data)
         return data
+
+
+def patched(data: bytes, start: int, patches: Mapping[int, bytes]) -> bytes:
+    """`data`, which lies at `start` of a file, with what `patches` have for places in the file."""
+    for place, patch in patches.items():
+        at = place - start
+        if -len(patch) < at < len(data):
+            before, skip = max(0, at), max(0, -at)
+            piece = patch[skip : skip + len(data) - before]
+            data = data[:before] + piece + data[before + len(piece) :]
+    return data
 
 
 def parts(file: BinaryIO) -> list[BinaryIO]:
