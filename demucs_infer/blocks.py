@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, Reach, in_tiles
+from .engine.cpu_kernels import (
+    Conv1d,
+    ConvTranspose1d,
+    GroupNorm,
+    Reach,
+    gated_residual,
+    in_tiles,
+)
 from .errors import OptionError
 from .utils import unfold
 
@@ -180,7 +187,12 @@ class DConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + layer(x)
+            assert isinstance(layer, nn.Sequential)
+            *inner, convolution, norm, gate, gain = layer
+            hidden = x
+            for part in inner:
+                hidden = part(hidden)
+            x = gated_residual(x, hidden, (convolution, norm, gate, gain))
         return x
 
 

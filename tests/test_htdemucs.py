@@ -85,7 +85,6 @@ def test_layers_in_tiles_equal_the_reference(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large models are cut along frequency on a CPU; here, in tiles of a few rows."""
-    monkeypatch.setattr(cpu_kernels, "WHOLE_BYTES", 0)
     monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**13)
     theirs, ours = pair(HTDemucs, **{**TINY, **options})
     mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,23 +113,63 @@ class GroupNorm(nn.GroupNorm):
 
     def _in_pieces(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `_at_once`, with the sums of short pieces added in float64: 1e-6 off."""
-        mean, deviation = self._moments(rows.unflatten(2, (self.num_groups, -1)))
+        mean, deviation = self.moments([rows])
+        return self.scaled(rows, mean, deviation), mean / deviation
+
+    def moments(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation `[B, G]` in float64 of all `parts` `[B, T, C]` together."""
+        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        for rows in parts:
+            groups = rows.unflatten(2, (self.num_groups, -1))  # [B, T, G, C / G]
+            steps = max(1, PIECE // groups.shape[3])
+            whole = groups.shape[1] // steps * steps
+            pieces = [groups[:, :whole].unflatten(1, (-1, steps)), groups[:, None, whole:]]
+            sums = [piece.sum((2, 4)) for piece in pieces]
+            norms = [torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces]
+            total = total + torch.cat(sums, 1).double().sum(1)
+            square = square + torch.cat(norms, 1).double().square().sum(1)
+            count += groups.shape[1] * groups.shape[3]
+        mean = total / count
+        return mean, (square / count - mean**2).clamp_min(0).add(self.eps).sqrt()
+
+    def scaled(self, rows: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+        """Normalize `rows` `[B, T, C]` by what `moments` gives."""
         gain = self.weight.view(self.num_groups, -1) / deviation[..., None]  # [B, G, C / G]
         offset = self.bias.view(self.num_groups, -1) - mean[..., None] * gain
         gain, offset = (part.flatten(1)[:, None].to(rows.dtype) for part in (gain, offset))
-        return torch.addcmul(offset, rows, gain), mean / deviation
+        return torch.addcmul(offset, rows, gain)
 
-    def _moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation over steps and channels of `rows` `[B, T, G, C / G]`, in float64."""
-        count = rows.shape[1] * rows.shape[3]
-        steps = max(1, PIECE // rows.shape[3])
-        whole = rows.shape[1] // steps * steps
-        pieces = [rows[:, :whole].unflatten(1, (-1, steps)), rows[:, None, whole:]]
-        sums = [piece.sum((2, 4)) for piece in pieces]
-        norms = [torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces]
-        mean = torch.cat(sums, 1).double().sum(1) / count
-        square = torch.cat(norms, 1).double().square().sum(1) / count
-        return mean, (square - mean**2).clamp_min(0).add(self.eps).sqrt()
+
+def gated_residual(x: Tensor, hidden: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """Add to `x` `[B, C, T]` what `layers` make of `hidden`.
+
+    These are a convolution of single steps, a norm, a gate and a gain. On a CPU long inputs are
+    worked on block by block, once for the moments of the norm and once for the result: what is
+    twice as wide as `x` is never whole.
+    """
+    convolution, norm, gate, gain = layers
+    steps = TILE_BYTES // (2 * x[..., 0].numel() * x.element_size())
+    moments = None
+    if steps < x.shape[2] and _is_channels_last(hidden) and not torch.is_grad_enabled():
+        moments = _moments_of(convolution, norm, hidden.split(steps, 2))
+    if moments is None or not isinstance(norm, GroupNorm):
+        return x + gain(gate(norm(convolution(hidden))))
+    y = torch.empty_like(x)
+    for before, part, after in zip(*(whole.split(steps, 2) for whole in (x, hidden, y))):
+        rows = convolution(part).transpose(1, 2)
+        branch = gain(gate(norm.scaled(rows, *moments).transpose(1, 2)))
+        torch.add(before, branch, out=after)
+    return y
+
+
+def _moments_of(
+    convolution: nn.Module, norm: nn.Module, parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """What `norm` needs of the convolved `parts`, unless it is no norm, or they are too even."""
+    if type(norm) is not GroupNorm:
+        return None
+    mean, deviation = norm.moments(convolution(part).transpose(1, 2) for part in parts)
+    return None if (mean / deviation).abs().max() > FLATNESS else (mean, deviation)
 
 
 @dataclass(frozen=True)
