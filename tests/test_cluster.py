@@ -141,17 +141,21 @@ def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) ->
     assert_same_stems(job / "ray", job / "plain")
 
 
-def test_ended_by_a_signal(job: Path, repo: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_ended_by_a_signal(job: Path, repo: Path, name: str) -> None:
     """Ray has a handler of its own, and workers that die after the command has let go of them."""
-    process = on_ray(repo, "in", "-o", "ended", cwd=job)
+    folder, number = job / name, signal.Signals[name]
+    process = on_ray(repo, "in", "-o", folder, cwd=job)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["error"] is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     results, errors = finish(process)
-    assert (process.returncode, errors) == (143, ["demucs-infer: error: ended by SIGTERM"])
+    message = f"demucs-infer: error: ended by {name}"
+    assert (process.returncode, errors) == (128 + number, [message])
     assert len(results) < 39
-    assert len(list((job / "ended/tiny").iterdir())) >= 1 + len(results)
-    assert not list((job / "ended/tiny").glob(".*"))
+    assert len(list((folder / "tiny").iterdir())) >= 1 + len(results)
+    assert not list((folder / "tiny").glob(".*"))
 
 
 @pytest.mark.slow
