@@ -143,6 +143,7 @@ def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) ->
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.usefixtures("hang_ups")
 def test_ended_by_a_signal(job: Path, repo: Path, name: str) -> None:
     """Ray has a handler of its own, and workers that die after the command has let go of them."""
     folder, number = job / name, signal.Signals[name]

@@ -191,10 +191,12 @@ def test_standard_output_that_cannot_be_written_to() -> None:
 
 
 @needs_posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_command_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    for name in "ab":
-        soundfile.write(tmp_path / f"{name}.wav", noise(1, 44_100 * 60).T.numpy(), 44_100)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.usefixtures("hang_ups")
+def test_a_signal_ends_the_command_cleanly(name: str, tmp_path: Path) -> None:
+    number = signal.Signals[name]
+    for track in "ab":
+        soundfile.write(tmp_path / f"{track}.wav", noise(1, 44_100 * 60).T.numpy(), 44_100)
     process = subprocess.Popen(
         [*DEMO, "a.wav", "b.wav"],
         cwd=tmp_path,

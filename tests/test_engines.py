@@ -217,6 +217,7 @@ def test_a_provider_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
             on_engine(ours, EngineOptions(device="onnxruntime:cuda"))(mix)
 
 
+@pytest.mark.slow
 def test_a_provider_of_several_gpus_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its session is tried on the CPU."""
     onnxruntime = pytest.importorskip("onnxruntime")

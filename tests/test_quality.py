@@ -73,6 +73,7 @@ def test_stems_are_good(usual: np.ndarray) -> None:
 
 
 # In dB of the mean: from worse than the usual options to better.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "suffix", "least", "most"),
     [

@@ -245,6 +245,7 @@ def test_a_stem_appears_whole_or_not_at_all(
     assert memory.cat_file("/out/a.wav") == b"whole"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
 def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
     """Whatever is seen under a key is whole; what is there is not made again."""
