@@ -9,7 +9,8 @@ Each time goes to standard error when it is taken.
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.bench
 
-stands for a processor without AVX-512, but for MKL, which still has it on Intel's.
+stands for a processor without AVX-512, but for MKL, which still has it on Intel's, and OpenVINO,
+which may crash: --network leaves it out.
 """
 
 from __future__ import annotations
@@ -127,10 +128,13 @@ def decibels(ours: Tensor, theirs: Tensor) -> float:
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
-def compare_windows(label: str, count: int, seconds: float | None, device: str, batch: int) -> None:
+def compare_windows(
+    label: str, count: int, seconds: float | None, device: str, networks: Sequence[str] | None
+) -> None:
     """A line of the table for each side of one model."""
-    signature = MODELS[label]
-    variants = ON_CPU if device == "cpu" else ON_CUDA
+    signature, batch = MODELS[label], 8 if device == "cuda" else 1
+    known = ON_CPU if device == "cpu" else ON_CUDA
+    variants = {name: known[name] for name in networks or known}
     theirs, ours = (model.to(device) for model in released_pair(signature))
     mix = make_window(ours, seconds).to(device).expand(batch, -1, -1)
     models = {
@@ -267,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=5, help="windows per side (default: 5)")
     parser.add_argument("--model", choices=MODELS, action="append", help="(default: all)")
+    parser.add_argument("--network", choices=ON_CPU, action="append", help="(default: all)")
     parser.add_argument("--seconds", type=float, help="length of a window (default: the model's)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU, in batches of 8 windows")
     parser.add_argument("--busy", action="store_true", help="each second core has other work")
@@ -301,9 +306,9 @@ def _compare(args: argparse.Namespace) -> None:
     else:
         print("| model | network | seconds | ratio | error below | of matrix rate |")
         print("|---|---|---|---|---|---|")
-        device, batch = ("cuda", 8) if args.cuda else ("cpu", 1)
+        device = "cuda" if args.cuda else "cpu"
         for label in labels:
-            compare_windows(label, args.windows, args.seconds, device, batch)
+            compare_windows(label, args.windows, args.seconds, device, args.network)
 
 
 if __name__ == "__main__":
