@@ -221,7 +221,7 @@ class LayerOptions(NamedTuple):
     dconv: DConvOptions | None = None
 
     def group_norm(self, channels: int) -> nn.Module:
-        return GroupNorm(self.norm_groups, channels) if self.norm else nn.Identity()
+        return GroupNorm(int(self.norm_groups), channels) if self.norm else nn.Identity()
 
     @property
     def padding(self) -> int:

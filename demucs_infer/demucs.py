@@ -100,7 +100,7 @@ class _LevelLayers:
     def _norm(self, channels: int) -> nn.Module:
         if self.index < self.options.norm_starts:
             return nn.Identity()
-        return GroupNorm(self.options.norm_groups, channels)
+        return GroupNorm(int(self.options.norm_groups), channels)
 
     def _activation(self) -> nn.Module:
         return nn.GELU() if self.options.gelu else nn.ReLU()

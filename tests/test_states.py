@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from demucs_infer import separate
+from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -545,3 +546,12 @@ def test_states_that_are_copied_and_swapped() -> None:
         assert torch.equal(model.bias, torch.zeros(2))
         assert torch.equal(model.weight, inside["weight"])
     assert torch.equal(model.bias, inside["bias"])
+
+
+@pytest.mark.parametrize(("family", "options"), [(HDemucs, {"depth": 5}), (Demucs, {"depth": 3})])
+def test_a_truth_value_is_a_number_too(family: type, options: dict, tmp_path: Path) -> None:
+    small = {"sources": ["a", "b"], "channels": 8, "norm_starts": 1}
+    model = family(**small, **options, norm_groups=True)
+    loaded = load_model(save_model(model, tmp_path / "a.safetensors"))
+    with torch.no_grad():
+        assert loaded(torch.randn(1, 2, 30_000)).isfinite().all()
