@@ -187,12 +187,7 @@ class DConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            assert isinstance(layer, nn.Sequential)
-            *inner, convolution, norm, gate, gain = layer
-            hidden = x
-            for part in inner:
-                hidden = part(hidden)
-            x = gated_residual(x, hidden, (convolution, norm, gate, gain))
+            x = gated_residual(x, layer)
         return x
 
 

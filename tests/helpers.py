@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -97,6 +98,15 @@ def tone_with_gaps(length: int, samplerate: int = 8000) -> Tensor:
     tone = 0.3 * torch.sin(2 * torch.pi * 220 * time) + 0.1 * torch.sin(2 * torch.pi * 1760 * time)
     tone = tone * ((4 * time).floor() % 2 == 0)
     return torch.stack([tone, 0.7 * tone])[None]
+
+
+def archive(path: Path, data: bytes, **entries: bytes) -> Path:
+    """A PyTorch archive around a pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", data)
+        for name, content in entries.items():
+            file.writestr(f"archive/data/{name}", content)
+    return path
 
 
 def save_package(path: Path, model: nn.Module, half: bool = False, **changes: object) -> Path:

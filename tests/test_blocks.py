@@ -17,6 +17,8 @@ from demucs_infer.blocks import (
     LocalState,
     ScaledEmbedding,
 )
+from demucs_infer.engine import cpu_kernels
+from demucs_infer.engine.cpu_kernels import channels_last
 from demucs_infer.errors import OptionError
 
 from .helpers import assert_close, shake
@@ -87,6 +89,20 @@ def test_a_residual_branch(options: dict) -> None:
     with torch.no_grad():
         x = random(2, 16, 300)
         assert_close(ours(x), theirs(x))
+
+
+def test_a_long_residual_branch_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    branch, x = shake(DConv(16, DConvOptions())), channels_last(random(1, 16, 3000))
+    seen: list[object] = []
+    with torch.no_grad():
+        whole = branch(x)
+        monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**16)
+        branch.layers[0][-4].register_forward_hook(lambda *_: seen.append(1))
+        assert_close(branch(x), whole)
+        assert len(seen) > 2  # block by block
+        branch.layers[0].register_forward_hook(lambda *_: seen.clear())
+        assert_close(branch(x), whole)
+        assert not seen  # who watches the branch sees it whole
 
 
 LAYERS = [

@@ -24,7 +24,7 @@ from demucs_infer.hub.packages import read_package, read_state, read_weights, wr
 from demucs_infer.hub.pickles import ClassName
 from demucs_infer.states import load_model, serialize_model
 
-from .helpers import TINY
+from .helpers import TINY, archive
 
 STORAGE = b"ctorch\nFloatStorage\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -46,15 +46,6 @@ def package() -> dict:
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def archive(path: Path, data: bytes, **entries: bytes) -> Path:
-    """A PyTorch archive around a pickle."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", data)
-        for name, content in entries.items():
-            file.writestr(f"archive/data/{name}", content)
-    return path
 
 
 def tensor(size: bytes, stride: bytes = b")", numel: bytes = b"K\4") -> bytes:

@@ -41,7 +41,7 @@ from demucs_infer.states import (
     swap_state,
 )
 
-from .helpers import TINY, assert_close, noise, released_pair, run, save_package, shake
+from .helpers import TINY, archive, assert_close, noise, released_pair, run, save_package, shake
 
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
@@ -218,15 +218,6 @@ class Reduce:
 
     def __reduce__(self) -> tuple:
         return self.call
-
-
-def archive(path: Path, data: bytes, **entries: bytes) -> Path:
-    """A PyTorch archive around a pickle."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", data)
-        for name, content in entries.items():
-            file.writestr(f"archive/data/{name}", content)
-    return path
 
 
 def hostile_pickles(proof: Path) -> dict[str, bytes]:
