@@ -25,6 +25,7 @@ from .engine.cpu_kernels import (
     Reach,
     gated_residual,
     in_tiles,
+    rows_at_once,
 )
 from .errors import OptionError
 from .utils import unfold
@@ -122,14 +123,25 @@ class LocalState(nn.Module):
             layer(x).view(batch, self.heads, channels // self.heads, length)
             for layer in (self.query, self.key, self.content)
         )
-        # Scores are [B, H, T of the key, T of the query]: each query's column sums to one.
-        scores = key.transpose(2, 3) @ query / math.sqrt(channels // self.heads)
-        steps = torch.arange(length, device=x.device, dtype=x.dtype)
-        distance = (steps[:, None] - steps).abs()
-        scores = scores - distance * self._decay(x)[:, :, None]
-        itself = torch.eye(length, dtype=torch.bool, device=x.device)
-        weights = scores.masked_fill(itself, SELF_ATTENTION_SCORE).softmax(dim=2)
-        return x + self.proj((content @ weights).reshape(batch, channels, length))
+        decay = self._decay(x)
+        count = rows_at_once(x, batch * self.heads * length * x.element_size(), length)
+        mixed = [
+            content @ self._weights(key, query[..., first : first + count], decay, first)
+            for first in range(0, length, count)
+        ]
+        return x + self.proj(torch.cat(mixed, dim=-1).reshape(batch, channels, length))
+
+    def _weights(self, key: Tensor, query: Tensor, decay: Tensor, first: int) -> Tensor:
+        """Weights `[B, H, T of the key, n]` for the `n` queries from step `first` on.
+
+        Each query's column sums to one.
+        """
+        scores = key.transpose(2, 3) @ query / math.sqrt(key.shape[2])
+        steps = torch.arange(key.shape[3], device=key.device, dtype=key.dtype)
+        asking = slice(first, first + query.shape[3])
+        distance = (steps[:, None] - steps[asking]).abs()
+        scores = scores - distance * decay[:, :, None, asking]
+        return scores.masked_fill(distance == 0, SELF_ATTENTION_SCORE).softmax(dim=2)
 
     def _decay(self, x: Tensor) -> Tensor:
         """Penalty `[B, H, T]` of each query per step of distance."""

@@ -5,9 +5,13 @@ Shapes: `[..., T]` samples; `[..., F, N]` complex spectra of `F` bins and `N` fr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+FRAMES_AT_ONCE = 64  # what is made of them between samples and spectrum stays in the cache
 
 
 def spectro(x: Tensor, n_fft: int = 512, hop_length: int | None = None, pad: int = 0) -> Tensor:
@@ -51,15 +55,28 @@ def ispectro(
     return x.view(*other, x.shape[-1])
 
 
-def istft_cropped(z: Tensor, hop_length: int, start: int, length: int) -> Tensor:
-    """Inverse STFT of `z` `[*, F, N]` between two silent frames at either end, as `[*, length]`.
+def stft_in_parts(x: Tensor, n_fft: int, hop_length: int) -> Iterator[Tensor]:
+    """STFT of `x` `[*, T]` as in `spectro`, some frames at a time, `[*, n_fft / 2, n]`.
 
-    Sample 0 is where the first frame of `z` starts, and the result begins at `start`. With frames
-    of four hops:
+    The first frame starts at the first sample, nothing is padded, and the top bin is left out.
+    """
+    window = torch.hann_window(n_fft, dtype=x.dtype, device=x.device)
+    for frames in x.unfold(-1, n_fft, hop_length).split(FRAMES_AT_ONCE, -2):  # [*, n, n_fft]
+        yield torch.fft.rfft(frames * window, norm="ortho")[..., :-1].transpose(-1, -2)
+
+
+def istft_of_parts(
+    parts: Iterable[Tensor], hop_length: int, frames: int, start: int, length: int
+) -> Tensor:
+    """Inverse STFT of `frames` frames between two silent ones at either end, as `[*, length]`.
+
+    `parts` are their spectra `[*, F, n]`, one after the other. A frame has four hops; bins that
+    are missing at its top are zero. Sample 0 is where the first frame starts, and the result begins
+    at `start`:
 
         silence  |=======|                                       |=======|
                    |=======|                                   |=======|
-        z            |=======|                               |=======|
+        parts        |=======|                               |=======|
                        |=======|        ...                |=======|
         samples      0   |------------ length ------------|
                        start
@@ -72,24 +89,26 @@ def istft_cropped(z: Tensor, hop_length: int, start: int, length: int) -> Tensor
     Silent frames add nothing to the sum above, only to the one below, so they are never made:
     their part in the samples that are kept is in the envelope alone.
     """
-    bins, frames = z.shape[-2:]
-    n_fft = 2 * bins - 2
-    window = torch.hann_window(n_fft, dtype=z.real.dtype, device=z.device)
-    waves = torch.fft.irfft(z.transpose(-1, -2), n_fft, norm="ortho") * window
-    envelope = overlap_add((window**2).expand(frames + 4, n_fft), hop_length)[2 * hop_length :]
+    total = window = torch.empty(0)
+    first = 0
+    for part in parts:
+        if not first:
+            window = torch.hann_window(4 * hop_length, dtype=part.real.dtype, device=part.device)
+            total = window.new_zeros(*part.shape[:-2], frames + 3, hop_length)
+        waves = torch.fft.irfft(part.transpose(-1, -2), 4 * hop_length, norm="ortho")
+        _overlap_add(total[..., first:, :], waves * window)
+        first += part.shape[-1]
+    envelope = window.new_zeros(frames + 7, hop_length)
+    _overlap_add(envelope, (window**2).expand(frames + 4, -1))
     stop = start + length
-    return overlap_add(waves, hop_length)[..., start:stop] / envelope[start:stop]
+    return total.flatten(-2)[..., start:stop].div_(envelope[2:].flatten()[start:stop])
 
 
-def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
-    """The sum `[*, T]` of `frames` `[*, N, L]` that start every `hop_length` samples, part of L."""
-    *other, count, width = frames.shape
-    parts = width // hop_length
-    blocks = frames.unflatten(-1, (parts, hop_length))
-    total = frames.new_zeros(*other, count + parts - 1, hop_length)
-    for part in range(parts):
-        total[..., part : part + count, :] += blocks[..., part, :]
-    return total.flatten(-2)
+def _overlap_add(total: Tensor, frames: Tensor) -> None:
+    """Add `frames` `[*, N, L]`, a hop apart, to `total` `[*, M, hop]` from its first hop on."""
+    blocks = frames.unflatten(-1, (-1, total.shape[-1]))  # [*, N, L / hop, hop]
+    for part in range(blocks.shape[-2]):
+        total[..., part : part + frames.shape[-2], :] += blocks[..., part, :]
 
 
 def reflect_pad(x: Tensor, left: int, right: int) -> Tensor:

@@ -74,7 +74,7 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dims = tuple(range(1, x.dim()))
     mean = x.mean(dim=dims, keepdim=True)
     std = x.std(dim=dims, keepdim=True, correction=min(1, x[0].numel() - 1))
-    return (x - mean) / (eps + std), mean, std
+    return (x - mean).div_(eps + std), mean, std
 
 
 def run_network(network: Any, model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -44,11 +44,16 @@ def test_an_lstm_in_frames(length: int) -> None:
         assert_close(ours(x), theirs(x))
 
 
-def test_attention_that_stays_local() -> None:
+@pytest.mark.parametrize("queries", [7, 50])
+def test_attention_that_stays_local(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = like(LocalState(8), demucs.demucs.LocalState(8, nfreqs=0))
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", queries * 2 * 4 * 50 * 4)
     with torch.no_grad():
         x = random(2, 8, 50)
         assert_close(ours(x), theirs(x))
+
+
+def test_attention_in_heads_that_do_not_fit() -> None:
     with pytest.raises(OptionError, match="multiple of 4 channels, not 6"):
         LocalState(6)
 

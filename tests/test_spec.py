@@ -8,10 +8,11 @@ from demucs_infer.spec import (
     channels_as_complex,
     complex_as_channels,
     ispectro,
-    istft_cropped,
+    istft_of_parts,
     phase_of,
     reflect_pad,
     spectro,
+    stft_in_parts,
 )
 
 from .helpers import assert_close, noise
@@ -42,13 +43,21 @@ def test_phase_of_the_mixture() -> None:
     assert torch.allclose(out, torch.tensor([3j, -3.0, 3.0]), atol=1e-6)
 
 
+def test_a_spectrum_in_parts_is_the_whole_one() -> None:
+    x = noise(2, 128 * 203)
+    parts = list(stft_in_parts(x, 512, 128))
+    assert len(parts) > 1  # and a last one that is shorter
+    whole = spectro(x, 512)[:, :-1, 2:-2]
+    assert_close(torch.view_as_real(torch.cat(parts, -1)), torch.view_as_real(whole), 1e-6)
+
+
 @pytest.mark.parametrize(("start", "length"), [(0, 1100), (192, 700), (5, 1)])
 def test_the_inside_of_a_spectrum_is_inverted_as_with_silence_around_it(
     start: int, length: int
 ) -> None:
     z = torch.randn(2, 257, 6, dtype=torch.complex64)
     whole = ispectro(torch.nn.functional.pad(z, (2, 2)), 128, 1152)
-    out = istft_cropped(z, 128, start, length)
+    out = istft_of_parts(z.split(4, -1), 128, 6, start, length)
     assert_close(out, whole[:, start : start + length], 1e-6)
 
 

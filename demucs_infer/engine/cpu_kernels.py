@@ -31,6 +31,11 @@ def _eager_on_cpu(x: Tensor) -> bool:
     return not is_compiling() and x.device.type == "cpu" and not is_tracing()
 
 
+def rows_at_once(x: Tensor, row_bytes: int, rows: int) -> int:
+    """How many of `rows` are worked on at once: as many as fit into a tile, on a CPU."""
+    return min(rows, max(1, TILE_BYTES // row_bytes)) if _eager_on_cpu(x) else rows
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` `[B, C, F, T]` or `[B, C, T]`, on a CPU with its channels side by side in memory.
 
@@ -237,7 +242,15 @@ def in_tiles(
         return reach.of(function, inputs, 0, count)
     tiles = math.ceil(count / max(1, TILE_BYTES // row_bytes))
     edges = [count * index // tiles for index in range(tiles + 1)]
-    return torch.cat([reach.of(function, inputs, *e) for e in itertools.pairwise(edges)], dim=2)
+    first = reach.of(function, inputs, *edges[:2])
+    layout = torch.channels_last if first.stride(1) == 1 else torch.contiguous_format
+    # Not all tiles first and then their sum: that would be the whole twice.
+    shape = (*first.shape[:2], count, first.shape[3])
+    whole = torch.empty(shape, dtype=first.dtype, device=x.device, memory_format=layout)
+    whole[:, :, : edges[1]] = first
+    for start, stop in itertools.pairwise(edges[1:]):
+        whole[:, :, start:stop] = reach.of(function, inputs, start, stop)
+    return whole
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

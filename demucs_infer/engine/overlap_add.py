@@ -63,12 +63,13 @@ class OverlapAdd:
         self.start = 0
         self.sum: Tensor | None = None
 
-    def add(self, start: int, x: Tensor) -> None:
-        """Add `x` `[..., n]` at sample `start` of the track."""
+    def add(self, start: int, x: Tensor, share: Tensor | None = None) -> None:
+        """Add `x` `[..., n]`, times `share` if it is given, at sample `start` of the track."""
         if self.sum is None:
             self.sum = x.new_zeros(*x.shape[:-1], self.capacity)
         at = start - self.start
-        self.sum[..., at : at + x.shape[-1]] += x
+        share = x.new_ones(()) if share is None else share
+        self.sum[..., at : at + x.shape[-1]].addcmul_(x, share)
 
     def take(self, stop: int) -> Tensor:
         """Remove and return the samples up to `stop`."""

@@ -226,23 +226,22 @@ class SeparationPlan:
         start, stop = step.window
         late = max(0, -start)  # a shifted pass starts before the track
         if stop > start + late:
-            total.add(start + late, self._weighted(step, output)[..., late:])
+            share = self._share(step).to(output.device)
+            total.add(start + late, output[..., late:], share[..., late:])
 
     def _shown(self, bar: Bar, task: Pass) -> Iterable[Any]:
         model = self.placement.members[task.model]
         seconds = segment_and_stride(model, self.options)[1] / model.samplerate
         return bar(task.windows, unit="seconds", unit_scale=round(seconds, 2), ncols=BAR_WIDTH)
 
-    def _weighted(self, step: Step, output: Tensor) -> Tensor:
-        share = self.gains[step.task.model][:, None, None] * self._share(step)
-        return output * share.to(output.device)
-
     def _share(self, step: Step) -> Tensor:
+        """What each sample of the step's stems counts in their sum, `[S, 1, n]`."""
         longest = max(w.stop - w.start for w in step.task.windows)
         if self.options.split:
             longest = segment_and_stride(self.placement.members[step.task.model], self.options)[0]
         weight = fade(longest, self.options.transition_power)
-        return window_share(step.task.windows, step.number, weight)
+        share = window_share(step.task.windows, step.number, weight)
+        return self.gains[step.task.model][:, None, None] * share
 
 
 def _each(task: Pass, shown: Iterable[Any] | None) -> Generator[None, None, None]:
