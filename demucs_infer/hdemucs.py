@@ -246,8 +246,8 @@ class HybridUNet(nn.Module):
         x, xt = x.unflatten(1, (len(self.sources), -1)), xt.unflatten(1, (len(self.sources), -1))
         if stems is not None:
             x, xt = x[:, list(stems)], xt[:, list(stems)]
-        parts = self._estimates(x.to(mean.device), mean, std, parts)
-        x = self._samples(parts, x.shape[-1], mix.shape[-1]).to(mix.device)
+        estimates = self._estimates(x.to(mean.device), mean, std, parts)
+        x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
         return (x + mean_t[:, None]).addcmul_(xt, std_t[:, None])
 
     def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def gated_residual(x: Tensor, branch: nn.Module) -> Tensor:
     inputs go through these block by block, once for the moments of the norm and once for the
     result: what is twice as wide as `x` is never whole. A branch that somebody watches runs whole.
     """
-    steps = max(1, TILE_BYTES // (2 * x[..., 0].numel() * x.element_size()))
+    steps = rows_at_once(x, 2 * x[..., 0].numel() * x.element_size(), x.shape[2])
     long = steps < x.shape[2] and _is_channels_last(x) and not torch.is_grad_enabled()
     if not long or type(branch) is not nn.Sequential or branch._forward_hooks:
         return x + branch(x)
@@ -238,13 +238,14 @@ def in_tiles(
     x = inputs[0]
     count = reach.count(x.shape[2])
     row_bytes = x.shape[0] * (widest or 0) * x.shape[-1] * x.element_size()
-    if widest is None or count * row_bytes <= TILE_BYTES or not _eager_on_cpu(x):
+    rows = count if widest is None else rows_at_once(x, row_bytes, count)
+    if rows == count:
         return reach.of(function, inputs, 0, count)
-    tiles = math.ceil(count / max(1, TILE_BYTES // row_bytes))
+    tiles = math.ceil(count / rows)
     edges = [count * index // tiles for index in range(tiles + 1)]
     first = reach.of(function, inputs, *edges[:2])
     layout = torch.channels_last if first.stride(1) == 1 else torch.contiguous_format
-    # Not all tiles first and then their sum: that would be the whole twice.
+    # Joined at the end, the tiles would take the room of the whole twice.
     shape = (*first.shape[:2], count, first.shape[3])
     whole = torch.empty(shape, dtype=first.dtype, device=x.device, memory_format=layout)
     whole[:, :, : edges[1]] = first
