@@ -236,17 +236,14 @@ class HybridUNet(nn.Module):
         The transforms keep the type of `mix`; the network works in that of its parameters.
         `network` is what runs it instead of `network`, see `engines`.
         """
-        parts: Iterable[Tensor] = self._spectra(mix)
-        if not self.cac:
-            parts = list(parts)  # the sources get their phases
-        x = torch.cat([channels_last(self._magnitude(part)) for part in parts], dim=-1)
+        x, phases = self._spectrum(mix)
         x, mean, std = standardize(x, EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = run_network(network or self.network, self, x.to(mix.device), xt)
         x, xt = x.unflatten(1, (len(self.sources), -1)), xt.unflatten(1, (len(self.sources), -1))
         if stems is not None:
             x, xt = x[:, list(stems)], xt[:, list(stems)]
-        estimates = self._estimates(x.to(mean.device), mean, std, parts)
+        estimates = self._estimates(x.to(mean.device), mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
         return (x + mean_t[:, None]).addcmul_(xt, std_t[:, None])
 
@@ -303,6 +300,13 @@ class HybridUNet(nn.Module):
                 xt = before[:, :, 0]
             xt, _ = tdecoder(xt, skip.xt, skip.length_t)
         return x, xt
+
+    def _spectrum(self, mix: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Input of the network, and the spectra whose phases the sources get, if it has none."""
+        parts: Iterable[Tensor] = self._spectra(mix)
+        phases = [] if self.cac else list(parts)
+        x = [channels_last(self._magnitude(part)) for part in phases or parts]
+        return torch.cat(x, dim=-1), phases
 
     def _spec(self, x: Tensor) -> Tensor:
         """Spectrum `[B, C, nfft / 2, ceil(T / hop)]` of `x` `[B, C, T]`, without its top bin."""
