@@ -234,68 +234,78 @@ class LayerOptions(NamedTuple):
     def padding(self) -> int:
         return self.kernel_size // 4 if self.pad else 0
 
-    def rewrite_convolution(self, channels: int) -> nn.Module:
-        """The gated convolution over the neighbours, from `channels` to twice as many."""
-        width, around = 2 * self.context + 1, self.context
-        if not self.freq:
-            return Conv1d(channels, 2 * channels, width, padding=around)
-        if not self.context_freq:
-            return nn.Conv2d(channels, 2 * channels, (1, width), padding=(0, around))
-        return nn.Conv2d(channels, 2 * channels, width, padding=(0, around))
-
     @property
     def halo(self) -> int:
-        """Rows on each side that the rewrite convolution sees, in the spectral branch."""
-        return self.context if self.rewrite and self.freq and self.context_freq else 0
+        """Bins, or steps of the time branch, that the rewrite convolution sees on each side."""
+        return self.context if self.rewrite and (self.context_freq or not self.freq) else 0
+
+    def rewrite_convolution(self, channels: int) -> nn.Module:
+        """The gated convolution over the neighbours, from `channels` to twice as many."""
+        width = 2 * self.context + 1
+        if not self.freq:
+            return Conv1d(channels, 2 * channels, width)
+        kernel = (2 * self.halo + 1, width)
+        return nn.Conv2d(channels, 2 * channels, kernel, padding=(0, self.context))
 
 
 class HEncLayer(nn.Module):
-    """Strided convolution, residual branch, gated rewrite: halves the detail of one branch."""
+    """Strided convolution, residual branch, gated rewrite: halves the detail of one branch.
+
+    Convolutions are not padded along the axis on which the layer works: `Reach` does that.
+    """
 
     def __init__(self, chin: int, chout: int, options: LayerOptions) -> None:
         super().__init__()
-        kernel, stride, pad = options.kernel_size, options.stride, options.padding
+        kernel, stride = options.kernel_size, options.stride
         self.freq, self.kernel_size, self.stride = options.freq, kernel, stride
-        self.empty, self.pad, self.halo = options.empty, pad, options.halo
-        self.widest = None if options.norm or options.halo else 2 * chout  # channels in a tile
+        self.empty, self.pad, self.halo = options.empty, options.padding, options.halo
+        self.widest = None if options.norm else 2 * chout  # channels in a tile
         self.conv: nn.Module
         if options.freq:
             self.conv = nn.Conv2d(chin, chout, (kernel, 1), (stride, 1))
         else:
-            self.conv = Conv1d(chin, chout, kernel, stride, pad)
+            self.conv = Conv1d(chin, chout, kernel, stride)
+        self.rewrite: nn.Module | None = None
+        self.dconv: nn.Module | None = None
         if self.empty:
             return
         self.norm1 = options.group_norm(chout)
-        self.rewrite: nn.Module | None = None
         if options.rewrite:
             self.rewrite = options.rewrite_convolution(chout)
             self.norm2 = options.group_norm(2 * chout)
-        self.dconv = None if options.dconv is None else DConv(chout, options.dconv)
+        if options.dconv is not None:
+            self.dconv = DConv(chout, options.dconv)
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         """Encode `x`; `inject` is added after the first convolution (the other branch joins)."""
-        if self.freq:
-            encode = functools.partial(self._encode, inject=inject)
-            return in_tiles(
-                encode, [x], Reach(self.kernel_size, self.stride, self.pad), self.widest
-            )
-        x = x.flatten(1, -2)
-        return self._encode(F.pad(x, (0, -x.shape[-1] % self.stride)), inject)
+        x = x if self.freq else x.flatten(1, -2)
+        strided = Reach(self.kernel_size, self.stride, self.pad)
+        count = strided.count(x.shape[2] + (0 if self.freq else -x.shape[2] % self.stride))
+        convolve = functools.partial(self._convolve, inject=inject)
+        if self.freq and not self.halo:  # bins do not see each other after the convolution
 
-    def _encode(self, x: Tensor, inject: Tensor | None) -> Tensor:
+            def whole(part: Tensor) -> Tensor:
+                return self._gate(self._branch(convolve(part)))
+
+            return in_tiles(whole, [x], strided, self.widest, count)
+        y = self._branch(in_tiles(convolve, [x], strided, self.widest, count))
+        if self.rewrite is None:
+            return y
+        return in_tiles(self._gate, [y], Reach(2 * self.halo + 1, pad=self.halo), self.widest)
+
+    def _convolve(self, x: Tensor, inject: Tensor | None) -> Tensor:
         y = self.conv(x)
         if self.empty:
             return y
         if inject is not None:
             y = y + (inject[:, :, None] if y.dim() == 4 else inject)
-        y = F.gelu(self.norm1(y))
-        if self.dconv is not None:
-            y = dconv_per_bin(self.dconv, y)
-        if self.rewrite is None:
-            return y
-        if self.halo:
-            y = F.pad(y, (0, 0, self.halo, self.halo))
-        return F.glu(self.norm2(self.rewrite(y)), dim=1)
+        return F.gelu(self.norm1(y))
+
+    def _branch(self, y: Tensor) -> Tensor:
+        return y if self.dconv is None else dconv_per_bin(self.dconv, y)
+
+    def _gate(self, y: Tensor) -> Tensor:
+        return y if self.rewrite is None else F.glu(self.norm2(self.rewrite(y)), dim=1)
 
 
 class HDecLayer(nn.Module):
@@ -338,23 +348,25 @@ class HDecLayer(nn.Module):
         if self.empty:
             return x
         inputs = [x] if skip is None else [x, skip]
+        neighbours = Reach(2 * self.halo + 1, pad=self.halo)
         if self.freq:
-            neighbours = Reach(2 * self.halo + 1, pad=self.halo)
-            return in_tiles(self._rewrite, inputs, neighbours, self.widest)
-        return self._rewrite(*inputs)
+            return in_tiles(
+                lambda *parts: self._branch(self._gate(*parts)), inputs, neighbours, self.widest
+            )
+        return self._branch(in_tiles(self._gate, inputs, neighbours, self.widest))
 
-    def _rewrite(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def _gate(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         y = x if skip is None else x + skip
-        if self.rewrite is not None:
-            y = F.glu(self.norm1(self.rewrite(y)), dim=1)
+        return y if self.rewrite is None else F.glu(self.norm1(self.rewrite(y)), dim=1)
+
+    def _branch(self, y: Tensor) -> Tensor:
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
 
     def _spread(self, y: Tensor, length: int) -> Tensor:
         """Half of the detail comes back: cut by `pad` at either end, or to `length` in time."""
-        if self.freq:
-            reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
-            return in_tiles(self._transpose, [y], reach, self.widest_out)
-        return self._transpose(y)[..., self.pad : self.pad + length]
+        reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
+        z = in_tiles(self._transpose, [y], reach, self.widest_out)
+        return z if self.freq else z[..., :length]
 
     def _transpose(self, y: Tensor) -> Tensor:
         z = self.norm2(self.conv_tr(y))

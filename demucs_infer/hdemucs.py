@@ -241,7 +241,7 @@ class HybridUNet(nn.Module):
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = run_network(network or self.network, self, x.to(mix.device), xt)
         x, xt = x.unflatten(1, (len(self.sources), -1)), xt.unflatten(1, (len(self.sources), -1))
-        if stems is not None:
+        if stems is not None and list(stems) != list(range(len(self.sources))):  # else a copy
             x, xt = x[:, list(stems)], xt[:, list(stems)]
         estimates = self._estimates(x.to(mean.device), mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)

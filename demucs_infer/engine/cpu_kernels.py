@@ -69,8 +69,26 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if x.stride(1) == 1 and _eager_on_cpu(x):
+            return self._as_convolution(x)
         x, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
+
+    def _as_convolution(self, x: Tensor) -> Tensor:
+        """The same by a convolution, of which the channels are the steps between those of `x`.
+
+        See Shi et al., 2016 (arXiv:1609.05158). oneDNN compiles a transposed convolution anew for
+        each length: 20 ms to 2 s on an EPYC with AVX2, for what then takes 7 ms.
+        """
+        (stride,), (kernel,) = self.stride, self.kernel_size
+        taps = -(-kernel // stride)  # steps of `x` that one of the result sees
+        weight = F.pad(self.weight, (0, taps * stride - kernel))
+        weight = weight.unflatten(2, (taps, stride)).flip(2)  # [C, C', taps, stride]
+        weight = weight.permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2)
+        bias = None if self.bias is None else self.bias.repeat(stride)
+        y = F.conv2d(x.unsqueeze(2), weight, bias, padding=(0, taps - 1))
+        steps = y.squeeze(2).transpose(1, 2).reshape(len(y), -1, self.out_channels)
+        return steps.transpose(1, 2)[..., : (x.shape[2] - 1) * stride + kernel]
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -181,9 +199,9 @@ def _moments_of(
 
 @dataclass(frozen=True)
 class Reach:
-    """The rows (bins) of what is read that a row of the result of a convolution depends on.
+    """The rows (bins, or steps) that a row of the result of a convolution depends on.
 
-    Row `i` sees `kernel` rows from `i * stride - pad` on, with zeros outside of the spectrum:
+    Row `i` sees `kernel` rows from `i * stride - pad` on, with zeros outside:
 
         read      |0 0|. . . . . . . . . . . .|0 0|      kernel 4, stride 2, pad 2
         result      |___0___|___2___|                    (rows 0 and 2; row 1 overlaps both)
@@ -197,11 +215,11 @@ class Reach:
     pad: int = 0
     transposed: bool = False
 
-    def count(self, bins: int) -> int:
-        """Rows of the result for `bins` rows."""
+    def count(self, rows: int) -> int:
+        """Rows of the result for `rows` rows."""
         if self.transposed:
-            return (bins - 1) * self.stride + self.kernel - 2 * self.pad
-        return (bins + 2 * self.pad - self.kernel) // self.stride + 1
+            return (rows - 1) * self.stride + self.kernel - 2 * self.pad
+        return (rows + 2 * self.pad - self.kernel) // self.stride + 1
 
     def of(
         self, function: Callable[..., Tensor], inputs: Sequence[Tensor], start: int, stop: int
@@ -219,35 +237,43 @@ class Reach:
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of `x` `[B, C, F, T]`, with zeros outside of it."""
-    bins = x.shape[2]
-    above, below = max(0, -start), max(0, stop - bins)
-    inside = x[:, :, max(0, start) : min(stop, bins)]
-    return F.pad(inside, (0, 0, above, below)) if above or below else inside
+    """Rows `start` to `stop` of `x` `[B, C, F, T]` or `[B, C, T]`, with zeros outside of it."""
+    rows = x.shape[2]
+    above, below = max(0, -start), max(0, stop - rows)
+    inside = x[:, :, max(0, start) : min(stop, rows)]
+    if not above and not below:
+        return inside
+    return F.pad(inside, (*[0, 0] * (x.dim() - 3), above, below))
 
 
 def in_tiles(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], reach: Reach, widest: int | None
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    reach: Reach,
+    widest: int | None,
+    count: int | None = None,
 ) -> Tensor:
-    """Apply `function`, a layer along frequency, to `inputs` `[B, C, F, T]`, tile by tile of rows.
+    """Apply `function`, a layer along frequency or time, to `inputs`, tile by tile of rows.
 
-    `widest` is the number of channels of the largest result on the way; None is for a layer that
-    needs all rows at once. On a CPU none of the results on the way is kept whole, and what one
-    layer leaves in the cache the next one finds there.
+    They are `[B, C, F, T]` with bins as rows, or `[B, C, T]` with steps. `widest` is the number of
+    channels of the largest result on the way; None is for a layer that needs all rows at once.
+    `count` is the number of rows of the result, if it is not what `reach` tells. On a CPU none of
+    the results on the way is kept whole, and what one layer leaves in the cache the next one finds
+    there.
     """
     x = inputs[0]
-    count = reach.count(x.shape[2])
-    row_bytes = x.shape[0] * (widest or 0) * x.shape[-1] * x.element_size()
+    count = reach.count(x.shape[2]) if count is None else count
+    row_bytes = (widest or 0) * x[:, 0, 0].numel() * x.element_size()
     rows = count if widest is None else rows_at_once(x, row_bytes, count)
     if rows == count:
         return reach.of(function, inputs, 0, count)
     tiles = math.ceil(count / rows)
     edges = [count * index // tiles for index in range(tiles + 1)]
     first = reach.of(function, inputs, *edges[:2])
-    layout = torch.channels_last if first.stride(1) == 1 else torch.contiguous_format
     # Joined at the end, the tiles would take the room of the whole twice.
-    shape = (*first.shape[:2], count, first.shape[3])
-    whole = torch.empty(shape, dtype=first.dtype, device=x.device, memory_format=layout)
+    whole = first.new_empty((*first.shape[:2], count, *first.shape[3:]))
+    if first.stride(1) == 1:
+        whole = whole.view(len(whole), *whole.shape[2:], -1).movedim(-1, 1)
     whole[:, :, : edges[1]] = first
     for start, stop in itertools.pairwise(edges[1:]):
         whole[:, :, start:stop] = reach.of(function, inputs, start, stop)
