@@ -254,7 +254,7 @@ class HybridUNet(nn.Module):
         """
         x, xt, skips = self._encode(channels_last(x), channels_last(xt))
         x, xt = self._bottom(x, xt)
-        return self._decode(x, xt, skips)
+        return self._decode(channels_last(x), channels_last(xt), skips)
 
     def exact_layers(self) -> list[nn.Module]:
         """Layers of the outermost decoders that stay in float32 when the network is cast.

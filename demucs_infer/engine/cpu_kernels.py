@@ -69,8 +69,8 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if x.stride(1) == 1 and _eager_on_cpu(x):
-            return self._as_convolution(x)
+        if _eager_on_cpu(x):
+            return self._as_convolution(channels_last(x))
         x, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
 
@@ -243,7 +243,9 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     inside = x[:, :, max(0, start) : min(stop, rows)]
     if not above and not below:
         return inside
-    return F.pad(inside, (*[0, 0] * (x.dim() - 3), above, below))
+    if x.dim() == 4:
+        return F.pad(inside, (0, 0, above, below))
+    return F.pad(inside.unsqueeze(2), (above, below)).squeeze(2)  # leaves channels last
 
 
 def in_tiles(

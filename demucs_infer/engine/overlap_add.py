@@ -6,12 +6,13 @@ Shapes: `[B, S, C, n]` windows of stems (batch, sources, channels, samples).
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .plan import Step, Window
+from .plan import Window
 
 
 def fade(length: int, transition_power: float) -> Tensor:
@@ -55,38 +56,39 @@ def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tenso
 class OverlapAdd:
     """A sum of windows of which the finished front is taken off.
 
-    `capacity` is the number of samples that are unfinished at any time, at most.
+    It is kept in parts that lie end to end: a window is added to those that it reaches, and what
+    lies beyond them becomes the next part. So a sum takes the room of what is unfinished.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.start = 0
-        self.sum: Tensor | None = None
+        self._parts: deque[Tensor] = deque()
 
     def add(self, start: int, x: Tensor, share: Tensor | None = None) -> None:
-        """Add `x` `[..., n]`, times `share` if it is given, at sample `start` of the track."""
-        if self.sum is None:
-            self.sum = x.new_zeros(*x.shape[:-1], self.capacity)
+        """Add `x` `[..., n]`, times `share` if it is given, at sample `start` of the track.
+
+        No sample may be left out between what was added before and `start`.
+        """
+        share = x.new_ones(1) if share is None else share
+        share = share.expand(*share.shape[:-1], x.shape[-1])
         at = start - self.start
-        share = x.new_ones(()) if share is None else share
-        self.sum[..., at : at + x.shape[-1]].addcmul_(x, share)
+        for part in self._parts:
+            count = min(part.shape[-1] - at, x.shape[-1])
+            if count > 0:
+                part[..., at : at + count].addcmul_(x[..., :count], share[..., :count])
+                x, share, at = x[..., count:], share[..., count:], at + count
+            at -= part.shape[-1]
+        if x.shape[-1]:
+            self._parts.append(x * share)
 
     def take(self, stop: int) -> Tensor:
         """Remove and return the samples up to `stop`."""
-        assert self.sum is not None
-        count = stop - self.start
-        block = self.sum[..., :count].clone()
-        rest = self.sum[..., count:].clone()
-        self.sum[..., : rest.shape[-1]] = rest
-        self.sum[..., rest.shape[-1] :] = 0
-        self.start = stop
-        return block
-
-
-def unfinished(steps: Sequence[Step], length: int) -> int:
-    """The samples that an `OverlapAdd` of `steps` has to hold at most."""
-    finished = largest = 0
-    for step in steps:
-        largest = max(largest, min(step.window.stop, length) - finished)
-        finished = max(finished, min(step.complete, length))
-    return largest
+        pieces = []
+        while self.start < stop:
+            part = self._parts.popleft()
+            piece = part[..., : stop - self.start]
+            if piece.shape[-1] < part.shape[-1]:
+                self._parts.appendleft(part[..., piece.shape[-1] :].clone())
+            self.start += piece.shape[-1]
+            pieces.append(piece)
+        return torch.cat(pieces, dim=-1)

@@ -29,7 +29,7 @@ from .bag import BagOfModels, as_bag, check_segment
 from .batches import BatchRunner
 from .memory import kept_memory
 from .model import Member
-from .overlap_add import OverlapAdd, fade, unfinished, window_share
+from .overlap_add import OverlapAdd, fade, window_share
 from .plan import ApplyOptions, Pass, Step, Window, plan_passes, plan_steps, segment_and_stride
 from .source import Source
 
@@ -211,7 +211,7 @@ class SeparationPlan:
         then the windows that are done fill one bar after the other.
         """
         length = self.source.length
-        total = OverlapAdd(unfinished(self.steps, length))
+        total = OverlapAdd()
         for task in {id(step.task): step.task for step in self.steps}.values():
             shown = None if bar is None else self._shown(bar, task)
             with closing(_each(task, shown)) as windows:
