@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -339,7 +340,8 @@ class HDecLayer(nn.Module):
         Also returns what the last convolution saw: an empty layer of the other branch starts there.
         """
         before = self.rewritten(x, skip)
-        return self._spread(before, length), before
+        y = self.spread(before)
+        return (y if self.freq else y[..., :length]), before
 
     def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """The layer up to its transposed convolution."""
@@ -362,11 +364,10 @@ class HDecLayer(nn.Module):
     def _branch(self, y: Tensor) -> Tensor:
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
 
-    def _spread(self, y: Tensor, length: int) -> Tensor:
-        """Half of the detail comes back: cut by `pad` at either end, or to `length` in time."""
+    def spread(self, y: Tensor) -> Tensor:
+        """The transposed convolution and what follows it: half of the detail comes back."""
         reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
-        z = in_tiles(self._transpose, [y], reach, self.widest_out)
-        return z if self.freq else z[..., :length]
+        return in_tiles(self._transpose, [y], reach, self.widest_out)
 
     def _transpose(self, y: Tensor) -> Tensor:
         z = self.norm2(self.conv_tr(y))
@@ -427,18 +428,31 @@ class MultiDecoder(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in self.split_ratios)
 
     def forward(self, x: Tensor, skip: Tensor, length: int) -> tuple[Tensor, None]:
-        bins, stride = x.shape[2], self.layers[0].stride
+        return self.spread(self.rewritten(x, skip)), None
+
+    def rewritten(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The layer up to its transposed convolutions."""
+        edges = self._edges(x.shape[2])
+        bands = [
+            layer.rewritten(x[:, :, start:stop], skip[:, :, start:stop])
+            for layer, (start, stop) in zip(self.layers, edges)
+        ]
+        return torch.cat(bands, dim=2)
+
+    def spread(self, y: Tensor) -> Tensor:
+        """The transposed convolutions and what follows them."""
+        stride = self.layers[0].stride
         outputs: list[Tensor] = []
-        start = 0
-        for ratio, layer in zip(self.split_ratios, self.layers):
-            stop = round(bins * ratio)
-            band = layer.rewritten(x[:, :, start:stop], skip[:, :, start:stop])
-            band = layer.norm2(layer.conv_tr(band))
+        for layer, (start, stop) in zip(self.layers, self._edges(y.shape[2])):
+            band = layer.norm2(layer.conv_tr(y[:, :, start:stop]))
             if outputs:
                 bias = layer.conv_tr.bias[:, None, None]
                 outputs[-1][:, :, -stride:] += band[:, :, :stride] - bias
                 band = band[:, :, stride:]
             outputs.append(band)
-            start = stop
         joined = torch.cat(outputs, dim=2)[:, :, stride // 2 : -(stride // 2)]
-        return (joined if self.last else F.gelu(joined)), None
+        return joined if self.last else F.gelu(joined)
+
+    def _edges(self, bins: int) -> Iterable[tuple[int, int]]:
+        """The first bin of each band, and the one behind its last."""
+        return itertools.pairwise([0, *(round(bins * ratio) for ratio in self.split_ratios)])

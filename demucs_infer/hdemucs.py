@@ -9,6 +9,7 @@ two decoders with skip connections turn what comes out at the bottom into source
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from .blocks import (
     MultiEncoder,
     ScaledEmbedding,
 )
-from .engine.cpu_kernels import channels_last
+from .engine.cpu_kernels import channels_last, eager_on_cpu, is_watched
 from .errors import MissingDependencyError, OptionError
 from .spec import (
     FRAMES_AT_ONCE,
@@ -239,22 +240,40 @@ class HybridUNet(nn.Module):
         x, phases = self._spectrum(mix)
         x, mean, std = standardize(x, EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
-        x, xt = run_network(network or self.network, self, x.to(mix.device), xt)
-        x, xt = x.unflatten(1, (len(self.sources), -1)), xt.unflatten(1, (len(self.sources), -1))
-        if stems is not None and list(stems) != list(range(len(self.sources))):  # else a copy
-            x, xt = x[:, list(stems)], xt[:, list(stems)]
-        estimates = self._estimates(x.to(mean.device), mean, std, phases)
+        whole = network is not None or not self._runs_in_parts(x)
+        run = network or functools.partial(self.network, whole=whole)
+        x, xt = run_network(run, self, x.to(mix.device), xt)
+        parts: Iterable[Tensor] = x.split(FRAMES_AT_ONCE, -1)
+        if not whole:
+            parts = (self.decoder[-1].spread(part) for part in parts)
+        sources = (self._by_source(part, stems).to(mean.device) for part in parts)
+        estimates = self._estimates(sources, mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
-        return (x + mean_t[:, None]).addcmul_(xt, std_t[:, None])
+        return (x + mean_t[:, None]).addcmul_(self._by_source(xt, stems), std_t[:, None])
 
-    def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+    def _runs_in_parts(self, x: Tensor) -> bool:
+        """Whether the outermost layer makes the spectra of the sources as they are wanted.
+
+        Together they are the largest tensor of all. Layers that somebody watches run whole.
+        """
+        last = self.decoder[-1]
+        return eager_on_cpu(x) and not is_watched(last) and x.dtype == next(last.parameters()).dtype
+
+    def _by_source(self, x: Tensor, stems: Sequence[int] | None) -> Tensor:
+        """Sources `[B, S, ...]` of the network's `x` `[B, S C, ...]`: all, or those of `stems`."""
+        count = len(self.sources)
+        x = x.unflatten(1, (count, -1))
+        return x if stems is None or list(stems) == list(range(count)) else x[:, list(stems)]
+
+    def network(self, x: Tensor, xt: Tensor, whole: bool = True) -> tuple[Tensor, Tensor]:
         """From normalized spectrum `[B, C', F, N]` and samples `[B, C, T]` to those of all sources.
 
-        The outputs are `[B, S C', F, N]` and `[B, S C, T]`.
+        The outputs are `[B, S C', F, N]` and `[B, S C, T]`. If not `whole`, the former is still to
+        be spread by the outermost layer.
         """
         x, xt, skips = self._encode(channels_last(x), channels_last(xt))
         x, xt = self._bottom(x, xt)
-        return self._decode(channels_last(x), channels_last(xt), skips)
+        return self._decode(channels_last(x), channels_last(xt), skips, whole)
 
     def exact_layers(self) -> list[nn.Module]:
         """Layers of the outermost decoders that stay in float32 when the network is cast.
@@ -288,11 +307,16 @@ class HybridUNet(nn.Module):
         """Turn the outputs of the last encoders into the inputs of the first decoders."""
         raise NotImplementedError
 
-    def _decode(self, x: Tensor, xt: Tensor, skips: list[_Skip]) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, x: Tensor, xt: Tensor, skips: list[_Skip], whole: bool
+    ) -> tuple[Tensor, Tensor]:
         one_branch = len(self.decoder) - len(self.tdecoder)  # levels below the merging one
         for index, decoder in enumerate(self.decoder):
             skip = skips.pop()
-            x, before = decoder(x, skip.x, skip.length)
+            if skips or whole:
+                x, before = decoder(x, skip.x, skip.length)
+            else:
+                x = before = decoder.rewritten(x, skip.x)
             if index < one_branch:
                 continue
             tdecoder = self.tdecoder[index - one_branch]
@@ -341,7 +365,8 @@ class HybridUNet(nn.Module):
         `m` holds complex parts as channels, or else magnitudes.
         """
         mean, std = m.new_zeros(1, 1, 1, 1), m.new_ones(1, 1, 1, 1)
-        return torch.cat(list(self._estimates(m, mean, std, z.split(FRAMES_AT_ONCE, -1))), dim=-1)
+        parts, mix = m.split(FRAMES_AT_ONCE, -1), z.split(FRAMES_AT_ONCE, -1)
+        return torch.cat(list(self._estimates(parts, mean, std, mix)), dim=-1)
 
     @property
     def _zero_padded(self) -> bool:
@@ -353,20 +378,22 @@ class HybridUNet(nn.Module):
         return complex_as_channels(z) if self.cac else z.abs()
 
     def _estimates(
-        self, x: Tensor, mean: Tensor, std: Tensor, mix: Iterable[Tensor]
+        self, parts: Iterable[Tensor], mean: Tensor, std: Tensor, mix: Iterable[Tensor]
     ) -> Iterator[Tensor]:
-        """Spectra `[B, S, C, F, n]` of the network's `x` `[B, S, C', F, N]`, some frames at a time.
+        """Spectra `[B, S, C, F, n]` of the sources, from what the network makes of them.
 
-        `mix` has the mixture's, `[B, C, F, n]`. Only the iterative Wiener filter sees all at once.
+        `parts` are `[B, S, C', F, n]`, and `mix` has the mixture's spectra `[B, C, F, n]`. Only the
+        iterative Wiener filter sees all at once.
         """
-        mean, std, parts = mean[:, None], std[:, None], x.split(FRAMES_AT_ONCE, -1)
+        mean, std = mean[:, None], std[:, None]
+        scaled = (torch.addcmul(mean, part, std) for part in parts)
         if self.cac:
-            yield from (channels_as_complex(torch.addcmul(mean, part, std)) for part in parts)
+            yield from map(channels_as_complex, scaled)
         elif self.options.wiener_iters > 0:
-            yield self._wiener(x * std + mean, torch.cat(list(mix), dim=-1))
+            yield self._wiener(torch.cat(list(scaled), dim=-1), torch.cat(list(mix), dim=-1))
         else:
-            for part, mixed in zip(parts, mix):
-                yield self._direction(mixed)[:, None] * torch.addcmul(mean, part, std)
+            for part, mixed in zip(scaled, mix):
+                yield self._direction(mixed)[:, None] * part
 
     def _direction(self, mix: Tensor) -> Tensor:
         """The phase that magnitudes are given: that of the mixture."""

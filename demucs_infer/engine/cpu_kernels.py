@@ -25,15 +25,20 @@ FLATNESS = 10  # mean over deviation from which on a difference of squares has l
 ATTENTION_ROWS = 896  # queries at once, so that their scores stay in the cache
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
+def eager_on_cpu(x: Tensor) -> bool:
     """`x` is worked on now, and here: not recorded for another engine, nor on another device."""
     # The question about compiling comes first: the other one would end what is being compiled.
     return not is_compiling() and x.device.type == "cpu" and not is_tracing()
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody wants to see what goes into `layer` or comes out of it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def rows_at_once(x: Tensor, row_bytes: int, rows: int) -> int:
     """How many of `rows` are worked on at once: as many as fit into a tile, on a CPU."""
-    return min(rows, max(1, TILE_BYTES // row_bytes)) if _eager_on_cpu(x) else rows
+    return min(rows, max(1, TILE_BYTES // row_bytes)) if eager_on_cpu(x) else rows
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` of `[B, C, T]` that leaves channels last."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if _eager_on_cpu(x):
+        if eager_on_cpu(x):
             return self._as_convolution(channels_last(x))
         x, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
         return F.conv_transpose2d(x, weight, self.bias, (1, *self.stride)).squeeze(2)
@@ -93,7 +98,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 def _is_channels_last(x: Tensor) -> bool:
     """Tell if PyTorch's norm of `x` `[B, C, T]` in float32 would be the one for channels last."""
-    if x.dtype != torch.float32 or x.is_contiguous() or not _eager_on_cpu(x):
+    if x.dtype != torch.float32 or x.is_contiguous() or not eager_on_cpu(x):
         return False
     return x.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
 
@@ -172,7 +177,7 @@ def gated_residual(x: Tensor, branch: nn.Module) -> Tensor:
     """
     steps = rows_at_once(x, 2 * x[..., 0].numel() * x.element_size(), x.shape[2])
     long = steps < x.shape[2] and _is_channels_last(x) and not torch.is_grad_enabled()
-    if not long or type(branch) is not nn.Sequential or branch._forward_hooks:
+    if not long or type(branch) is not nn.Sequential or is_watched(branch):
         return x + branch(x)
     hidden = branch[:-4](x)
     convolution, norm, gate, gain = list(branch)[-4:]
@@ -322,7 +327,7 @@ def _onednn(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return (
         x.dtype == dtype
         and onednn_is_faster()
-        and _eager_on_cpu(x)
+        and eager_on_cpu(x)
         and not torch.is_grad_enabled()
         and not autocast_on_cpu()
     )
