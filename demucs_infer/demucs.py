@@ -22,6 +22,7 @@ from .utils import (
     capture_init,
     center_trim,
     check_architecture,
+    pick_sources,
     run_network,
     signature_of,
     standardize,
@@ -197,8 +198,7 @@ class Demucs(nn.Module):
         if self.options.resample:
             x = resample(x, 1, 2)
         (x,) = run_network(network or self.network, self, x)
-        x = x.unflatten(1, (len(self.sources), self.audio_channels))
-        x = x if stems is None else x[:, list(stems)]
+        x = pick_sources(x.unflatten(1, (len(self.sources), self.audio_channels)), stems)
         if self.options.resample:
             x = resample(x, 2, 1)
         return center_trim(x, length) * std + mean

@@ -39,7 +39,14 @@ from .spec import (
     reflect_pad,
     stft_in_parts,
 )
-from .utils import capture_init, check_architecture, run_network, signature_of, standardize
+from .utils import (
+    capture_init,
+    check_architecture,
+    pick_sources,
+    run_network,
+    signature_of,
+    standardize,
+)
 
 EPSILON = 1e-5  # added to the deviation when an input is normalized
 WIENER_FRAMES = 300  # frames that one call of the iterative Wiener filter sees
@@ -261,9 +268,7 @@ class HybridUNet(nn.Module):
 
     def _by_source(self, x: Tensor, stems: Sequence[int] | None) -> Tensor:
         """Sources `[B, S, ...]` of the network's `x` `[B, S C, ...]`: all, or those of `stems`."""
-        count = len(self.sources)
-        x = x.unflatten(1, (count, -1))
-        return x if stems is None or list(stems) == list(range(count)) else x[:, list(stems)]
+        return pick_sources(x.unflatten(1, (len(self.sources), -1)), stems)
 
     def network(self, x: Tensor, xt: Tensor, whole: bool = True) -> tuple[Tensor, Tensor]:
         """From normalized spectrum `[B, C', F, N]` and samples `[B, C, T]` to those of all sources.

@@ -77,6 +77,11 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean).div_(eps + std), mean, std
 
 
+def pick_sources(x: Tensor, indices: Sequence[int] | None) -> Tensor:
+    """The sources `indices` of `x` `[B, S, ...]`; if those are all, `x` itself and not a copy."""
+    return x if indices is None or list(indices) == list(range(x.shape[1])) else x[:, list(indices)]
+
+
 def run_network(network: Any, model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What `network` makes of `inputs`, which have the type of `model`'s parameters meanwhile."""
     outer, inner = inputs[0].dtype, next(model.parameters()).dtype

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from demucs_infer.apply import (
     ApplyOptions,
     BagOfModels,
+    OverlapAdd,
     TensorChunk,
     apply_model,
     fade,
@@ -220,6 +221,26 @@ def test_shares_sum_to_one() -> None:
     for index, window in enumerate(windows):
         total[window.start : window.stop] += window_share(windows, index, fade(100, 3))
     assert (total - 1).abs().max() < 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    windows=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=12),
+    taken=st.lists(st.floats(0, 1), min_size=12, max_size=12),
+)
+def test_windows_are_added_and_taken_in_any_parts(windows, taken) -> None:
+    total, dense, blocks, end = OverlapAdd(), torch.zeros(3, 700), [], 0
+    for (position, length), share in zip(windows, taken):
+        start = total.start + round(position * (end - total.start))
+        x = torch.arange(3 * length).reshape(3, length) + 1.0
+        total.add(start, x, x[:1])
+        dense[:, start : start + length] += x * x[:1]
+        end = max(end, start + length)
+        stop = total.start + round(share * (end - total.start))
+        blocks += [total.take(stop)] if stop > total.start else []
+    blocks += [total.take(end)] if end > total.start else []
+    assert torch.equal(torch.cat(blocks, dim=-1), dense[:, :end])
+    assert total.start == end
 
 
 @pytest.mark.parametrize("which", ["tiny", "bags"])

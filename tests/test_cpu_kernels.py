@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from demucs_infer.demucs import Demucs
 from demucs_infer.engine import cpu_kernels
-from demucs_infer.engine.cpu_kernels import GroupNorm, channels_last
+from demucs_infer.engine.cpu_kernels import ConvTranspose1d, GroupNorm, channels_last
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
@@ -76,3 +79,43 @@ def test_layers_in_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "TILE_BYTES", rows * 16 * 80 * 4)
     with torch.no_grad():
         assert_close(ours(mix), theirs(mix))
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_convolution_of_steps(kernel: int, bias: bool) -> None:
+    layer = ConvTranspose1d(6, 5, kernel, stride=3, bias=bias)
+    for x in (torch.randn(2, 6, 40), channels_last(torch.randn(1, 6, 1))):
+        with torch.no_grad():
+            result, exact = layer(x), torch.nn.ConvTranspose1d.forward(layer, x)
+        assert_close(result, exact)
+        assert result.stride(1) == 1  # channels are last
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+@pytest.mark.parametrize("more", [{}, {"multi_freqs": [0.1, 0.3], "norm_starts": 99}], ids=str)
+def test_the_spectra_of_all_sources_are_never_whole(more: dict) -> None:
+    theirs, ours = pair(HDemucs, **{**SMALL, "depth": 4, "nfft": 1024, "channels": 4, **more})
+    mix = torch.randn(1, 2, 100_000)
+    spectra = 2 * 4 * 512 * math.ceil(100_000 / 256)
+    with torch.no_grad():
+        expected = theirs(mix)
+        with Largest() as largest:
+            assert_close(ours(mix, stems=[0, 1]), expected)
+        assert largest.elements < 0.7 * spectra
+        seen: list[int] = []
+        ours.decoder[-1].register_forward_hook(lambda *event: seen.append(event[2][0].numel()))
+        assert_close(ours(mix), expected)
+        assert seen == [spectra]  # who watches the layer sees it whole

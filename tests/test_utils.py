@@ -4,7 +4,7 @@ import demucs.utils
 import pytest
 import torch
 
-from demucs_infer.utils import capture_init, center_trim, standardize, unfold
+from demucs_infer.utils import capture_init, center_trim, pick_sources, standardize, unfold
 
 
 def test_center_trim_cuts_an_odd_sample_at_the_end() -> None:
@@ -35,3 +35,10 @@ def test_capture_init_keeps_the_arguments() -> None:
     thing = Thing(1, b=4)
     assert thing.total == 5
     assert thing._init_args_kwargs == ((1,), {"b": 4})
+
+
+def test_all_sources_are_no_copy() -> None:
+    x = torch.arange(12.0).reshape(1, 4, 3)
+    assert pick_sources(x, None) is x
+    assert pick_sources(x, [0, 1, 2, 3]) is x
+    assert pick_sources(x, (3, 1)).tolist() == [[[9, 10, 11], [3, 4, 5]]]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..utils import pick_sources
+
 
 class Network(Protocol):
     """What stands between the transforms of a model: real tensors in and out, of fixed shapes."""
@@ -108,4 +110,4 @@ class Member:
         """The sources `stems` of `windows` `[B, C, T]`, as `[B, S, C, T]`."""
         if self.takes_stems:
             return self.module(windows, stems)
-        return self.module(windows)[:, list(stems)]
+        return pick_sources(self.module(windows), stems)

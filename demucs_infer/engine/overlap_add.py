@@ -82,7 +82,7 @@ class OverlapAdd:
             self._parts.append(x * share)
 
     def take(self, stop: int) -> Tensor:
-        """Remove and return the samples up to `stop`."""
+        """Remove and return the samples up to `stop`, of which there is at least one."""
         pieces = []
         while self.start < stop:
             part = self._parts.popleft()
