@@ -252,7 +252,8 @@ class HybridUNet(nn.Module):
         x, xt = run_network(run, self, x.to(mix.device), xt)
         parts: Iterable[Tensor] = x.split(FRAMES_AT_ONCE, -1)
         if not whole:
-            parts = (self.decoder[-1].spread(part) for part in parts)
+            last: Any = self.decoder[-1]
+            parts = (last.spread(part) for part in parts)
         sources = (self._by_source(part, stems).to(mean.device) for part in parts)
         estimates = self._estimates(sources, mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
@@ -316,6 +317,7 @@ class HybridUNet(nn.Module):
         self, x: Tensor, xt: Tensor, skips: list[_Skip], whole: bool
     ) -> tuple[Tensor, Tensor]:
         one_branch = len(self.decoder) - len(self.tdecoder)  # levels below the merging one
+        decoder: Any
         for index, decoder in enumerate(self.decoder):
             skip = skips.pop()
             if skips or whole:
