@@ -247,7 +247,7 @@ class HybridUNet(nn.Module):
         x, phases = self._spectrum(mix)
         x, mean, std = standardize(x, EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
-        whole = network is not None or not self._runs_in_parts(x)
+        whole = network is not None or not self._runs_in_parts(mix)
         run = network or functools.partial(self.network, whole=whole)
         x, xt = run_network(run, self, x.to(mix.device), xt)
         parts: Iterable[Tensor] = x.split(FRAMES_AT_ONCE, -1)
@@ -259,13 +259,14 @@ class HybridUNet(nn.Module):
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
         return (x + mean_t[:, None]).addcmul_(self._by_source(xt, stems), std_t[:, None])
 
-    def _runs_in_parts(self, x: Tensor) -> bool:
+    def _runs_in_parts(self, mix: Tensor) -> bool:
         """Whether the outermost layer makes the spectra of the sources as they are wanted.
 
         Together they are the largest tensor of all. Layers that somebody watches run whole.
         """
         last = self.decoder[-1]
-        return eager_on_cpu(x) and not is_watched(last) and x.dtype == next(last.parameters()).dtype
+        same_type = mix.dtype == next(last.parameters()).dtype
+        return same_type and eager_on_cpu(mix) and not is_watched(last)
 
     def _by_source(self, x: Tensor, stems: Sequence[int] | None) -> Tensor:
         """Sources `[B, S, ...]` of the network's `x` `[B, S C, ...]`: all, or those of `stems`."""

@@ -185,11 +185,25 @@ def compare_errors(label: str, seconds: float | None) -> None:
     print(f"| {label} | {error:.1e} | {allowed:.1e} | {error / allowed:.2f} |", flush=True)
 
 
-def compare_memory(label: str, seconds: float | None) -> None:
-    sides: dict[str, dict[str, str]] = {**ON_CPU, "demucs": {}}
+def compare_memory(label: str, seconds: float | None, networks: Sequence[str] | None) -> None:
+    chosen = {name: ON_CPU[name] for name in networks or ON_CPU}
+    sides: dict[str, dict[str, str]] = {**chosen, "demucs": {}}
     peaks = {name: peak_megabytes(MODELS[label], name, kw, seconds) for name, kw in sides.items()}
     for name, value in peaks.items():
         print(f"| {label} | {name} | {value:.0f} | {value / peaks['demucs']:.2f} |", flush=True)
+
+
+def compare_songs(minutes: Sequence[float]) -> None:
+    """Peak memory of the command on songs of some lengths."""
+    with tempfile.TemporaryDirectory() as name:
+        for length in minutes:
+            song = Path(name, f"{length:g}.wav")
+            save_audio(noise(2, int(60 * 44_100 * length)), song, 44_100)
+            words = ["-m", "demucs_infer", "-n", "demucs_unittest", "-d", "cpu", "-q", "-o", name]
+            process = subprocess.Popen([sys.executable, *words, str(song)])
+            _, status, used = os.wait4(process.pid, 0)
+            assert not status
+            print(f"{length:g} minutes: {used.ru_maxrss / 2**10:.0f} MiB", flush=True)
 
 
 def compare_loading(count: int) -> None:
@@ -277,6 +291,12 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="each second core has other work")
     parser.add_argument("--exact", action="store_true", help="compare with float64 instead")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        action="append",
+        help="peak memory of the command on a song of so many minutes instead",
+    )
     parser.add_argument("--loading", action="store_true", help="compare loading instead")
     parser.add_argument("--ray", action="store_true", help="compare Ray with processes instead")
     parser.add_argument("--song", type=float, metavar="SECONDS", help="compare commands instead")
@@ -300,9 +320,11 @@ def _compare(args: argparse.Namespace) -> None:
         print("| model | error | of demucs | ratio |\n|---|---|---|---|")
         for label in labels:
             compare_errors(label, args.seconds)
+    elif args.minutes:
+        compare_songs(args.minutes)
     elif args.memory:
         for label in labels:
-            compare_memory(label, args.seconds)
+            compare_memory(label, args.seconds, args.network)
     else:
         print("| model | network | seconds | ratio | error below | of matrix rate |")
         print("|---|---|---|---|---|---|")
