@@ -7,8 +7,10 @@ in its inner levels, on audio that is upsampled by two.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
-from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, channels_last
+from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, Reach, channels_last, in_tiles
 from .resample import resample
 from .utils import (
     capture_init,
@@ -28,6 +30,7 @@ from .utils import (
     standardize,
 )
 
+STEP_BY_STEP = (nn.Identity, nn.GELU, nn.ReLU, nn.GLU)  # layers that see one step at a time
 EPSILON = 1e-5  # added to the deviation when the input is normalized
 
 
@@ -71,6 +74,37 @@ class DemucsOptions:
         check_architecture(self, "depth", "dconv_depth", "lstm_layers")
 
 
+class _Level(nn.Sequential):
+    """The layers of a level: a convolution and what follows it step by step go tile by tile.
+
+    Convolutions are not padded: `Reach` does that, by `context`.
+    """
+
+    context = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers: deque[Any] = deque(self)
+        while layers:
+            layer = layers.popleft()
+            if not isinstance(layer, (Conv1d, ConvTranspose1d)):
+                x = layer(x)
+                continue
+            chain = [layer]
+            while layers and isinstance(layers[0], STEP_BY_STEP):
+                chain.append(layers.popleft())
+            transposed = isinstance(layer, ConvTranspose1d)
+            pad = 0 if transposed else self.context
+            reach = Reach(layer.kernel_size[0], layer.stride[0], pad, transposed)
+            x = in_tiles(partial(_through, chain), [x], reach, layer.out_channels)
+        return x
+
+
+def _through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 class _LevelLayers:
     """Makes the layers of one level, between `chin` channels outside and `channels` inside."""
 
@@ -78,7 +112,7 @@ class _LevelLayers:
         self.options, self.index = options, index
         self.chin, self.channels = chin, channels
 
-    def encoder(self) -> nn.Sequential:
+    def encoder(self) -> _Level:
         options, channels = self.options, self.channels
         layers = [
             Conv1d(self.chin, channels, options.kernel_size, options.stride),
@@ -87,16 +121,18 @@ class _LevelLayers:
         ]
         layers += self._dconv() if options.dconv_mode & 1 else []
         layers += self._rewrite(context=0) if options.rewrite else []
-        return nn.Sequential(*layers)
+        return _Level(*layers)
 
-    def decoder(self) -> nn.Sequential:
+    def decoder(self) -> _Level:
         options, channels = self.options, self.channels
         chout = self.chin if self.index else self.chin * len(options.sources)
         layers = self._rewrite(options.context) if options.rewrite else []
         layers += self._dconv() if options.dconv_mode & 2 else []
         layers.append(ConvTranspose1d(channels, chout, options.kernel_size, options.stride))
         layers += [self._norm(chout), self._activation()] if self.index else []
-        return nn.Sequential(*layers)
+        level = _Level(*layers)
+        level.context = options.context
+        return level
 
     def _norm(self, channels: int) -> nn.Module:
         if self.index < self.options.norm_starts:
@@ -126,7 +162,7 @@ class _LevelLayers:
         """A convolution over `context` neighbours on each side, gated or rectified."""
         chout = 2 * self.channels if self.options.glu else self.channels
         return [
-            Conv1d(self.channels, chout, 2 * context + 1, padding=context),
+            Conv1d(self.channels, chout, 2 * context + 1),
             self._norm(chout),
             nn.GLU(dim=1) if self.options.glu else nn.ReLU(),
         ]
@@ -212,7 +248,8 @@ class Demucs(nn.Module):
         if self.lstm is not None:
             x = self.lstm(x)
         for decoder in self.decoder:
-            x = decoder(x + center_trim(skips.pop(), x))
+            x = x + center_trim(skips.pop(), x)
+            x = decoder(x)
         return (x,)
 
     def exact_layers(self) -> list[nn.Module]:
