@@ -190,7 +190,9 @@ def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(
     (tmp_path / "ft.yaml").write_text(yaml.safe_dump(bag))
     runs: list[object] = []
     monkeypatch.setattr(
-        HTDemucs, "network", lambda *args, run=HTDemucs.network: runs.append(1) or run(*args)
+        HTDemucs,
+        "network",
+        lambda *args, run=HTDemucs.network, **more: runs.append(1) or run(*args, **more),
     )
     wav, counts, drums = noise(2, 15_000), [], []
     for stems in (None, ["drums"]):
