@@ -257,7 +257,7 @@ class HybridUNet(nn.Module):
         sources = (self._by_source(part, stems).to(mean.device) for part in parts)
         estimates = self._estimates(sources, mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
-        return (x + mean_t[:, None]).addcmul_(self._by_source(xt, stems), std_t[:, None])
+        return x.add_(mean_t[:, None]).addcmul_(self._by_source(xt, stems), std_t[:, None])
 
     def _runs_in_parts(self, mix: Tensor) -> bool:
         """Whether the outermost layer makes the spectra of the sources as they are wanted.
