@@ -1,11 +1,11 @@
 """Speed, error and memory beside the reference: python -m tests.bench [--help].
 
-All sides run the same window with the same random weights, alternating in one process after a
-warm-up; seconds are medians. A window is as long as the model is run at (7.8 s for htdemucs, 40 s
-for the others), unless --seconds is given. Peak memory is that of a process of its own for each
-side. With --song the two commands separate a made song, everything counted; with --cuda the windows
-run on a GPU. With --exact both are compared with the reference in float64, on tones with gaps.
-Each time goes to standard error when it is taken.
+All sides run the same window with the same random weights, alternating, each in a process of its
+own, after a warm-up; seconds are medians. A window is as long as the model is run at (7.8 s for
+htdemucs, 40 s for the others), unless --seconds is given. Peak memory is that of a process of its
+own for each side. With --song the two commands separate a made song, everything counted; with
+--cuda the windows run on a GPU. With --exact both are compared with the reference in float64, on
+tones with gaps. Each time goes to standard error when it is taken.
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.bench
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import os
 import platform
 import statistics
@@ -129,32 +130,81 @@ def decibels(ours: Tensor, theirs: Tensor) -> float:
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
+class Side:
+    """One side of a comparison, in a process of its own, which waits while others have their turn.
+
+    In one process, idle threads of an engine and memory that another gives back cost all of them.
+    """
+
+    def __init__(
+        self,
+        signature: str,
+        options: Mapping[str, Any] | None,
+        seconds: float | None,
+        device: str,
+        batch: int,
+    ) -> None:
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, theirs = processes.Pipe()
+        arguments = (theirs, signature, options, seconds, device, batch)
+        self._process = processes.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        self.result = torch.from_numpy(self._pipe.recv())
+
+    def window(self) -> None:
+        self._pipe.send(None)
+        self._pipe.recv()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+@torch.no_grad()
+def _serve(
+    pipe: Any,
+    signature: str,
+    options: Mapping[str, Any] | None,
+    seconds: float | None,
+    device: str,
+    batch: int,
+) -> None:
+    """Run a window when told to, by an engine with `options`, or, for None, by the reference."""
+    theirs, ours = (model.to(device) for model in released_pair(signature))
+    mix = make_window(ours, seconds).to(device).expand(batch, -1, -1)
+    mine = options is not None
+    model = on_engine(ours, EngineOptions(**options, device=device)) if mine else theirs
+    with kept_memory() if mine else nullcontext():  # as the engine does
+        pipe.send(model(mix[:1]).cpu().numpy())
+        while True:
+            pipe.recv()
+            model(mix)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            pipe.send(None)
+
+
 def compare_windows(
     label: str, count: int, seconds: float | None, device: str, networks: Sequence[str] | None
 ) -> None:
     """A line of the table for each side of one model."""
     signature, batch = MODELS[label], 8 if device == "cuda" else 1
     known = ON_CPU if device == "cpu" else ON_CUDA
-    variants = {name: known[name] for name in networks or known}
-    theirs, ours = (model.to(device) for model in released_pair(signature))
-    mix = make_window(ours, seconds).to(device).expand(batch, -1, -1)
-    models = {
-        name: on_engine(ours, EngineOptions(**kw, device=device)) for name, kw in variants.items()
+    variants: dict[str, Mapping[str, Any] | None] = {
+        name: known[name] for name in networks or known
     }
-    models["demucs"] = theirs
-    with torch.no_grad():
-        results = {name: model(mix[:1]).cpu() for name, model in models.items()}
-
-    def window(model: nn.Module) -> None:
-        with nullcontext() if model is theirs else kept_memory():  # as the engine does
-            model(mix)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    times = medians({name: partial(window, m) for name, m in models.items()}, count)
-    rate, work = matrix_rate(), gigaflops(theirs.cpu(), mix[:1].cpu())
+    sides = {
+        name: Side(signature, options, seconds, device, batch)
+        for name, options in {**variants, "demucs": None}.items()
+    }
+    times = medians({name: side.window for name, side in sides.items()}, count)
+    for side in sides.values():
+        side.close()
+    theirs, ours = released_pair(signature)
+    rate, work = matrix_rate(), gigaflops(theirs, make_window(ours, seconds))
     for name, value in times.items():
-        ratio, error = times["demucs"] / value, decibels(results[name], results["demucs"])
+        ratio = times["demucs"] / value
+        error = decibels(sides[name].result, sides["demucs"].result)
         cells = [label, name, f"{value / batch:.3f}", f"{ratio:.2f}", f"{error:.0f} dB"]
         if device == "cpu":
             cells.append(f"{work / value / rate:.0%}")
