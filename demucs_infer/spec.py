@@ -134,10 +134,11 @@ def complex_as_channels(z: Tensor) -> Tensor:
 def channels_as_complex(x: Tensor) -> Tensor:
     """Real `[*, 2 C, F, N]` as complex `[*, C, F, N]`; undoes `complex_as_channels`.
 
-    The bins of a frame are side by side in memory, as the inverse transform wants them.
+    It is a view where channels are last in memory.
     """
     parts = x.unflatten(-3, (-1, 2)).transpose(-1, -3)  # [*, C, N, F, 2]
-    return torch.view_as_complex(parts.contiguous()).transpose(-1, -2)
+    pairs = parts if parts.stride(-1) == 1 else parts.contiguous()
+    return torch.view_as_complex(pairs).transpose(-1, -2)
 
 
 def phase_of(z: Tensor) -> Tensor:
