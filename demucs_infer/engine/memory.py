@@ -3,8 +3,7 @@
 The C library of Linux (glibc) asks the system for every block above 32 MB and gives it back when it
 is freed. The system fills what it gives with zeros, page by page, at the first touch: half of the
 time of a window of 40 s (the time-domain model of mdx takes 2.6 instead of 5.5 s), a tenth of that
-of one of 7.8 s. What is kept has gaps: the peak of the former is up to a third higher, that of the
-latter a twentieth.
+of one of 7.8 s. What is kept has gaps: the peak of the former is about a tenth higher.
 """
 
 from __future__ import annotations
