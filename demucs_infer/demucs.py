@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import BLSTM, DConv, DConvOptions
-from .engine.cpu_kernels import Conv1d, ConvTranspose1d, GroupNorm, Reach, channels_last, in_tiles
+from .engine.cpu_kernels import (
+    Conv1d,
+    ConvTranspose1d,
+    GroupNorm,
+    Reach,
+    channels_last,
+    in_tiles,
+    is_watched,
+)
 from .resample import resample
 from .utils import (
     capture_init,
@@ -77,7 +85,8 @@ class DemucsOptions:
 class _Level(nn.Sequential):
     """The layers of a level: a convolution and what follows it step by step go tile by tile.
 
-    Convolutions are not padded: `Reach` does that, by `context`.
+    Convolutions are not padded: `Reach` does that, by `context`. Layers that somebody watches run
+    whole.
     """
 
     context = 0
@@ -95,7 +104,8 @@ class _Level(nn.Sequential):
             transposed = isinstance(layer, ConvTranspose1d)
             pad = 0 if transposed else self.context
             reach = Reach(layer.kernel_size[0], layer.stride[0], pad, transposed)
-            x = in_tiles(partial(_through, chain), [x], reach, layer.out_channels)
+            widest = None if any(map(is_watched, chain)) else layer.out_channels
+            x = in_tiles(partial(_through, chain), [x], reach, widest)
         return x
 
 

@@ -134,20 +134,13 @@ class Side:
     """One side of a comparison, in a process of its own, which waits while others have their turn.
 
     In one process, idle threads of an engine and memory that another gives back cost all of them.
+    The arguments are those of `_serve`.
     """
 
-    def __init__(
-        self,
-        signature: str,
-        options: Mapping[str, Any] | None,
-        seconds: float | None,
-        device: str,
-        batch: int,
-    ) -> None:
+    def __init__(self, *arguments: Any) -> None:
         processes = multiprocessing.get_context("spawn")
         self._pipe, theirs = processes.Pipe()
-        arguments = (theirs, signature, options, seconds, device, batch)
-        self._process = processes.Process(target=_serve, args=arguments, daemon=True)
+        self._process = processes.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self._process.start()
         self.result = torch.from_numpy(self._pipe.recv())
 

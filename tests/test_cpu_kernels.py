@@ -119,3 +119,15 @@ def test_the_spectra_of_all_sources_are_never_whole(more: dict) -> None:
         ours.decoder[-1].register_forward_hook(lambda *event: seen.append(event[2][0].numel()))
         assert_close(ours(mix), expected)
         assert seen == [spectra]  # who watches the layer sees it whole
+
+
+def test_a_level_of_steps_that_is_watched_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(Demucs, **{**SMALL, "depth": 4})
+    mix, seen = torch.randn(1, 2, 20_000), []
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**14)
+    for model in (theirs, ours):
+        model.decoder[-1][0].register_forward_hook(lambda *event: seen.append(event[2].shape))
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
