@@ -26,6 +26,8 @@ from .engine.cpu_kernels import (
     Reach,
     gated_residual,
     in_tiles,
+    is_folded,
+    is_watched,
     rows_at_once,
 )
 from .errors import OptionError
@@ -200,8 +202,20 @@ class DConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = gated_residual(x, layer)
+            x = _residual(x, layer)
         return x
+
+
+def _residual(x: Tensor, branch: nn.Module) -> Tensor:
+    """Add to `x` `[B, C, T]` what `branch` makes of it; layer by layer, if somebody watches one."""
+    if type(branch) is not nn.Sequential or is_watched(branch):
+        return x + branch(x)
+    last: list[Any] = list(branch)[-4:]
+    convolution, norm, _, gain = last
+    built = [type(layer) for layer in last] == [Conv1d, GroupNorm, nn.GLU, LayerScale]
+    if not built or any(map(is_watched, last)) or not is_folded(x, convolution.in_channels):
+        return x + branch(x)
+    return gated_residual(x, branch[:-4](x), convolution, norm, gain.scale)
 
 
 def dconv_per_bin(dconv: nn.Module, y: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ two decoders with skip connections turn what comes out at the bottom into source
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,13 +246,16 @@ class HybridUNet(nn.Module):
         x, phases = self._spectrum(mix)
         x, mean, std = standardize(x, EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
-        whole = network is not None or not self._runs_in_parts(mix)
-        run = network or functools.partial(self.network, whole=whole)
-        x, xt = run_network(run, self, x.to(mix.device), xt)
-        parts: Iterable[Tensor] = x.split(FRAMES_AT_ONCE, -1)
-        if not whole:
+        parts: Iterable[Tensor]
+        if network is None and self._runs_in_parts(mix):
+            # This lets go of the mixture's spectrum before the outermost decoders run.
+            x, xt, skips = self._encode(x, xt)
+            x, xt = self._decode(x, xt, skips, whole=False)
             last: Any = self.decoder[-1]
-            parts = (last.spread(part) for part in parts)
+            parts = map(last.spread, x.split(FRAMES_AT_ONCE, -1))
+        else:
+            x, xt = run_network(network or self.network, self, x.to(mix.device), xt)
+            parts = x.split(FRAMES_AT_ONCE, -1)
         sources = (self._by_source(part, stems).to(mean.device) for part in parts)
         estimates = self._estimates(sources, mean, std, phases)
         x = self._samples(estimates, x.shape[-1], mix.shape[-1]).to(mix.device)
@@ -272,15 +274,12 @@ class HybridUNet(nn.Module):
         """Sources `[B, S, ...]` of the network's `x` `[B, S C, ...]`: all, or those of `stems`."""
         return pick_sources(x.unflatten(1, (len(self.sources), -1)), stems)
 
-    def network(self, x: Tensor, xt: Tensor, whole: bool = True) -> tuple[Tensor, Tensor]:
+    def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         """From normalized spectrum `[B, C', F, N]` and samples `[B, C, T]` to those of all sources.
 
-        The outputs are `[B, S C', F, N]` and `[B, S C, T]`. If not `whole`, the former is still to
-        be spread by the outermost layer.
+        The outputs are `[B, S C', F, N]` and `[B, S C, T]`.
         """
-        x, xt, skips = self._encode(channels_last(x), channels_last(xt))
-        x, xt = self._bottom(x, xt)
-        return self._decode(channels_last(x), channels_last(xt), skips, whole)
+        return self._decode(*self._encode(x, xt), whole=True)
 
     def exact_layers(self) -> list[nn.Module]:
         """Layers of the outermost decoders that stay in float32 when the network is cast.
@@ -294,7 +293,7 @@ class HybridUNet(nn.Module):
         return [layer for layer in exact if layer is not None]
 
     def _encode(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor, list[_Skip]]:
-        skips = []
+        x, xt, skips = channels_last(x), channels_last(xt), []
         for index, encoder in enumerate(self.encoder):
             length, length_t = x.shape[-1], xt.shape[-1]
             skip_t = inject = None
@@ -317,6 +316,11 @@ class HybridUNet(nn.Module):
     def _decode(
         self, x: Tensor, xt: Tensor, skips: list[_Skip], whole: bool
     ) -> tuple[Tensor, Tensor]:
+        """From what `_encode` gives to the outputs of `network`.
+
+        If not `whole`, the spectra are still to be spread by the outermost decoder.
+        """
+        x, xt = map(channels_last, self._bottom(x, xt))
         one_branch = len(self.decoder) - len(self.tdecoder)  # levels below the merging one
         decoder: Any
         for index, decoder in enumerate(self.decoder):

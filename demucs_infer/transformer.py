@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import LayerScale
-from .engine.cpu_kernels import attention, feed_forward, linear, project
+from .engine.cpu_kernels import GroupNorm, attention, feed_forward, linear, project
 from .errors import OptionError
 from .utils import capture_init, signature_of
 
@@ -134,7 +134,7 @@ def create_2d_sin_embedding(
     return table.unflatten(0, (width, height)).permute(2, 1, 0)[None]
 
 
-class SequenceGroupNorm(nn.GroupNorm):
+class SequenceGroupNorm(GroupNorm):
     """Group normalization of `[B, T, C]`."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import zipfile
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import demucs.demucs
 import demucs.hdemucs
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
@@ -90,6 +92,19 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> 
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return made
 
 
 def tone_with_gaps(length: int, samplerate: int = 8000) -> Tensor:

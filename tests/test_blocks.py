@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import demucs.demucs
 import demucs.hdemucs
 import pytest
@@ -21,7 +23,7 @@ from demucs_infer.engine import cpu_kernels
 from demucs_infer.engine.cpu_kernels import channels_last
 from demucs_infer.errors import OptionError
 
-from .helpers import assert_close, shake
+from .helpers import Largest, assert_close, shake
 
 
 def like(ours: nn.Module, theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -96,18 +98,35 @@ def test_a_residual_branch(options: dict) -> None:
         assert_close(ours(x), theirs(x))
 
 
-def test_a_long_residual_branch_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    branch, x = shake(DConv(16, DConvOptions())), channels_last(random(1, 16, 3000))
-    seen: list[object] = []
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"comp": 4, "lstm": True}], ids=str)
+def test_a_long_residual_branch_is_never_as_wide_as_its_norm(
+    batch: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch, x = shake(DConv(16, DConvOptions(**options))), random(batch, 16, 5001)
+    x[-1, :, 2000:] = 0
     with torch.no_grad():
-        whole = branch(x)
-        monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**16)
-        branch.layers[0][-4].register_forward_hook(lambda *_: seen.append(1))
-        assert_close(branch(x), whole)
-        assert len(seen) > 2  # block by block
-        branch.layers[0].register_forward_hook(lambda *_: seen.clear())
-        assert_close(branch(x), whole)
-        assert not seen  # who watches the branch sees it whole
+        exact = copy.deepcopy(branch).double()(x.double())
+        allowed = (branch(x) - exact).abs().max()
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**18)
+    with torch.no_grad(), Largest() as largest:
+        y = branch(channels_last(x))
+    assert y.stride() == channels_last(x).stride()
+    assert (y - exact).abs().max() <= 1.5 * allowed
+    assert options or largest.elements < 1.5 * x.numel()
+
+
+@pytest.mark.parametrize("layer", ["0", "0.0", "0.3", "0.4", "0.5", "0.6"])
+def test_who_watches_a_layer_of_a_residual_branch_sees_it_whole(layer: str) -> None:
+    branch, x = shake(DConv(16, DConvOptions())), channels_last(random(1, 16, 3000))
+    seen: list[torch.Size] = []
+    with torch.no_grad():
+        expected = branch(x)
+        branch.layers.get_submodule(layer).register_forward_hook(
+            lambda *event: seen.append(event[2].shape)
+        )
+        assert_close(branch(x), expected)
+    assert [shape[2] for shape in seen] == [3000]
 
 
 LAYERS = [

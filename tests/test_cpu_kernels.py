@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from demucs_infer.demucs import Demucs
 from demucs_infer.engine import cpu_kernels
@@ -14,7 +12,7 @@ from demucs_infer.engine.cpu_kernels import ConvTranspose1d, GroupNorm, channels
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, pair, shake, tone_with_gaps
+from .helpers import TINY, Largest, assert_close, pair, shake, tone_with_gaps
 
 SMALL = {"sources": ["a", "b"], "channels": 8, "samplerate": 8000}
 FAMILIES = [
@@ -90,19 +88,6 @@ def test_a_transposed_convolution_of_steps(kernel: int, bias: bool) -> None:
             result, exact = layer(x), torch.nn.ConvTranspose1d.forward(layer, x)
         assert_close(result, exact)
         assert result.stride(1) == 1  # channels are last
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that is made meanwhile."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for x in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return made
 
 
 @pytest.mark.parametrize("more", [{}, {"multi_freqs": [0.1, 0.3], "norm_starts": 99}], ids=str)

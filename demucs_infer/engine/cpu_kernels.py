@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,65 +141,79 @@ class GroupNorm(nn.GroupNorm):
 
     def _in_pieces(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `_at_once`, with the sums of short pieces added in float64: 1e-6 off."""
-        mean, deviation = self.moments([rows])
-        return self.scaled(rows, mean, deviation), mean / deviation
-
-    def moments(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and deviation `[B, G]` in float64 of all `parts` `[B, T, C]` together."""
-        count, total, square = 0, torch.zeros(()), torch.zeros(())
-        for rows in parts:
-            groups = rows.unflatten(2, (self.num_groups, -1))  # [B, T, G, C / G]
-            steps = max(1, PIECE // groups.shape[3])
-            whole = groups.shape[1] // steps * steps
-            pieces = [groups[:, :whole].unflatten(1, (-1, steps)), groups[:, None, whole:]]
-            sums = [piece.sum((2, 4)) for piece in pieces]
-            norms = [torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces]
-            total = total + torch.cat(sums, 1).double().sum(1)
-            square = square + torch.cat(norms, 1).double().square().sum(1)
-            count += groups.shape[1] * groups.shape[3]
-        mean = total / count
-        return mean, (square / count - mean**2).clamp_min(0).add(self.eps).sqrt()
-
-    def scaled(self, rows: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        """Normalize `rows` `[B, T, C]` by what `moments` gives."""
+        groups = rows.unflatten(2, (self.num_groups, -1))  # [B, T, G, C / G]
+        count = groups.shape[1] * groups.shape[3]
+        pieces = _pieces(groups, max(1, PIECE // groups.shape[3]))
+        sums = [piece.sum((2, 4)) for piece in pieces]
+        norms = [torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces]
+        mean = torch.cat(sums, 1).double().sum(1) / count
+        square = torch.cat(norms, 1).double().square().sum(1) / count
+        deviation = (square - mean**2).clamp_min(0).add(self.eps).sqrt()
         gain = self.weight.view(self.num_groups, -1) / deviation[..., None]  # [B, G, C / G]
         offset = self.bias.view(self.num_groups, -1) - mean[..., None] * gain
         gain, offset = (part.flatten(1)[:, None].to(rows.dtype) for part in (gain, offset))
-        return torch.addcmul(offset, rows, gain)
+        return torch.addcmul(offset, rows, gain), mean / deviation
 
 
-def gated_residual(x: Tensor, branch: nn.Module) -> Tensor:
-    """Add to `x` `[B, C, T]` what `branch` makes of it.
+def _pieces(rows: Tensor, steps: int = PIECE) -> list[Tensor]:
+    """`rows` `[B, T, ...]` as `[B, N, steps, ...]`, and what is left as `[B, 1, n, ...]`."""
+    whole = rows.shape[1] // steps * steps
+    return [rows[:, :whole].unflatten(1, (-1, steps)), rows[:, None, whole:]]
 
-    Its last layers are a convolution of single steps, a norm, a gate and a gain. On a CPU long
-    inputs go through these block by block, once for the moments of the norm and once for the
-    result: what is twice as wide as `x` is never whole. A branch that somebody watches runs whole.
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[B, C]` and covariance `[B, C, C]` of `rows` `[B, T, C]`, in float64."""
+    pieces = _pieces(rows)
+    sums = torch.cat([piece.sum(2) for piece in pieces], 1)
+    mean = sums.double().sum(1) / rows.shape[1]
+    centered = [piece - mean[:, None, None].to(rows.dtype) for piece in pieces]
+    products = torch.cat([piece.transpose(2, 3) @ piece for piece in centered], 1)
+    return mean, products.double().sum(1) / rows.shape[1]
+
+
+def is_folded(x: Tensor, hidden: int) -> bool:
+    """Whether `gated_residual` is faster for `x` `[B, C, T]` and a branch of `hidden` channels."""
+    enough = x.shape[0] * x.shape[2] >= 8 * hidden  # else its own products are not small
+    return enough and _is_channels_last(x) and not torch.is_grad_enabled()
+
+
+def gated_residual(
+    x: Tensor, hidden: Tensor, convolution: nn.Conv1d, norm: nn.GroupNorm, scale: Tensor
+) -> Tensor:
+    """Add to `x` `[B, C, T]` what a branch makes of `hidden`, which ends in a norm and a gate.
+
+    `convolution` takes each step h to z = W h + b of 2 C channels; then come `norm`, which is of
+    one group, a GLU, and a gain `scale` of each channel. What the norm needs follows from the mean
+    m and the covariance V of h, which has an eighth of the channels of z, or a quarter:
+
+        mean z = mean(W m + b)          variance z = mean(diag(W V W')) + variance(W m + b)
+
+    Norm and gain are then part of a product of matrices, which goes block by block of steps: z is
+    never whole, and never read for its moments.
     """
-    steps = rows_at_once(x, 2 * x[..., 0].numel() * x.element_size(), x.shape[2])
-    long = steps < x.shape[2] and _is_channels_last(x) and not torch.is_grad_enabled()
-    if not long or type(branch) is not nn.Sequential or is_watched(branch):
-        return x + branch(x)
-    hidden = branch[:-4](x)
-    convolution, norm, gate, gain = list(branch)[-4:]
-    moments = _moments_of(convolution, norm, hidden.split(steps, 2))
-    if moments is None or not isinstance(norm, GroupNorm):
-        return x + gain(gate(norm(convolution(hidden))))
-    y = torch.empty_like(x)
-    for before, part, after in zip(*(whole.split(steps, 2) for whole in (x, hidden, y))):
-        rows = convolution(part).transpose(1, 2)
-        added = gain(gate(norm.scaled(rows, *moments).transpose(1, 2)))
-        torch.add(before, added, out=after)
-    return y
-
-
-def _moments_of(
-    convolution: nn.Module, norm: nn.Module, parts: Sequence[Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    """What `norm` needs of the convolved `parts`, unless it is no norm, or they are too even."""
-    if type(norm) is not GroupNorm:
-        return None
-    mean, deviation = norm.moments(convolution(part).transpose(1, 2) for part in parts)
-    return None if (mean / deviation).abs().max() > FLATNESS else (mean, deviation)
+    rows = hidden.transpose(1, 2)  # [B, T, H]
+    weight = convolution.weight.squeeze(2)  # [2 C, H]
+    bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+    mean, covariance = _moments(rows)
+    within = (covariance * (weight.t() @ weight)).sum((1, 2)) / len(weight)
+    means = F.linear(mean, weight.double(), bias.double())
+    between, center = torch.var_mean(means, 1, correction=0)
+    inverse = (within + between + norm.eps).rsqrt()
+    # What differs between the items goes with the steps: (z - mean z) / deviation is a product of
+    # [h / deviation, 1 / deviation, mean z / deviation]. The norm's bias is a column, too: of its
+    # own, it would be a pass over all.
+    ends = torch.stack([inverse, inverse * center, torch.ones_like(inverse)], 1)[:, None]
+    ends = ends.to(x.dtype).expand(-1, rows.shape[1], -1)
+    steps = torch.cat([rows * ends[..., :1], ends], 2).flatten(0, 1)
+    gain = norm.weight[:, None]
+    columns = [gain * weight, gain * bias[:, None], -gain, norm.bias[:, None]]
+    product = torch.cat([scale, torch.ones_like(scale)])[:, None] * torch.cat(columns, 1)
+    before = x.transpose(1, 2).flatten(0, 1)
+    after = torch.empty_like(before)
+    count = rows_at_once(x, len(product) * x.element_size(), len(steps))
+    for part, old, new in zip(*(whole.split(count) for whole in (steps, before, after))):
+        torch.add(old, F.glu(F.linear(part, product), 1), out=new)
+    return after.unflatten(0, rows.shape[:2]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
