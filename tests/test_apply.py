@@ -95,7 +95,15 @@ def bags(tiny):
     )
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("which", "length"),
+    [
+        pytest.param(which, length, marks=[pytest.mark.slow] if seldom else [])
+        for which in ("tiny", "time_domain", "bags")
+        for length in LENGTHS
+        for seldom in [which != "tiny" and length in (3999, 4000, 12_000)]
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,7 +115,6 @@ def bags(tiny):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("which", ["tiny", "time_domain", "bags"])
 def test_same_stems_as_the_reference_under_the_same_seed(which, length, options, request) -> None:
     theirs, ours = request.getfixturevalue(which)
     mix = torch.stack([noise(2, length, seed) for seed in range(2)])

@@ -13,7 +13,10 @@ from .helpers import assert_close, noise, pair, run, save_package
 from .test_engines import FAMILIES
 
 
-@pytest.mark.parametrize("family", ["htdemucs", "hdemucs", "demucs"])
+@pytest.mark.parametrize(
+    "family",
+    ["htdemucs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hdemucs", "demucs"))],
+)
 def test_onnx_runtime_gives_what_the_network_gives(family: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

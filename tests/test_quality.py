@@ -67,6 +67,7 @@ def sdr(stem: np.ndarray, estimate: np.ndarray) -> float:
     return float(10 * np.log10(np.sum(stem**2) / np.sum((stem - estimate) ** 2)))
 
 
+@pytest.mark.slow
 def test_stems_are_good(usual: np.ndarray) -> None:
     found = dict(zip(synth.SOURCES, usual.mean(axis=0).tolist()))
     assert all(found[name] >= floor for name, floor in FLOORS.items()), found
