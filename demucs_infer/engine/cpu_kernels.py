@@ -163,12 +163,16 @@ def _pieces(rows: Tensor, steps: int = PIECE) -> list[Tensor]:
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `[B, C]` and covariance `[B, C, C]` of `rows` `[B, T, C]`, in float64."""
-    pieces = _pieces(rows)
-    sums = torch.cat([piece.sum(2) for piece in pieces], 1)
-    mean = sums.double().sum(1) / rows.shape[1]
-    centered = [piece - mean[:, None, None].to(rows.dtype) for piece in pieces]
-    products = torch.cat([piece.transpose(2, 3) @ piece for piece in centered], 1)
-    return mean, products.double().sum(1) / rows.shape[1]
+    pieces = [piece for part in rows.split(16 * PIECE, 1) for piece in _pieces(part)]
+    sums = [piece.sum(2) for piece in pieces]
+    mean = torch.cat(sums, 1).double().sum(1) / rows.shape[1]
+    center = mean[:, None, None].to(rows.dtype)
+    products = [_products(piece - center) for piece in pieces]
+    return mean, torch.cat(products, 1).double().sum(1) / rows.shape[1]
+
+
+def _products(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2) @ x
 
 
 def is_folded(x: Tensor, hidden: int) -> bool:
@@ -204,15 +208,16 @@ def gated_residual(
     # own, it would be a pass over all.
     ends = torch.stack([inverse, inverse * center, torch.ones_like(inverse)], 1)[:, None]
     ends = ends.to(x.dtype).expand(-1, rows.shape[1], -1)
-    steps = torch.cat([rows * ends[..., :1], ends], 2).flatten(0, 1)
     gain = norm.weight[:, None]
     columns = [gain * weight, gain * bias[:, None], -gain, norm.bias[:, None]]
     product = torch.cat([scale, torch.ones_like(scale)])[:, None] * torch.cat(columns, 1)
     before = x.transpose(1, 2).flatten(0, 1)
     after = torch.empty_like(before)
-    count = rows_at_once(x, len(product) * x.element_size(), len(steps))
-    for part, old, new in zip(*(whole.split(count) for whole in (steps, before, after))):
-        torch.add(old, F.glu(F.linear(part, product), 1), out=new)
+    wholes = [rows.flatten(0, 1), ends.flatten(0, 1), before, after]
+    count = rows_at_once(x, len(product) * x.element_size(), len(before))
+    for part, end, old, new in zip(*(whole.split(count) for whole in wholes)):
+        steps = torch.cat([part * end[:, :1], end], 1)
+        torch.add(old, F.glu(F.linear(steps, product), 1), out=new)
     return after.unflatten(0, rows.shape[:2]).transpose(1, 2)
 
 
