@@ -208,14 +208,13 @@ class DConv(nn.Module):
 
 def _residual(x: Tensor, branch: nn.Module) -> Tensor:
     """Add to `x` `[B, C, T]` what `branch` makes of it; layer by layer, if somebody watches one."""
-    if type(branch) is not nn.Sequential or is_watched(branch):
-        return x + branch(x)
-    last: list[Any] = list(branch)[-4:]
-    convolution, norm, _, gain = last
+    last: list[Any] = list(branch.children())[-4:]
     built = [type(layer) for layer in last] == [Conv1d, GroupNorm, nn.GLU, LayerScale]
-    if not built or any(map(is_watched, last)) or not is_folded(x, convolution.in_channels):
-        return x + branch(x)
-    return gated_residual(x, branch[:-4](x), convolution, norm, gain.scale)
+    if type(branch) is nn.Sequential and built and not any(map(is_watched, [branch, *last])):
+        convolution, norm, _, gain = last
+        if is_folded(x, convolution.in_channels):
+            return gated_residual(x, branch[:-4](x), convolution, norm, gain.scale)
+    return x + branch(x)
 
 
 def dconv_per_bin(dconv: nn.Module, y: Tensor) -> Tensor:

@@ -103,16 +103,16 @@ def test_a_residual_branch(options: dict) -> None:
 def test_a_long_residual_branch_is_never_as_wide_as_its_norm(
     batch: int, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    branch, x = shake(DConv(16, DConvOptions(**options))), random(batch, 16, 5001)
+    length = 5001 if options else 70_001
+    branch, x = shake(DConv(16, DConvOptions(**options))), random(batch, 16, length)
     x[-1, :, 2000:] = 0
     with torch.no_grad():
         exact = copy.deepcopy(branch).double()(x.double())
-        allowed = (branch(x) - exact).abs().max()
     monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**18)
     with torch.no_grad(), Largest() as largest:
         y = branch(channels_last(x))
     assert y.stride() == channels_last(x).stride()
-    assert (y - exact).abs().max() <= 1.5 * allowed
+    assert_close(y.double(), exact, 2e-7)  # float32 has 1.2e-7
     assert options or largest.elements < 1.5 * x.numel()
 
 
