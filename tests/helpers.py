@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import av
 import demucs.demucs
 import demucs.hdemucs
 import demucs.htdemucs
 import numpy as np
+import soundfile
 import torch
 import yaml
 from torch import Tensor, nn
@@ -23,8 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
+from demucs_infer.io.boxes import find
+from demucs_infer.separate import main
 
 SOURCES = ["drums", "bass", "other", "vocals"]
+FPS = 25  # of a video
 TOLERANCE = 1e-5  # of the reference's peak
 
 TINY = {
@@ -55,6 +65,13 @@ REFERENCE = {
     HTDemucs: demucs.htdemucs.HTDemucs,
     HDemucs: demucs.hdemucs.HDemucs,
     Demucs: demucs.demucs.Demucs,
+}
+SMALL = {"sources": SOURCES, "channels": 8, "samplerate": 8000, "segment": 0.5}
+FAMILIES = {
+    "htdemucs": (HTDemucs, TINY),
+    "hdemucs": (HDemucs, {**SMALL, "nfft": 1024, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
+    "bands": (HDemucs, {**SMALL, "nfft": 1024, "multi_freqs": [0.3], "dconv_mode": 3}),
+    "demucs": (Demucs, {**SMALL, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
 }
 
 
@@ -143,17 +160,13 @@ def noise(channels: int, length: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(channels, length)).float() * 0.1
 
 
-# Sums depend on the number of threads in their last bits.
-SETTINGS = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
-
-
 def environment() -> dict[str, str]:
-    """That of the processes that the tests start."""
-    return {**os.environ, **SETTINGS}
+    """Return the environment of processes that tests start."""
+    return {**os.environ, "PYTHONWARNINGS": "ignore"}
 
 
 def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    """Run Python with `arguments` in a process of its own."""
+    """Run Python with `arguments` in a new process."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -162,9 +175,95 @@ def run(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str
     )
 
 
-def separate(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    """Run our command line."""
-    return run("-m", "demucs_infer", *arguments, **kwargs)
+def separate(
+    *arguments: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    input: str | bytes = b"",
+) -> subprocess.CompletedProcess[str]:
+    """Run our command line in this process.
+
+    Standard output that is not UTF-8 comes back with surrogates; `os.fsencode` gives its bytes.
+    """
+    before = Path.cwd()
+    given = input.encode() if isinstance(input, str) else input
+    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (given, b"", b"")]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, env or {}))
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+            stack.enter_context(mock.patch.object(sys, name, stream))
+        if cwd is not None:
+            stack.callback(os.chdir, before)
+            os.chdir(cwd)
+        try:
+            main([*map(str, arguments)])
+            status = 0
+        except SystemExit as exc:
+            status = exc.code
+    for stream in streams:
+        stream.flush()
+    _, output, errors = (
+        stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams
+    )
+    return subprocess.CompletedProcess(arguments, status, output, errors)
+
+
+def stems_of(folder: Path) -> set[str]:
+    """Every file below `folder`, as a relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def assert_one_line(result, *words: str) -> None:
+    """The command failed with one line on standard error, which has `words` in it."""
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line and "%|" not in line]
+    errors = [line for line in said if not line.startswith(("Separating", "Stems in"))]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("demucs-infer: error: ")
+    for word in words:
+        assert word in errors[0]
+
+
+def decibels(ours: Tensor, theirs: Tensor) -> float:
+    """How far the difference lies below the signal."""
+    return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
+
+
+def wav(seconds: float = 1.0, seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    samples = noise(2, int(8000 * seconds), seed).T.numpy()
+    soundfile.write(file, samples, 8000, subtype="FLOAT", format="WAV")
+    return file.getvalue()
+
+
+def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str = "mpeg4") -> Path:
+    """Three seconds of a picture and two of clicks, that start at these times."""
+    frames = np.random.RandomState(0).randint(0, 255, (3 * FPS, 64, 96, 3), np.uint8)
+    samples = np.zeros((2, 2 * 44_100), np.float32)
+    samples[:, 4410::11_025] = 0.8
+    with av.open(str(path), "w") as file:
+        bf = "0" if codec == "wmv2" else "2"  # pictures that are decoded before their time
+        picture = file.add_stream(codec, rate=FPS, options={"g": "12", "bf": bf})
+        picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
+        stream = file.add_stream("aac", rate=44_100, layout="stereo")
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame.pts, frame.time_base = index + round(picture_at * FPS), Fraction(1, FPS)
+            file.mux(picture.encode(frame))
+        file.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
+        frame.sample_rate, frame.pts = 44_100, round(sound_at * 44_100)
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def stem_box(path: Path) -> dict[str, Any]:
+    """The JSON of a stem file."""
+    box = find(data := path.read_bytes(), b"moov", b"udta", b"stem")
+    assert box is not None
+    return json.loads(data[box.content : box.stop])
 
 
 def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None:

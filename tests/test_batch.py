@@ -32,14 +32,15 @@ from demucs_infer.separate import main
 from .helpers import (
     SOURCES,
     assert_close,
+    assert_one_line,
     environment,
     noise,
     pair,
     run,
     save_package,
     separate,
+    stems_of,
 )
-from .test_separate import assert_one_line, stems_of
 
 
 def write_track(

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import soundfile
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import OptionError
 
-from .helpers import SETTINGS, SOURCES, environment, noise, run, separate
-from .test_separate import assert_one_line, stems_of
+from .helpers import SOURCES, assert_one_line, environment, noise, run, separate, stems_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
 
@@ -91,16 +89,15 @@ def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tracks in `in`, and what the plain command makes of them in `plain`."""
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("job")
     write_tracks(folder / "in", 40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SETTINGS, "OMP_NUM_THREADS", "1")
-        result = separate(*options(repo), "in", "-o", "plain", cwd=folder)
-        assert result.returncode == 0, result.stderr
-        yield folder
+    alone = {**environment(), "OMP_NUM_THREADS": "1"}  # as a worker computes
+    result = run("-m", "demucs_infer", *options(repo), "in", "-o", "plain", cwd=folder, env=alone)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 def options(repo: Path) -> list[object]:

@@ -17,8 +17,7 @@ import tqdm
 from demucs_infer.errors import DemucsInferError
 from demucs_infer.io.console import Ended, command, json_text, put, signals_raise
 
-from .helpers import SOURCES, environment, noise, run
-from .test_separate import stems_of
+from .helpers import SOURCES, environment, noise, run, stems_of
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the shell of POSIX")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")

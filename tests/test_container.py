@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ import torch
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.boxes import add_to_user_data, find
+from demucs_infer.io.boxes import add_to_user_data
 from demucs_infer.io.container import MultitrackEncoder, Request, read_cover, stem_json
 from demucs_infer.io.formats import Encoding
 from demucs_infer.io.output import MIX
 from demucs_infer.separate import main
 
-from .helpers import SOURCES, TINY, noise, save_package, shake
+from .helpers import SOURCES, TINY, noise, save_package, shake, stem_box, video
 
 RATE = 8000  # of the tiny model
 COVER = (
@@ -65,13 +64,6 @@ def lag(heard: np.ndarray, given: np.ndarray) -> int:
     product = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(given, size))
     peak = int(np.fft.irfft(product, size).argmax())
     return peak if peak < size // 2 else peak - size
-
-
-def stem_box(path: Path) -> dict[str, Any]:
-    """The JSON of a stem file."""
-    box = find(data := path.read_bytes(), b"moov", b"udta", b"stem")
-    assert box is not None
-    return json.loads(data[box.content : box.stop])
 
 
 def enabled(path: Path) -> list[bool]:
@@ -285,30 +277,6 @@ def test_a_box_is_added_to_user_data_or_makes_it() -> None:
 
 
 # Video.
-
-FPS = 25
-
-
-def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str = "mpeg4") -> Path:
-    """Three seconds of a picture and two of clicks, that start at these times."""
-    frames = np.random.RandomState(0).randint(0, 255, (3 * FPS, 64, 96, 3), np.uint8)
-    samples = np.zeros((2, 2 * 44_100), np.float32)
-    samples[:, 4410::11_025] = 0.8
-    with av.open(str(path), "w") as file:
-        bf = "0" if codec == "wmv2" else "2"  # pictures that are decoded before their time
-        picture = file.add_stream(codec, rate=FPS, options={"g": "12", "bf": bf})
-        picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
-        stream = file.add_stream("aac", rate=44_100, layout="stereo")
-        for index, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
-            frame.pts, frame.time_base = index + round(picture_at * FPS), Fraction(1, FPS)
-            file.mux(picture.encode(frame))
-        file.mux(picture.encode(None))
-        frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
-        frame.sample_rate, frame.pts = 44_100, round(sound_at * 44_100)
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return path
 
 
 def pictures(path: Path) -> list[tuple[float, str]]:

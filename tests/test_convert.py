@@ -15,8 +15,7 @@ from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.states import load_model
 
-from .helpers import SOURCES, TINY, noise, pair, run
-from .test_engines import decibels
+from .helpers import SOURCES, TINY, decibels, noise, pair, run
 
 SMALL = {"channels": 8, "depth": 3, "dconv_lstm": 2, "dconv_attn": 2}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {

@@ -16,18 +16,20 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.engine.backends import EngineOptions, backend_of, on_engine, pytorch
 from demucs_infer.engine.processor import X86
 from demucs_infer.errors import MissingDependencyError, OptionError
-from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import SOURCES, TINY, assert_close, environment, noise, pair, run
+from .helpers import (
+    FAMILIES,
+    SMALL,
+    TINY,
+    assert_close,
+    decibels,
+    environment,
+    noise,
+    pair,
+    run,
+)
 
-SMALL = {"sources": SOURCES, "channels": 8, "samplerate": 8000, "segment": 0.5}
-FAMILIES = {
-    "htdemucs": (HTDemucs, TINY),
-    "hdemucs": (HDemucs, {**SMALL, "nfft": 1024, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
-    "bands": (HDemucs, {**SMALL, "nfft": 1024, "multi_freqs": [0.3], "dconv_mode": 3}),
-    "demucs": (Demucs, {**SMALL, "depth": 4, "dconv_lstm": 3, "dconv_attn": 3}),
-}
 # Converted in a second, and takes windows of any length.
 LIGHT = (Demucs, {**SMALL, "depth": 2, "dconv_mode": 0, "lstm_layers": 0})
 # Family, engine, precision, and decibels that the error must lie below the signal.
@@ -51,11 +53,6 @@ FLOORS = [
 ]
 # Who compiles for an engine, so that a test can forbid it.
 COMPILERS = {"openvino": ("openvino", "convert_model"), "onnxruntime": ("torch.onnx", "export")}
-
-
-def decibels(ours: Tensor, theirs: Tensor) -> float:
-    """How far the difference lies below the signal."""
-    return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
 @pytest.fixture

@@ -15,9 +15,7 @@ import soundfile
 
 from demucs_infer.audio import AudioFile
 
-from .helpers import environment, noise, run
-from .test_container import stem_box, video
-from .test_storage import bucket, s3_url  # noqa: F401
+from .helpers import environment, noise, run, stem_box, video
 from .web import serving
 
 RATE = 8000  # of the tiny model
@@ -113,7 +111,7 @@ def test_from_a_bucket_into_a_bucket(
     here: Path,
     inputs: Path,
     repo: Path,
-    bucket: s3fs.S3FileSystem,  # noqa: F811
+    bucket: s3fs.S3FileSystem,
 ) -> None:
     check_bucket(here, inputs, repo, bucket, ray=False)
 
@@ -124,7 +122,7 @@ def test_from_a_bucket_into_a_bucket_on_ray(
     here: Path,
     inputs: Path,
     repo: Path,
-    bucket: s3fs.S3FileSystem,  # noqa: F811
+    bucket: s3fs.S3FileSystem,
 ) -> None:
     pytest.importorskip("ray")
     check_bucket(here, inputs, repo, bucket, ray=True)

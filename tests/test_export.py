@@ -9,8 +9,7 @@ from torch import Tensor
 
 from demucs_infer.export import export
 
-from .helpers import assert_close, noise, pair, run, save_package
-from .test_engines import FAMILIES
+from .helpers import FAMILIES, assert_close, noise, pair, run, save_package
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from .fuzz import TARGETS, fuzz
+from .tools.fuzz import TARGETS, fuzz
 
 
 @pytest.mark.slow

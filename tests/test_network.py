@@ -21,9 +21,9 @@ from demucs_infer.hub.download import Patience, file_digest
 from demucs_infer.hub.sources import OnHub, Published, sources_of
 from demucs_infer.states import load_model, save_model
 
-from . import synth
 from .helpers import noise
 from .hub import Hub, serving_hub
+from .tools import synth
 from .web import Web
 
 RELEASED = [name for name in registry.bags() if not registry.is_community(name)]

@@ -16,8 +16,7 @@ from demucs_infer.io.local import LocalPath
 from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
-from .helpers import SOURCES, noise, run
-from .test_separate import assert_one_line, stems_of
+from .helpers import SOURCES, assert_one_line, noise, run, stems_of
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
 from demucs_infer.io.spool import Workspace
 from demucs_infer.separate import main
 
-from .browser import Listener, chromium
 from .helpers import SOURCES
-from .synth import RATE, song
+from .tools.browser import Listener, chromium
+from .tools.synth import RATE, song
 
 SECONDS = 4
 GAIN = 0.6  # of the stems below, for a sum that needs no lowering

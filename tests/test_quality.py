@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from . import synth
 from .helpers import separate
+from .tools import synth
 
 SEEDS = range(20)  # see `training/train_demo.py`
 FEW = 4  # of the songs are enough for a comparison

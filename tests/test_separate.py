@@ -14,30 +14,13 @@ import soundfile
 from demucs_infer.io.formats import FORMATS
 from demucs_infer.separate import get_parser, load_track, main
 
-from .helpers import SOURCES, noise, run, separate
+from .helpers import SOURCES, assert_one_line, noise, run, separate, stems_of
 
 OPTIONS = (
     "--repo --name --sig --out --filename --device --shifts --overlap --no-split --segment"
     " --stems --two-stems --other-method --int24 --float32 --clip-mode --flac --mp3 --mp3-bitrate"
     " --mp3-preset --jobs --list-models --json --download --cache-dir --offline --verbose --version"
 )
-
-
-def stems_of(folder: Path) -> set[str]:
-    """Every file below `folder`, as a relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix() for path in files}
-
-
-def assert_one_line(result, *words: str) -> None:
-    """The command failed with one line on standard error, which has `words` in it."""
-    assert result.returncode != 0
-    said = [line for line in result.stderr.splitlines() if line and "%|" not in line]
-    errors = [line for line in said if not line.startswith(("Separating", "Stems in"))]
-    assert len(errors) == 1, result.stderr
-    assert errors[0].startswith("demucs-infer: error: ")
-    for word in words:
-        assert word in errors[0]
 
 
 def test_help_names_every_option() -> None:

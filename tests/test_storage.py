@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
@@ -14,8 +13,6 @@ from pathlib import Path
 import fsspec
 import pytest
 import s3fs
-import soundfile
-from moto.server import ThreadedMotoServer
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
@@ -24,52 +21,8 @@ from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
 from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
-from .helpers import SOURCES, environment, noise, run, separate
-from .test_separate import assert_one_line, stems_of
+from .helpers import SOURCES, assert_one_line, environment, run, separate, stems_of, wav
 from .web import serving
-
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-
-
-def wav(seconds: float = 1.0, seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    samples = noise(2, int(8000 * seconds), seed).T.numpy()
-    soundfile.write(file, samples, 8000, subtype="FLOAT", format="WAV")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def s3_url() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(
-    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[s3fs.S3FileSystem]:
-    """An empty s3://bucket, for this process and those that it starts."""
-    for name in CREDENTIALS:
-        monkeypatch.setenv(name, "x")
-    settings = {
-        "AWS_ENDPOINT_URL": s3_url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    store = s3fs.S3FileSystem(use_listings_cache=False)
-    store.mkdir("bucket")
-    yield store
-    store.rm("bucket", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -331,7 +284,7 @@ def test_no_credentials(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in CREDENTIALS:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
     Path("a.wav").write_bytes(wav(0.1))

@@ -25,9 +25,7 @@ from demucs_infer.io.tracks import find_tracks
 from demucs_infer.io.url import Url
 from demucs_infer.separate import main
 
-from .helpers import SOURCES, environment, separate
-from .test_separate import assert_one_line, stems_of
-from .test_storage import bucket, s3_url, wav  # noqa: F401
+from .helpers import SOURCES, assert_one_line, environment, separate, stems_of, wav
 from .web import serving
 
 SECRET = "{{ env['AWS_SECRET_ACCESS_KEY'] }}"
@@ -175,7 +173,7 @@ NAMES = [
 def test_letters_that_mean_something_in_addresses(
     separator: Separator,
     memory: fsspec.AbstractFileSystem,
-    bucket: s3fs.S3FileSystem,  # noqa: F811
+    bucket: s3fs.S3FileSystem,
     tmp_path: Path,
 ) -> None:
     """Each track has stems of its own, under its own name, in every store."""

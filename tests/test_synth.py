@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from . import synth
 from .helpers import run
+from .tools import synth
 
 SECONDS = 8.0
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -107,7 +107,9 @@ def test_patterns():
 
 
 def test_the_command_writes_a_mix(songs, tmp_path: Path):
-    result = run("-m", "tests.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS)
+    result = run(
+        "-m", "tests.tools.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS
+    )
     assert result.returncode == 0, result.stderr
     written, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == synth.RATE

@@ -65,7 +65,7 @@ def to(location: str) -> Answer:
         (to("memory://secret"), "memory:"),
         (to("/again"), "redirects"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_given_up(answer: Answer, reason: str, web: Web, tmp_path: Path) -> None:
     web.always = answer

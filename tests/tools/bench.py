@@ -1,4 +1,4 @@
-"""Speed, error and memory beside the reference: python -m tests.bench [--help].
+"""Speed, error and memory beside the reference: python -m tests.tools.bench [--help].
 
 All sides run the same window with the same random weights, alternating, each in a process of its
 own, after a warm-up; seconds are medians. A window is as long as the model is run at (7.8 s for
@@ -7,7 +7,7 @@ own for each side. With --song the two commands separate a made song, everything
 --cuda the windows run on a GPU. With --exact both are compared with the reference in float64, on
 tones with gaps. Each time goes to standard error when it is taken.
 
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.bench
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.tools.bench
 
 stands for a processor without AVX-512, but for MKL, which still has it on Intel's, and OpenVINO,
 which may crash: --network leaves it out.
@@ -44,7 +44,7 @@ from demucs_infer.engine.backends import EngineOptions, on_engine
 from demucs_infer.engine.cpu_kernels import linear
 from demucs_infer.engine.memory import kept_memory
 
-from .helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
+from ..helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
 
 MODELS = {
     "htdemucs": "955717e8",
@@ -67,7 +67,7 @@ ON_CUDA = {
 }
 PEAK = """
 import resource, sys, torch
-from tests.bench import EngineOptions, kept_memory, make_window, nullcontext, on_engine
+from tests.tools.bench import EngineOptions, kept_memory, make_window, nullcontext, on_engine
 from tests.helpers import released_pair
 theirs, ours = released_pair(sys.argv[1])
 side = theirs if sys.argv[2] == "demucs" else on_engine(ours, EngineOptions(**eval(sys.argv[3])))

@@ -1,6 +1,6 @@
 """Songs with known stems, made from a seed: `song(7)` is the same song everywhere.
 
-    python -m tests.synth song.wav [--seed N] [--seconds N]
+    python -m tests.tools.synth song.wav [--seed N] [--seconds N]
 
 writes the mix of one. A song is an easy one: no stem is buried, each has its range and its side.
 

@@ -1,7 +1,7 @@
 """Mutated inputs of every kind that strangers send, tried in a process that may die.
 
-    python -m tests.fuzz TARGET [--seconds N] [--inputs N] [--seed S] [--save FOLDER]
-    python -m tests.fuzz TARGET --only I [--seed S]       input I here, with its traceback
+    python -m tests.tools.fuzz TARGET [--seconds N] [--inputs N] [--seed S] [--save FOLDER]
+    python -m tests.tools.fuzz TARGET --only I [--seed S]       input I here, with its traceback
 
 Input I of a seed is always the same. A finding is an exception from outside of our tree, a death of
 the process, more than `MEMORY` bytes over what the process had before, or more than `SECONDS`.
@@ -37,7 +37,7 @@ from typing import Any
 
 from demucs_infer.errors import DemucsInferError
 
-from .helpers import publish
+from ..helpers import publish
 
 MEMORY = 500_000_000  # bytes
 SECONDS = 20
@@ -455,8 +455,8 @@ def fuzz(target: str, seconds: float, seed: int = SEED, inputs: int = sys.maxsiz
     while time.monotonic() < end and number < inputs:
         words = [target, "--seed", seed, "--seconds", end - time.monotonic()]
         words += ["--from", number, "--inputs", inputs]
-        options: Any = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[1]}
-        command = [sys.executable, "-m", "tests.fuzz", *map(str, words)]
+        options: Any = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
+        command = [sys.executable, "-m", "tests.tools.fuzz", *map(str, words)]
         with (
             subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process,
             _Watch(process.pid) as watch,
@@ -631,7 +631,7 @@ def main() -> None:
         for number, text in findings.wrong.items():
             print(f"    {number}: {text}")
             if args.save is not None:
-                command = [sys.executable, "-m", "tests.fuzz", args.target, "--only", number]
+                command = [sys.executable, "-m", "tests.tools.fuzz", args.target, "--only", number]
                 command += ["--seed", args.seed, "--save", args.save]
                 subprocess.run(list(map(str, command)), capture_output=True, check=False)
 
