@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import soundfile
 import torch
 
+from demucs_infer.api import Separator
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import download, registry
 from demucs_infer.hub.http import Patience
 from demucs_infer.log import logger
 
-from .helpers import TINY, noise, publish, save_package, shake
+from .helpers import TINY, Command, fast_model, noise, publish, save_package, separate, shake
 from .web import Web, serving
 
 
@@ -81,6 +83,27 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_package(folder / "tiny.th", shake(demucs.htdemucs.HTDemucs(**TINY)))
     (folder / "pair.yaml").write_text("models: [tiny, tiny]\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fast_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `repo` with a network of two layers, for tests of what is around it."""
+    folder = tmp_path_factory.mktemp("fast")
+    save_package(folder / "tiny.th", fast_model())
+    (folder / "pair.yaml").write_text("models: [tiny, tiny]\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def separator(fast_repo: Path) -> Separator:
+    """The model of `fast_repo` without random shifts. Tests that change it make their own."""
+    return Separator("tiny", fast_repo, device="cpu", shifts=0)
+
+
+@pytest.fixture
+def command(fast_repo: Path, tmp_path: Path) -> Command:
+    """Run our command line with the model of `fast_repo` in `tmp_path`, in this process."""
+    return partial(separate, "--repo", fast_repo, "-n", "tiny", "-d", "cpu", cwd=tmp_path)
 
 
 @pytest.fixture

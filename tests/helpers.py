@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
@@ -32,6 +32,8 @@ from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.io.boxes import find
 from demucs_infer.separate import main
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 SOURCES = ["drums", "bass", "other", "vocals"]
 FPS = 25  # of a video
@@ -97,6 +99,12 @@ def pair(ours: type, seed: int = 0, **options: object) -> tuple[nn.Module, nn.Mo
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
     model.to_empty(device="cpu").load_state_dict(reference.state_dict())
     return reference, model
+
+
+def fast_model(seed: int = 0) -> nn.Module:
+    """A network of two layers of the reference, for tests that need a model but not its family."""
+    options = {**SMALL, "channels": 4, "depth": 2, "dconv_mode": 0, "resample": False}
+    return pair(Demucs, seed, **options)[0]
 
 
 def released_pair(signature: str) -> tuple[nn.Module, nn.Module]:
@@ -180,17 +188,21 @@ def separate(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     input: str | bytes = b"",
+    main: Callable[[list[str]], object] = main,
+    streams: Mapping[str, Any] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run our command line in this process.
+    """Run our command line, or another `main`, in this process.
 
+    `streams` may replace `stdin`, `stdout` and `stderr`, which are not captured then.
     Standard output that is not UTF-8 comes back with surrogates; `os.fsencode` gives its bytes.
     """
     before = Path.cwd()
     given = input.encode() if isinstance(input, str) else input
-    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (given, b"", b"")]
+    captured = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (given, b"", b"")]
+    used = {**dict(zip(("stdin", "stdout", "stderr"), captured)), **(streams or {})}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, env or {}))
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+        for name, stream in used.items():
             stack.enter_context(mock.patch.object(sys, name, stream))
         if cwd is not None:
             stack.callback(os.chdir, before)
@@ -199,13 +211,26 @@ def separate(
             main([*map(str, arguments)])
             status = 0
         except SystemExit as exc:
-            status = exc.code
-    for stream in streams:
+            status = exc.code or 0
+    for stream in captured:
         stream.flush()
     _, output, errors = (
-        stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams
+        stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in captured
     )
     return subprocess.CompletedProcess(arguments, status, output, errors)
+
+
+class WriteAndFlush:
+    """A standard error as programs with windows set it: an object with two methods."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
 
 
 def stems_of(folder: Path) -> set[str]:
@@ -214,7 +239,12 @@ def stems_of(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def assert_one_line(result, *words: str) -> None:
+def json_lines(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """Parse standard output as one JSON object per line."""
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
     """The command failed with one line on standard error, which has `words` in it."""
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line and "%|" not in line]
@@ -228,6 +258,24 @@ def assert_one_line(result, *words: str) -> None:
 def decibels(ours: Tensor, theirs: Tensor) -> float:
     """How far the difference lies below the signal."""
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
+
+
+def lag(heard: np.ndarray, given: np.ndarray) -> int:
+    """Return by how many samples `heard` `[T]` is behind `given` `[T]`."""
+    size = 2 * max(len(heard), len(given))
+    product = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(given, size))
+    peak = int(np.fft.irfft(product, size).argmax())
+    return peak if peak < size // 2 else peak - size
+
+
+def write_track(
+    path: Path, seconds: float = 1.0, rate: int = 8000, channels: int = 2, gain: float = 1
+) -> Path:
+    """Write noise as a WAV file of floats. Names of different lengths sound different."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = gain * noise(channels, int(seconds * rate), seed=len(path.name))
+    soundfile.write(path, samples.T.numpy(), rate, subtype="FLOAT")
+    return path
 
 
 def wav(seconds: float = 1.0, seed: int = 0) -> bytes:

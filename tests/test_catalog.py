@@ -1,9 +1,10 @@
-"""`--list-models` and `--download`, in processes of their own."""
+"""The commands `--list-models` and `--download`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,10 @@ import pytest
 from demucs_infer.api import list_models
 from demucs_infer.catalog import catalog
 from demucs_infer.hub import registry
-from demucs_infer.separate import main
 
 from . import web as answers
-from .helpers import SOURCES, run, separate
+from .helpers import SOURCES, assert_one_line, separate
 from .web import Web
-
-MAIN = "from demucs_infer.separate import main; import sys; main(sys.argv[1:])"
-
-
-def command(web: Web, *options: object):
-    """Run the command line with the registry of `web`."""
-    return run("-c", f"{web.code}{MAIN}", *options)
 
 
 def line_of(name: str, text: str) -> str:
@@ -30,20 +23,24 @@ def line_of(name: str, text: str) -> str:
     return line
 
 
-def test_the_released_models() -> None:
+def test_released_models_are_listed_with_size_and_stems() -> None:
     text = separate("--list-models", "--cache-dir", "nowhere").stdout
-    assert "84 MB  drums, bass, other, vocals: the default" in line_of("htdemucs", text)
-    assert "336 MB" in line_of("htdemucs_ft", text)
-    assert "guitar, piano" in line_of("htdemucs_6s", text)
-    assert "size unknown" in line_of("mdx_q", text)
-    assert "TRvlvr/model_repo, licence: not stated" in line_of("uvr_demucs_model_1", text)
-    assert "3 MB  drums, bass, other, vocals: a demonstration" in line_of("demo", text)
-    assert text.replace("not on disk", "").count("on disk") == 1  # the demo
-    community = text.index("of the community")
-    assert text.index("955717e8") < community < text.index("drumsep")
+    for name, words in {
+        "htdemucs": ["84 MB", "drums, bass, other, vocals", "default"],
+        "htdemucs_ft": ["336 MB"],
+        "htdemucs_6s": ["guitar, piano"],
+        "mdx_q": ["size unknown"],
+        "uvr_demucs_model_1": ["TRvlvr/model_repo", "licence: not stated"],
+        "demo": ["3 MB", "drums, bass, other, vocals"],
+    }.items():
+        for word in words:
+            assert word in line_of(name, text)
+    assert text.replace("not on disk", "").count("on disk") == 1
+    assert " on disk" in line_of("demo", text).replace("not on disk", "")
+    assert text.index("955717e8") < text.index("community") < text.index("drumsep")
 
 
-def test_python_lists_what_json_lists() -> None:
+def test_python_lists_the_models_of_the_catalog() -> None:
     listed = list_models()
     assert set(listed) == {"single", "bag"}
     assert len(listed["bag"]) == 17
@@ -51,9 +48,11 @@ def test_python_lists_what_json_lists() -> None:
         assert list(names) == [entry.name for entry in catalog() if entry.kind == kind]
 
 
-def test_json(published: Web, checkpoint: bytes, tmp_path: Path) -> None:
-    command(published, "--download", "first")
-    content = json.loads(command(published, "--list-models", "--json").stdout)
+def test_json_describes_models_and_their_files(
+    published: Web, checkpoint: bytes, tmp_path: Path
+) -> None:
+    separate("--download", "first")
+    content = json.loads(separate("--list-models", "--json").stdout)
     assert content["folder"] == str(tmp_path / "cache")
     models = {model["name"]: model for model in content["models"]}
     assert list(models) == ["one", "both", "foreign", "first", "second", "foreign_state"]
@@ -70,14 +69,14 @@ def test_json(published: Web, checkpoint: bytes, tmp_path: Path) -> None:
     assert foreign["group"] == "community"
     assert (foreign["files"][0]["source"], foreign["files"][0]["licence"]) == ("someone", "MIT")
     assert (foreign["licence"], first["licence"]) == ("MIT", "not stated")
-    assert "\n    one   on disk  " in command(published, "--list-models").stdout
+    assert "not on disk" not in line_of("one", separate("--list-models").stdout)
 
 
-def test_a_local_folder(repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_of_a_folder_are_listed(repo: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(repo, tmp_path / "models"))
     (folder / "broken.yaml").write_text("models: [tiny, absent]")
-    main(["--list-models", "--json", "--repo", str(folder)])
-    models = {m["name"]: m for m in json.loads(capsys.readouterr().out)["models"]}
+    content = json.loads(separate("--list-models", "--json", "--repo", folder).stdout)
+    models = {model["name"]: model for model in content["models"]}
     size = (repo / "tiny.th").stat().st_size
     assert {name: (m["size"], m["on_disk"]) for name, m in models.items()} == {
         "pair": (size, True),
@@ -85,93 +84,90 @@ def test_a_local_folder(repo: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "broken": (None, False),
     }
     assert models["tiny"]["stems"] is None
-    main(["--list-models", "--repo", str(folder)])
-    assert "not on disk  size unknown" in line_of("broken", capsys.readouterr().out)
+    line = line_of("broken", separate("--list-models", "--repo", folder).stdout)
+    assert "not on disk" in line
+    assert "size unknown" in line
 
 
-def test_download(published: Web, tmp_path: Path) -> None:
-    result = command(published, "--download", "both", "first", "foreign")
+def test_download_prints_paths_and_replaces_damaged_files(published: Web, tmp_path: Path) -> None:
+    result = separate("--download", "both", "first", "foreign")
     assert (result.returncode, result.stderr) == (0, "")
     paths = [Path(line) for line in result.stdout.splitlines()]
     assert sorted(paths) == sorted((tmp_path / "cache").iterdir())
     assert len(published.paths) == 3
+    whole = paths[0].read_bytes()
     paths[0].write_bytes(b"damaged")
-    again = command(published, "--download", "both", "--offline")
-    assert again.returncode == 1
-    assert "is damaged" in again.stderr
-    again = command(published, "--download", "both")
+    assert_one_line(separate("--download", "both", "--offline"), paths[0].name, "damaged")
+    again = separate("--download", "both")
     assert (again.returncode, again.stdout.count("\n")) == (0, 2)
-    assert "fetched anew" in again.stderr
+    assert paths[0].name in again.stderr
+    assert paths[0].read_bytes() == whole
     assert len(published.paths) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--download", "bothh"], 1, ["no model is named 'bothh'", "Did you mean both?"]),
-        (["--download", "one", "--offline"], 1, ["not on this machine", "SHA-256", "--repo"]),
-        (["--download", "both", "--offline"], 1, ["/models/first-", "/models/second-"]),
-        (["--download", "one"], 1, ["404 Not Found", "SHA-256", "--repo"]),
-        (["--download", "one", "--repo", "."], 2, ["leave out --repo"]),
-        (["--download"], 2, ["--download"]),
-        (["-n", "one", "--offline", "song.wav"], 1, ["not on this machine", "SHA-256"]),
+        ("--download bothh", 1, ["'bothh'", "Did you mean both?"]),
+        ("--download one --offline", 1, ["/models/first-", "SHA-256", "--repo"]),
+        ("--download both --offline", 1, ["/models/first-", "/models/second-"]),
+        ("--download one", 1, ["404", "SHA-256", "--repo"]),
+        ("--download one --repo .", 2, ["--repo"]),
+        ("--download", 2, ["--download"]),
+        ("-n one --offline song.wav", 1, ["/models/first-", "SHA-256"]),
     ],
-    ids=str,
 )
-def test_one_line_says_what_is_wrong(
-    options: list, status: int, words: list, published: Web, tmp_path: Path
+def test_models_that_cannot_be_fetched_are_one_line(
+    options: str, status: int, words: list[str], published: Web, tmp_path: Path
 ) -> None:
     published.always = answers.status(404)
-    result = command(published, "-o", tmp_path / "out", *options)
+    result = separate(*options.split(), "-o", tmp_path / "out")
     assert (result.returncode, result.stdout) == (status, "")
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("demucs-infer: error: ")
-    for word in words:
-        assert word in line
+    assert_one_line(result, *words)
 
 
-def test_a_track_with_a_fetched_model(published: Web, track: Path) -> None:
-    options = ["-n", "one", "-o", track.parent / "out", "--cache-dir", track.parent / "here"]
-    result = command(published, *options, track)
+def test_model_is_fetched_into_the_cache_folder_and_separates(
+    published: Web, track: Path, tmp_path: Path
+) -> None:
+    options = ["-n", "one", "-o", "out", "--cache-dir", "here"]
+    result = separate(*options, track, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert len(list((track.parent / "out").rglob("*.wav"))) == 4
-    assert len(list((track.parent / "here").iterdir())) == 1
+    assert len(list((tmp_path / "out").rglob("*.wav"))) == 4
+    assert len(list((tmp_path / "here").iterdir())) == 1
     assert len(published.paths) == 1
 
 
-def test_the_model_in_the_package(
-    track: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It needs no network, no cache and no home, and is verified like any other."""
-    main(["--list-models", "--json", "--cache-dir", str(tmp_path / "absent")])
-    (demo,) = (m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "demo")
+def test_model_in_the_package_needs_no_network_and_no_cache(track: Path, tmp_path: Path) -> None:
+    absent = ["--cache-dir", tmp_path / "absent"]
+    content = json.loads(separate("--list-models", "--json", *absent).stdout)
+    (demo,) = (model for model in content["models"] if model["name"] == "demo")
     assert (demo["group"], demo["stems"], demo["on_disk"]) == ("embedded", SOURCES, True)
     (file,) = demo["files"]
     assert Path(file["path"]).stat().st_size == demo["size"] < 3_000_000
-    offline = ["--offline", "--cache-dir", str(tmp_path / "absent")]
-    main(["--download", "demo", *offline])
-    assert capsys.readouterr().out == f"{file['path']}\n"
-    result = separate("-n", "demo", *offline, "-o", tmp_path / "out", track)
+    result = separate("--download", "demo", "--offline", *absent)
+    assert result.stdout == f"{file['path']}\n"
+    result = separate("-n", "demo", "--offline", *absent, "-o", tmp_path / "out", track)
     assert result.returncode == 0, result.stderr
     assert {p.stem for p in (tmp_path / "out/demo/track").iterdir()} == set(SOURCES)
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [(lambda path: path.write_bytes(b""), "is damaged"), (Path.unlink, "not on this machine")],
-)
-@pytest.mark.parametrize("options", [[], ["--offline"]])
-def test_a_damaged_package(damage, words: str, options: list, tmp_path: Path) -> None:
-    package = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
-    damage(package / "demo.safetensors")
-    elsewhere = (
-        f"from demucs_infer.hub import registry; registry.REMOTE_ROOT = Path({str(package)!r});"
-    )
-    result = run(
-        "-c", f"from pathlib import Path; {elsewhere}{MAIN}", "--download", "demo", *options
-    )
-    (line,) = result.stderr.splitlines()
-    assert (result.returncode, result.stdout) == (1, "")
-    assert words in line
-    assert "install this package again" in line
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the files in the package, which is used in their place."""
+    copy = Path(shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote"))
+    monkeypatch.setattr(registry, "REMOTE_ROOT", copy)
+    registry.registry.cache_clear()
+    yield copy
+    registry.registry.cache_clear()
+
+
+@pytest.mark.parametrize("options", [[], ["--offline"]], ids=str)
+def test_damaged_package_is_to_be_installed_again(options: list[str], package: Path) -> None:
+    (package / "demo.safetensors").write_bytes(b"")
+    damaged = separate("--download", "demo", *options)
+    assert_one_line(damaged, "demo.safetensors", "damaged", "install")
+    (package / "demo.safetensors").unlink()
+    missing = separate("--download", "demo", *options)
+    assert_one_line(missing, "demo.safetensors", "install")
+    assert damaged.stdout == missing.stdout == ""

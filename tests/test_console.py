@@ -1,14 +1,17 @@
-"""The command line and its streams and signals, in processes of its own."""
+"""The streams, the signals and the names of a process that runs the command line."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -17,85 +20,123 @@ import tqdm
 from demucs_infer.errors import DemucsInferError
 from demucs_infer.io.console import Ended, command, json_text, put, signals_raise
 
-from .helpers import SOURCES, environment, noise, run, stems_of
+from .helpers import (
+    SOURCES,
+    Command,
+    assert_one_line,
+    environment,
+    noise,
+    run,
+    stems_of,
+    write_track,
+)
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the shell of POSIX")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
-DEMO = [sys.executable, "-m", "demucs_infer", "-n", "demo"]
+slow = pytest.mark.slow
+MODULE = [sys.executable, "-m", "demucs_infer"]
+
+
+@pytest.fixture
+def words(fast_repo: Path) -> list[str]:
+    """The command that separates with the model of `fast_repo`."""
+    return [*MODULE, "--repo", str(fast_repo), "-n", "tiny", "-d", "cpu"]
 
 
 @pytest.fixture
 def song(tmp_path: Path) -> Path:
-    soundfile.write(tmp_path / "a.wav", noise(2, 8000).T.numpy(), 44_100)
-    soundfile.write(tmp_path / "b.wav", noise(2, 8000, seed=1).T.numpy(), 44_100)
+    """A folder with the tracks `a.wav` and `b.wav`."""
+    for name in ("a.wav", "b.wav"):
+        write_track(tmp_path / name, 0.5)
     return tmp_path
-
-
-def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run our command with the options and redirections in `line`."""
-    return subprocess.run(
-        ["sh", "-c", f"{shlex.join(DEMO)} {line}"],
-        cwd=folder,
-        env={**environment(), "PYTHONUNBUFFERED": ""},
-        capture_output=True,
-        text=True,
-    )
-
-
-def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
-    usual = ("Separating", "Stems in", "2 tracks: ")
-    lines = (line for line in result.stderr.splitlines() if line and "%|" not in line)
-    return [line for line in lines if not line.startswith(usual)]
 
 
 @needs_linux
 @pytest.mark.parametrize(
     ("line", "status", "errors", "stems"),
     [
-        ("a.wav 2>&-", 0, 0, 4),
         ("-q a.wav <&- >&- 2>&-", 0, 0, 4),
-        ("a.wav 2>/dev/full", 0, 0, 4),
-        ("--json a.wav b.wav >/dev/full", 1, 1, 8),
-        ("--json a.wav b.wav >&-", 1, 1, 8),
-        ("--stems bass -o - a.wav >/dev/full", 1, 1, 0),
-        ("--stems bass -o - missing.wav >&-", 1, 1, 0),
-        ("- <&-", 1, 1, 0),
-        ("--from-file - <&-", 1, 1, 0),
-        ("missing.wav 2>&-", 1, 0, 0),
-        ("--list-models >/dev/full", 1, 1, 0),
         ("--list-models >&-", 1, 1, 0),
         ("--help >/dev/full", 1, 1, 0),
-        ("--version >&-", 1, 1, 0),
-        ("--version >/dev/full", 1, 1, 0),
         ("--help 2>&-", 0, 0, 0),
+        pytest.param("--list-models >/dev/full", 1, 1, 0, marks=slow),
+        pytest.param("--version >&-", 1, 1, 0, marks=slow),
+        pytest.param("--json a.wav b.wav >/dev/full", 1, 1, 8, marks=slow),
+        pytest.param("a.wav 2>/dev/full", 0, 0, 4, marks=slow),
+        pytest.param("--stems bass -o - a.wav >/dev/full", 1, 1, 0, marks=slow),
+        pytest.param("- <&-", 1, 1, 0, marks=slow),
     ],
 )
-def test_streams_that_are_closed_or_full(
-    line: str, status: int, errors: int, stems: int, song: Path
+def test_process_with_closed_and_full_streams_loses_no_stem(
+    line: str, status: int, errors: int, stems: int, words: list[str], song: Path
 ) -> None:
-    result = shell(line, song)
-    assert (result.returncode, len(errors_of(result))) == (status, errors), result.stderr
-    assert len(stems_of(song / "separated")) == stems
-    for error in errors_of(result):
-        assert error.startswith("demucs-infer: error: standard ") or "No space left" in error
-
-
-@needs_posix
-def test_closed_standard_output_is_noticed_before_the_track_is_looked_for(song: Path) -> None:
-    assert "standard output is closed" in shell("--stems bass -o - missing.wav >&-", song).stderr
-
-
-@needs_posix
-def test_a_reader_that_has_gone_loses_no_stem(song: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    options = ["--json", "a.wav", "b.wav"]
     result = subprocess.run(
-        [*DEMO, *options], stdout=writer, stderr=subprocess.PIPE, cwd=song, env=environment()
+        ["sh", "-c", f"{shlex.join(words)} {line}"],
+        cwd=song,
+        env={**environment(), "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
     )
-    os.close(writer)
-    assert (result.returncode, result.stderr.count(b"error:")) == (1, 1)
-    assert len(stems_of(song / "separated")) == 8
+    check_errors(result, status, errors)
+    assert len(stems_of(song / "separated")) == stems
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("options", "stream", "path", "status", "errors", "stems"),
+    [
+        ("a.wav", "stderr", None, 0, 0, 4),
+        ("a.wav", "stderr", "/dev/full", 0, 0, 4),
+        ("missing.wav", "stderr", None, 1, 0, 0),
+        ("--json a.wav b.wav", "stdout", None, 1, 1, 8),
+        ("--json a.wav b.wav", "stdout", "/dev/full", 1, 1, 8),
+        ("--json a.wav b.wav", "stdout", "a pipe without a reader", 1, 1, 8),
+        ("--stems bass -o - a.wav", "stdout", "/dev/full", 1, 1, 0),
+        ("-", "stdin", None, 1, 1, 0),
+        ("--from-file -", "stdin", None, 1, 1, 0),
+        ("--version", "stdout", "/dev/full", 1, 1, 0),
+    ],
+)
+def test_closed_and_full_streams_lose_no_stem(
+    options: str,
+    stream: str,
+    path: str | None,
+    status: int,
+    errors: int,
+    stems: int,
+    command: Command,
+    song: Path,
+) -> None:
+    file: Any = path
+    if path == "/dev/full":
+        file = open(path, "w")  # noqa: PTH123, SIM115
+    elif path is not None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        file = open(writer, "w")  # noqa: PTH123, SIM115
+    result = command(*options.split(), streams={stream: file})
+    check_errors(result, status, errors)
+    assert len(stems_of(song / "separated")) == stems
+    with contextlib.suppress(OSError, AttributeError):
+        file.close()
+
+
+def check_errors(result: subprocess.CompletedProcess[str], status: int, count: int) -> None:
+    """Assert that there are `count` lines of errors, which say which stream failed and why."""
+    usual = ("Separating", "Stems in", "2 tracks: ")
+    lines = (line for line in result.stderr.splitlines() if line and "%|" not in line)
+    errors = [line for line in lines if not line.startswith(usual)]
+    assert (result.returncode, len(errors)) == (status, count), result.stderr
+    for error in errors:
+        assert error.startswith("demucs-infer: error: ")
+        assert re.search("standard|No space left|Broken pipe", error)
+
+
+def test_closed_standard_output_is_noticed_before_the_track_is_looked_for(
+    command: Command,
+) -> None:
+    result = command("--stems", "bass", "-o", "-", "missing.wav", streams={"stdout": None})
+    assert_one_line(result, "standard output is closed")
 
 
 @needs_linux
@@ -109,7 +150,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(song: Path) -> None:
 
 @needs_linux
 @pytest.mark.parametrize("path", [None, "/dev/full"])
-def test_what_libraries_write_stops_nothing(
+def test_libraries_may_write_to_a_closed_or_full_standard_error(
     path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = path and open(path, "w")  # noqa: PTH123, SIM115
@@ -133,24 +174,24 @@ NAMES = {
 @pytest.mark.parametrize(
     "settings",
     [
-        {"LC_ALL": "C"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "latin-1:strict"},
+        pytest.param({"LC_ALL": "C"}, marks=slow),
+        pytest.param({"PYTHONIOENCODING": "latin-1:strict"}, marks=slow),
     ],
     ids=str,
 )
-def test_names_of_any_bytes(settings: dict[str, str], song: Path) -> None:
-    """File names stay what they are; what is said of them can be read everywhere."""
+def test_names_of_any_bytes(settings: dict[str, str], words: list[str], song: Path) -> None:
+    """File names stay as they are; messages about them can be read in every encoding."""
     (song / "in").mkdir()
     for name in NAMES:
         Path(os.fsdecode(bytes(song / "in") + b"/" + name)).write_bytes(
             (song / "a.wav").read_bytes()
         )
-    options: list[str | bytes] = [*DEMO, "--json", "--flac", "in", b"in/miss\xed\x1bng.wav"]
+    options: list[str | bytes] = [*words, "--json", "--flac", "in", b"in/miss\xed\x1bng.wav"]
     env = {**environment(), **settings}
     result = subprocess.run(options, cwd=song, env=env, capture_output=True)
     assert result.returncode == 1
-    folders = {os.fsencode(path.name) for path in (song / "separated/demo").iterdir()}
+    folders = {os.fsencode(path.name) for path in (song / "separated/tiny").iterdir()}
     assert folders == {name.removesuffix(b".wav") for name in NAMES}
     said = result.stderr.decode()
     assert not {char for char in said if ord(char) < 32} - {"\n", "\r"}
@@ -162,27 +203,27 @@ def test_names_of_any_bytes(settings: dict[str, str], song: Path) -> None:
         assert "\x1b" not in line
     titles = {
         soundfile.SoundFile(os.fsencode(path)).title
-        for path in (song / "separated/demo").glob("*/bass.flac")
+        for path in (song / "separated/tiny").glob("*/bass.flac")
     }
     assert titles == {"caf\ufffd (bass)", "\N{MUSICAL NOTE} (bass)", "a[2J\nb (bass)"}
 
 
-def test_help_in_an_encoding_that_lacks_its_characters() -> None:
-    for encoding in ("latin-1", "ascii"):
-        env = {**environment(), "PYTHONIOENCODING": encoding}
-        result = run("-m", "demucs_infer", "--help", env=env)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert "--two-stems" in result.stdout
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=slow)])
+def test_help_in_an_encoding_that_lacks_its_characters(encoding: str) -> None:
+    env = {**environment(), "PYTHONIOENCODING": encoding}
+    result = run("-m", "demucs_infer", "--help", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--two-stems" in result.stdout
 
 
-def test_json_that_every_program_can_read() -> None:
+def test_json_can_be_read_by_every_program() -> None:
     content = {"a": ["caf\udce9", 1, None, True], "b": {"c": Path("x\udcff")}}
     expected = {"a": [r"caf\xe9", 1, None, True], "b": {"c": r"x\xff"}}
     assert json.loads(json_text(content)) == expected
 
 
-def test_standard_output_that_cannot_be_written_to() -> None:
-    with pytest.raises(DemucsInferError, match="standard output: cannot be written to"):
+def test_missing_standard_output_is_an_error_of_ours() -> None:
+    with pytest.raises(DemucsInferError, match="standard output"):
         put("text", None)
 
 
@@ -190,14 +231,16 @@ def test_standard_output_that_cannot_be_written_to() -> None:
 
 
 @needs_posix
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=slow)])
 @pytest.mark.usefixtures("hang_ups")
-def test_a_signal_ends_the_command_cleanly(name: str, tmp_path: Path) -> None:
+def test_signal_ends_the_command_and_leaves_nothing(
+    name: str, words: list[str], tmp_path: Path
+) -> None:
     number = signal.Signals[name]
-    for track in "ab":
-        soundfile.write(tmp_path / f"{track}.wav", noise(1, 44_100 * 60).T.numpy(), 44_100)
+    for track in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / track, noise(2, 300 * 8000).T.numpy(), 8000)
     process = subprocess.Popen(
-        [*DEMO, "a.wav", "b.wav"],
+        [*words, "a.wav", "b.wav"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -212,50 +255,54 @@ def test_a_signal_ends_the_command_cleanly(name: str, tmp_path: Path) -> None:
     said = [line for line in errors.splitlines() if line and "%|" not in line]
     assert said == [f"demucs-infer: error: ended by {number.name}"]
     assert stems_of(tmp_path / "separated") == set()
-    assert not list((tmp_path / "separated/demo").iterdir())
+    assert not list((tmp_path / "separated/tiny").iterdir())
 
 
 @needs_posix
-def test_signals_in_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Ended) as ended, command():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            os.kill(os.getpid(), signal.SIGHUP)  # while it clears up
-    assert ended.value.code == 143
-    assert capsys.readouterr().err == "demucs-infer: error: ended by SIGTERM\n"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     seen: list[int] = []
     try:
+        with pytest.raises(Ended) as ended, command():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGHUP)  # while it clears up
+        assert ended.value.code == 143
+        assert capsys.readouterr().err == "demucs-infer: error: ended by SIGTERM\n"
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
         with signals_raise():
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
     assert seen == [signal.SIGTERM]
 
 
 # --- no folder for temporary files --------------------------------------------------------------
 
 
-def test_without_a_temporary_folder(song: Path) -> None:
+def test_files_need_no_temporary_folder_and_pipes_say_that_they_do(
+    words: list[str], song: Path
+) -> None:
     code = "import sys, tempfile; tempfile._candidate_tempdir_list = lambda: []\n"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])\n"
-    code += "assert 'torch._dynamo' not in sys.modules"
+    code += "assert 'torch._dynamo' not in sys.modules\n"
+    code += "main([*sys.argv[1:], '--stems', 'bass', '-o', '-'])"
     env = {**environment(), "TMPDIR": str(song / "none")}
-    arguments = ["-q", "-n", "demo", "--format", "ogg", "a.wav"]
-    result = run("-c", code, *arguments, cwd=song, env=env)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert stems_of(song / "separated") == {f"demo/a/{name}.ogg" for name in SOURCES}
-    result = run("-c", code, *arguments, "--stems", "bass", "-o", "-", cwd=song, env=env)
-    assert result.returncode == 1
-    assert "set TMPDIR" in result.stderr
+    result = run("-c", code, *words[3:], "-q", "--format", "ogg", "a.wav", cwd=song, env=env)
+    assert stems_of(song / "separated") == {f"tiny/a/{name}.ogg" for name in SOURCES}
+    assert_one_line(result, "set TMPDIR")
 
 
-def test_a_module_without_a_command() -> None:
+@pytest.mark.slow
+def test_module_without_a_command_names_the_command() -> None:
     result = run("-m", "demucs_infer.api")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "run demucs-infer" in result.stderr
+    assert "demucs-infer" in result.stderr

@@ -1,15 +1,16 @@
-"""What messages look like, and where they go."""
+"""Messages are harmless and readable, and go to whatever stands for standard error."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 import pytest
 
 from demucs_infer.errors import LoadAudioError, SaveAudioError
 from demucs_infer.log import bold, decoded, fatal, log_to_stderr, logger, printable, say, write
+
+from .helpers import WriteAndFlush
 
 HOSTILE = "a\x1b[2Jb\nc\x9bd\u202ee\udce9"
 HARMLESS = r"a\x1b[2Jb\nc\x9bd\u202ee\xe9"
@@ -26,17 +27,17 @@ HARMLESS = r"a\x1b[2Jb\nc\x9bd\u202ee\xe9"
         (7, "7"),
     ],
 )
-def test_printable(text: object, expected: str) -> None:
+def test_printable_text_has_no_control_characters(text: object, expected: str) -> None:
     assert printable(text) == expected
     assert printable(expected) == expected
     printable(text).encode()
 
 
-def test_decoded_text_for_tags() -> None:
+def test_decoded_text_replaces_what_is_not_utf_8() -> None:
     assert decoded("caf\udce9 \udcc3\udca9", "replace") == "caf\ufffd é"
 
 
-def test_say_and_exceptions_and_the_logger(
+def test_messages_errors_and_the_log_are_harmless(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     say("Separating", bold(HOSTILE))
@@ -50,33 +51,13 @@ def test_say_and_exceptions_and_the_logger(
     assert caplog.messages == [f"{HARMLESS}: damaged"]
 
 
-def test_a_save_error_is_an_os_error() -> None:
-    assert issubclass(SaveAudioError, OSError)
-
-
-class WriteAndFlush:
-    """What GUIs and loggers put in the place of standard error."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
-def test_a_standard_error_that_is_only_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_error_may_be_an_object_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", WriteAndFlush())
-    before = logger.handlers[:], logger.propagate, logger.level
     log_to_stderr(logging.WARNING)
     try:
         raise LoadAudioError(HOSTILE)
     except LoadAudioError as exc:
         logger.warning("%s", "song", exc_info=exc)
-    finally:
-        logger.handlers[:], logger.propagate, logger.level = before
     say("text", bold("song"))
     first, *traceback, last = sys.stderr.text.splitlines()
     assert (first, last) == ("demucs-infer: WARNING: song", "text song")
@@ -84,11 +65,15 @@ def test_a_standard_error_that_is_only_an_object(monkeypatch: pytest.MonkeyPatch
     assert not any("\x1b" in line for line in traceback)
 
 
-@pytest.mark.parametrize("stream", [None, open(__file__)])  # noqa: PTH123, SIM115
-def test_a_standard_error_that_is_none(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if stream is not None:
-        stream.close()
-    monkeypatch.setattr(sys, "stderr", stream)
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_missing_standard_error_loses_messages_only(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = None
+    if stream == "closed":
+        file = open(__file__)  # noqa: PTH123, SIM115
+        file.close()
+    monkeypatch.setattr(sys, "stderr", file)
     say("nobody listens", bold("x"))
     with pytest.raises(OSError, match="closed"):
-        write("x", stream)
+        write("x", file)

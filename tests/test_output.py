@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
-import soundfile
+from fsspec.implementations.memory import MemoryFileSystem
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.local import LocalPath
-from demucs_infer.io.url import Url
-from demucs_infer.separate import main
 
-from .helpers import SOURCES, assert_one_line, noise, run, stems_of
+from .helpers import SOURCES, Command, assert_one_line, stems_of, write_track
 
 
 @pytest.mark.parametrize(
@@ -24,7 +21,6 @@ from .helpers import SOURCES, assert_one_line, noise, run, stems_of
     [
         "{track:1000000000}/{stem}",
         "{track:{stem}}/{stem}",
-        "{stem.__class__}",
         "{stem.__class__.__mro__[1]}",
         "{track[x]}{stem}",
         "{stem:d}",
@@ -37,33 +33,15 @@ def test_templates_reach_into_nothing(template: str) -> None:
 
 
 def test_templates_cut_and_align() -> None:
-    (path,) = (
-        Output("out", "{track[0]}/{track:.3}-{stem:>6}.{ext}")
-        .paths(Path("abcdef.wav"), "m", ["bass"])
-        .values()
-    )
+    output = Output("out", "{track[0]}/{track:.3}-{stem:>6}.{ext}")
+    (path,) = output.paths(Path("abcdef.wav"), "m", ["bass"]).values()
     assert path == Path("out/a/abc-  bass.wav")
 
 
-@pytest.mark.parametrize(
-    "folder", ["", "out\0", "zip://a::memory://b", "reference://x", "http://h"]
-)
-def test_folders_that_are_refused(folder: str) -> None:
-    with pytest.raises(OptionError):
-        Output(folder)
-
-
-@pytest.fixture
-def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the command line with the tiny model in a temporary folder."""
-    monkeypatch.chdir(tmp_path)
-    options = ["--repo", str(repo), "-n", "tiny", "--seed", "1"]
-    return lambda *more: main([*options, *map(str, more)])
-
-
-def write(path: Path, seconds: float = 0.1) -> Path:
-    soundfile.write(path, noise(2, int(8000 * seconds)).T.numpy(), 8000, format="WAV")
-    return path
+def test_folders_that_cannot_be_written_are_refused() -> None:
+    for folder in ("", "out\0", "zip://a::memory://b", "reference://x", "http://h"):
+        with pytest.raises(OptionError):
+            Output(folder)
 
 
 def tree(folder: Path) -> set[str]:
@@ -72,97 +50,83 @@ def tree(folder: Path) -> set[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs names of POSIX")
 @pytest.mark.parametrize(
-    ("template", "in_the_way", "message"),
+    ("template", "in_the_way", "reason"),
     [
         ("{track}-" + "x" * 243 + "-{stem}", None, "too long"),  # for "vocals" alone
-        ("{track}/{stem}.{ext}", "vocals.wav", "a folder has this name"),
+        ("{track}/{stem}.{ext}", "vocals.wav", "folder"),
     ],
 )
 def test_targets_are_checked_before_the_work(
-    template: str,
-    in_the_way: str | None,
-    message: str,
-    command: Callable[..., None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    template: str, in_the_way: str | None, reason: str, command: Command, tmp_path: Path
 ) -> None:
-    write(tmp_path / "abcde.wav")
-    write(tmp_path / "b.wav")
+    write_track(tmp_path / "abcde.wav", 0.1)
+    write_track(tmp_path / "b.wav", 0.1)
     if in_the_way:
         (tmp_path / "separated/tiny/abcde" / in_the_way).mkdir(parents=True)
     before = tree(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        command("--filename", template, "abcde.wav", "b.wav")
-    assert caught.value.code == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 1
-    assert message in errors[0]
+    result = command("--filename", template, "abcde.wav", "b.wav")
+    assert result.returncode == 1
+    (error,) = (line for line in result.stderr.splitlines() if "error: " in line)
+    assert reason in error
     made = {name for name in tree(tmp_path) - before if Path(name).suffix or "-" in name}
     assert len(made) == len(SOURCES)  # those of b.wav
     assert not any("abcde" in name for name in made)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_stem_that_fails_takes_back_the_others(
-    replaced: bool, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failing_stem_takes_back_the_others(
+    replaced: bool, fast_repo: Path, tmp_path: Path
 ) -> None:
-    separator = Separator("tiny", repo, device="cpu", shifts=0)
-    write(tmp_path / "a.wav")
+    """A folder takes the name of the last stem while the track is separated."""
+    write_track(tmp_path / "a.wav", 0.1)
+    folder = tmp_path / "out/a"
+    last = folder / f"{SOURCES[-1]}.wav"
     if replaced:
-        (tmp_path / "out/a").mkdir(parents=True)
+        folder.mkdir(parents=True)
         for name in SOURCES:
-            (tmp_path / "out/a" / f"{name}.wav").write_text(name)
-    before = tree(tmp_path)
-    publish = LocalPath.publish
+            (folder / f"{name}.wav").write_text(name)
 
-    def failing(path: LocalPath, file: Path) -> object:
-        if path.stem == SOURCES[-1]:
-            raise OSError("disk on fire")
-        return publish(path, file)
+    def get_in_the_way(info: dict[str, Any]) -> None:
+        if not last.is_dir():
+            last.unlink(missing_ok=True)
+            (last / "inside").mkdir(parents=True)
 
-    monkeypatch.setattr(LocalPath, "publish", failing)
-    with pytest.raises(SaveAudioError, match="disk on fire"):
+    separator = Separator("tiny", fast_repo, device="cpu", shifts=0, callback=get_in_the_way)
+    with pytest.raises(SaveAudioError, match=last.name):
         separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
-    assert tree(tmp_path) - {"out"} == before - {"out"}
-    for name in SOURCES if replaced else []:
-        assert (tmp_path / "out/a" / f"{name}.wav").read_text() == name
-    monkeypatch.setattr(LocalPath, "publish", publish)
+    left = {f"{name}.wav" for name in SOURCES if replaced} | {last.name, f"{last.name}/inside"}
+    assert tree(folder) == left
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    for name in SOURCES[:-1] if replaced else []:
+        assert (folder / f"{name}.wav").read_text() == name
+    (last / "inside").rmdir()
+    last.rmdir()
+    separator.update_parameter(callback=None)
     separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
     assert stems_of(tmp_path / "out") == {f"a/{name}.wav" for name in SOURCES}
 
 
-def test_a_stem_that_fails_takes_back_the_others_in_a_store(
-    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failing_stem_takes_back_the_others_in_a_store(
+    separator: Separator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = fsspec.filesystem("memory")
-    separator = Separator("tiny", repo, device="cpu", shifts=0)
-    write(tmp_path / "a.wav")
-    publish = Url.publish
+    write_track(tmp_path / "a.wav", 0.1)
+    usual, written = MemoryFileSystem.cp_file, []
 
-    def failing(path: Url, file: Path) -> object:
-        if SOURCES[-1] in path.name:
-            raise SaveAudioError("no more")
-        return publish(path, file)
+    def cp_file(store: MemoryFileSystem, source: str, target: str, **options: Any) -> None:
+        if SOURCES[-1] in target:
+            raise OSError("quota is exceeded")
+        written.append(target)
+        usual(store, source, target, **options)
 
-    monkeypatch.setattr(Url, "publish", failing)
-    with pytest.raises(SaveAudioError, match="no more"):
+    monkeypatch.setattr(MemoryFileSystem, "cp_file", cp_file)
+    with pytest.raises(SaveAudioError, match="quota is exceeded"):
         separator.separate_to_files(tmp_path / "a.wav", "memory://taken-back")
+    assert len(written) == 3
     assert not memory.find("/taken-back")
 
 
-def test_no_temporary_folder_is_needed(repo: Path, tmp_path: Path) -> None:
-    write(tmp_path / "a.wav")
-    code = "import sys, tempfile; from demucs_infer.separate import main\n"
-    code += "def none(*_): raise FileNotFoundError('no usable temporary directory')\n"
-    code += "tempfile._get_default_tempdir = tempfile.gettempdir = none\nmain(sys.argv[1:])"
-    options = ["--repo", repo, "-n", "tiny", "-o", "out", "a.wav"]
-    result = run("-c", code, *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert len(stems_of(tmp_path / "out/tiny")) == len(SOURCES)
-
-
-def test_an_output_that_is_a_file(repo: Path, tmp_path: Path) -> None:
-    write(tmp_path / "a.wav")
+def test_output_that_is_a_file_is_one_line(command: Command, tmp_path: Path) -> None:
+    write_track(tmp_path / "a.wav", 0.1)
     (tmp_path / "out").touch()
-    options = ["--repo", repo, "-n", "tiny", "-o", "out", "a.wav"]
-    assert_one_line(run("-m", "demucs_infer", *options, cwd=tmp_path), "cannot be written")
+    assert_one_line(command("-o", "out", "a.wav"), "out", "cannot be written")

@@ -1,4 +1,4 @@
-"""What other programs import, and what importing costs."""
+"""The names that other programs import, and the cost of importing them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import zipfile
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 import demucs.api
 import pytest
@@ -40,33 +41,32 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_names_and_parameters_are_those_of_the_reference(module: str) -> None:
-    ours = importlib.import_module(f"demucs_infer.{module}")
-    for name in NAMES[module].split():
-        mine = getattr(ours, name)
-        try:
-            reference = getattr(importlib.import_module(f"demucs.{module}"), name)
-        except (ImportError, AttributeError):  # in demucs 4.0 only
-            continue
-        if not callable(mine) or (inspect.isclass(mine) and issubclass(mine, Exception)):
-            continue
-        expected = list(inspect.signature(reference).parameters.values())
-        actual = list(inspect.signature(mine).parameters.values())
-        assert [p.name for p in actual[: len(expected)]] == [p.name for p in expected], name
-        for extra in actual[len(expected) :]:
-            assert extra.kind == inspect.Parameter.KEYWORD_ONLY, name
+def parameters(function: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
 
 
-@pytest.mark.parametrize("method", ["__init__", "update_parameter", "separate_tensor"])
-def test_separator_has_the_parameters_of_the_reference(method: str) -> None:
-    ours, theirs = getattr(Separator, method), getattr(demucs.api.Separator, method)
-    expected = list(inspect.signature(theirs).parameters)
-    names, extra = list(inspect.signature(ours).parameters), inspect.signature(ours).parameters
-    assert names[: len(expected)] == expected
-    assert all(
-        extra[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names[len(expected) :]
-    )
+def assert_extends(ours: Any, theirs: Any, name: str) -> None:
+    """Our parameters are those of the reference in their order, then keywords."""
+    mine, expected = parameters(ours), parameters(theirs)
+    assert [p.name for p in mine[: len(expected)]] == [p.name for p in expected], name
+    for extra in mine[len(expected) :]:
+        assert extra.kind == inspect.Parameter.KEYWORD_ONLY, name
+
+
+def test_names_and_parameters_are_those_of_the_reference() -> None:
+    for module, names in NAMES.items():
+        ours = importlib.import_module(f"demucs_infer.{module}")
+        for name in names.split():
+            mine = getattr(ours, name)
+            try:
+                theirs = getattr(importlib.import_module(f"demucs.{module}"), name)
+            except (ImportError, AttributeError):  # in demucs 4.0 only
+                continue
+            is_error = inspect.isclass(mine) and issubclass(mine, Exception)
+            if callable(mine) and not is_error:
+                assert_extends(mine, theirs, name)
+    for method in ("__init__", "update_parameter", "separate_tensor"):
+        assert_extends(getattr(Separator, method), getattr(demucs.api.Separator, method), method)
 
 
 def test_public_functions_are_typed() -> None:
@@ -75,24 +75,22 @@ def test_public_functions_are_typed() -> None:
         for name, function in vars(ours).items():
             local = getattr(function, "__module__", "") == ours.__name__
             if inspect.isfunction(function) and local and not name.startswith("_"):
-                signature = inspect.signature(function)
-                assert signature.return_annotation is not inspect.Signature.empty, name
-                for parameter in signature.parameters.values():
-                    assert parameter.annotation is not inspect.Parameter.empty, name
+                annotations = [p.annotation for p in parameters(function)]
+                annotations.append(inspect.signature(function).return_annotation)
+                assert inspect.Parameter.empty not in annotations, name
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import demucs_infer, demucs_infer.log, demucs_infer.errors",
-        "from demucs_infer.separate import main; main(['--list-models'])",
-        "from demucs_infer.separate import main; main(['--list-models', '--json'])",
-        "from demucs_infer.separate import get_parser; get_parser().format_help()",
-    ],
-)
-def test_what_does_not_import_torch(code: str) -> None:
-    check = "; import sys; assert not {'torch', 'numpy', 'av', 'requests'} & set(sys.modules)"
-    result = run("-c", code + check)
+def test_help_and_the_list_of_models_import_no_torch() -> None:
+    code = """
+import sys
+import demucs_infer, demucs_infer.log, demucs_infer.errors, demucs_infer.io.stems
+from demucs_infer.separate import get_parser, main
+get_parser().format_help()
+main(["--list-models"])
+main(["--list-models", "--json"])
+assert not {"torch", "numpy", "av", "requests"} & set(sys.modules)
+"""
+    result = run("-c", code)
     assert result.returncode == 0, result.stderr
 
 
@@ -102,23 +100,32 @@ def test_nothing_imports_torchaudio_or_openunmix() -> None:
     assert run("-c", code).returncode == 0
 
 
-def test_three_ways_to_call_the_command() -> None:
+def test_modules_are_commands() -> None:
     outputs = {
         run("-m", "demucs_infer", "--help").stdout,
         run("-m", "demucs_infer.separate", "--help").stdout,
-        run("-c", "from demucs_infer.separate import main; main(['--help'])").stdout,
+        separate("--help").stdout,
     }
     assert len(outputs) == 1
     assert "--two-stems" in outputs.pop()
     assert separate("--version").stdout == f"demucs-infer {demucs_infer.__version__}\n"
 
 
-def test_one_exception_tree() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["convert", "export"])
+def test_modules_that_convert_are_commands(module: str) -> None:
+    result = run("-m", f"demucs_infer.{module}", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"demucs_infer.{module}" in result.stdout
+
+
+def test_exceptions_have_one_root() -> None:
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, Exception):
             assert issubclass(kind, errors.DemucsInferError), name
     assert issubclass(errors.ModelLoadingError, RuntimeError)
     assert issubclass(errors.OptionError, ValueError)
+    assert issubclass(errors.SaveAudioError, OSError)
 
 
 def test_requirements_have_no_torchaudio() -> None:
@@ -127,8 +134,8 @@ def test_requirements_have_no_torchaudio() -> None:
     assert "torchaudio" not in names
 
 
-def test_the_wheel(tmp_path: Path) -> None:
-    """It has the registry and the demonstration, nothing but the package, and is small."""
+@pytest.mark.slow
+def test_wheel_has_the_registry_and_the_demonstration_and_is_small(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     result = run("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=root)
     assert result.returncode == 0, result.stderr

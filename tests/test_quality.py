@@ -1,7 +1,7 @@
-"""How good the stems are: songs that no training heard, through the command line.
+"""The quality of the stems of songs that no training heard, through the command line.
 
-The floors are a little below what the demonstration reaches, so that a fault anywhere between the
-file and the stems shows, be it a shift, a gain, or two stems or channels in each other's place.
+The floors are a little below what the demonstration reaches, so that every fault between the file
+and the stems shows: a shift, a gain, or stems or channels that are exchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import soundfile
 from .helpers import separate
 from .tools import synth
 
+pytestmark = pytest.mark.slow
 SEEDS = range(20)  # see `training/train_demo.py`
 FEW = 4  # of the songs are enough for a comparison
 FLOORS = {"drums": 7.35, "bass": 8.64, "other": 7.78, "vocals": 8.39}  # dB
@@ -32,7 +33,7 @@ def songs() -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def score(songs: list[dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory) -> Score:
-    """SDR `[songs, sources]` of the first songs, as files of a kind, with some options."""
+    """Compute the SDR `[songs, sources]` of the first songs, for a file format and options."""
 
     def separated(count: int, *options: object, suffix: str = ".wav") -> np.ndarray:
         folder = tmp_path_factory.mktemp("songs")
@@ -54,7 +55,7 @@ def score(songs: list[dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def usual(score: Score) -> np.ndarray:
-    """All songs with overlapping windows, and without random shifts."""
+    """The SDR of all songs with overlapping windows, and without random shifts."""
     return score(len(SEEDS), "--shifts", 0)
 
 
@@ -63,18 +64,16 @@ def read(path: Path) -> np.ndarray:
 
 
 def sdr(stem: np.ndarray, estimate: np.ndarray) -> float:
-    """Signal-to-distortion ratio of a whole stem, dB."""
+    """Return the signal-to-distortion ratio of a whole stem in dB."""
     return float(10 * np.log10(np.sum(stem**2) / np.sum((stem - estimate) ** 2)))
 
 
-@pytest.mark.slow
-def test_stems_are_good(usual: np.ndarray) -> None:
+def test_stems_reach_their_quality(usual: np.ndarray) -> None:
     found = dict(zip(synth.SOURCES, usual.mean(axis=0).tolist()))
     assert all(found[name] >= floor for name, floor in FLOORS.items()), found
 
 
-# In dB of the mean: from worse than the usual options to better.
-@pytest.mark.slow
+# Bounds in dB of the mean change against the usual options.
 @pytest.mark.parametrize(
     ("options", "suffix", "least", "most"),
     [
@@ -85,7 +84,7 @@ def test_stems_are_good(usual: np.ndarray) -> None:
     ],
     ids=["no overlap", "shifts", "MP3", "bfloat16"],
 )
-def test_what_options_change(
+def test_options_change_the_quality_a_little(
     options: list, suffix: str, least: float, most: float, score: Score, usual: np.ndarray
 ) -> None:
     change = score(FEW, *options, suffix=suffix).mean() - usual[:FEW].mean()

@@ -1,20 +1,32 @@
-"""The command line, in processes of its own."""
+"""Options of the command line, what it says, and the files that it makes of a track."""
 
 from __future__ import annotations
 
-import json
+import random
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import demucs.separate
 import numpy as np
 import pytest
 import soundfile
 
+from demucs_infer.api import Separator
 from demucs_infer.io.formats import FORMATS
-from demucs_infer.separate import get_parser, load_track, main
+from demucs_infer.separate import get_parser, main
 
-from .helpers import SOURCES, assert_one_line, noise, run, separate, stems_of
+from .helpers import (
+    SOURCES,
+    Command,
+    assert_one_line,
+    json_lines,
+    noise,
+    separate,
+    stems_of,
+    write_track,
+)
 
 OPTIONS = (
     "--repo --name --sig --out --filename --device --shifts --overlap --no-split --segment"
@@ -29,49 +41,45 @@ def test_help_names_every_option() -> None:
         assert re.search(rf"{option}\b", text), option
 
 
-def test_float_stems_equal_those_of_the_reference(repo: Path, track: Path, tmp_path: Path) -> None:
-    options = ["--repo", repo, "-n", "tiny", "--float32", "--shifts", 0, "-d", "cpu", track]
-    theirs = run("-m", "demucs.separate", *options, "-o", tmp_path / "theirs")
-    assert theirs.returncode == 0, theirs.stderr
-    ours = separate(*options, "-o", tmp_path / "ours")
-    assert ours.returncode == 0, ours.stderr
-    assert stems_of(tmp_path / "ours") == stems_of(tmp_path / "theirs")
-    for name in stems_of(tmp_path / "ours"):
-        expected, rate = soundfile.read(tmp_path / "theirs" / name)
-        actual, our_rate = soundfile.read(tmp_path / "ours" / name)
+@pytest.mark.parametrize("name", ["tiny", "pair"])
+def test_stems_and_output_are_those_of_the_reference(
+    name: str, repo: Path, track: Path, tmp_path: Path
+) -> None:
+    """The same samples, the same lines for programs, and as many bars, each from 0 to 100 %."""
+    options = ["--repo", repo, "-n", name, "-d", "cpu", "--shifts", 2, "--float32", "track.wav"]
+    results = []
+    for folder, command in (("theirs", demucs.separate.main), ("ours", main)):
+        random.seed(5)  # of the shifts
+        results.append(separate(*options, "-o", folder, cwd=tmp_path, main=command))
+        assert results[-1].returncode == 0, results[-1].stderr
+    said = [
+        # Programs do not look for the rest of the sentence about the number of models.
+        re.sub(r"(of \d+ models\.).*", r"\1", result.stdout).replace("theirs", "ours")
+        for result in results
+    ]
+    assert said[0] == said[1]
+    for start in ("  0%|", "100%|"):
+        assert count_bars(results[0].stderr, start) == count_bars(results[1].stderr, start) > 0
+    stems = stems_of(tmp_path / "ours")
+    assert stems == stems_of(tmp_path / "theirs") == {f"{name}/track/{x}.wav" for x in SOURCES}
+    for stem in stems:
+        expected, rate = soundfile.read(tmp_path / "theirs" / stem)
+        actual, our_rate = soundfile.read(tmp_path / "ours" / stem)
         assert our_rate == rate == 8000
         assert np.abs(actual - expected).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["tiny", "pair"])
-def test_a_piped_command_says_what_the_reference_says(
-    name: str, repo: Path, track: Path, tmp_path: Path
-) -> None:
-    """The same lines for programs, and as many bars, each from 0 to 100 %."""
-    options = ["--repo", repo, "-n", name, "-d", "cpu", "--shifts", 2, "track.wav"]
-    theirs = run("-m", "demucs.separate", *options, cwd=tmp_path)
-    ours = separate(*options, cwd=tmp_path)
-    # The rest of the first sentence is not what programs look for.
-    said = [
-        re.sub(r"(of \d+ models\.).*", r"\1", output) for output in (ours.stdout, theirs.stdout)
-    ]
-    assert said[0] == said[1]
-    assert ours.returncode == theirs.returncode == 0
-    for start in ("  0%|", "100%|"):
-        assert bars(ours.stderr, start) == bars(theirs.stderr, start) > 0
-    quiet = separate("-q", *options, cwd=tmp_path)
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
-
-
-def bars(text: str, start: str) -> int:
-    """The number of bars that were drawn at `start`; a bar may be drawn again at its end."""
+def count_bars(text: str, start: str) -> int:
+    """Count the bars that were drawn at `start`. A bar may be drawn again at its end."""
     lines = [line for line in re.split("[\r\n]+", text) if "%|" in line]
     pairs = zip(["", *lines], lines)
     return sum(b.startswith(start) and not a.startswith(start) for a, b in pairs)
 
 
-def test_default_place(repo: Path, track: Path, tmp_path: Path) -> None:
-    result = separate("-q", "--repo", repo, "-n", "tiny", "track.wav", cwd=tmp_path)
+def test_quiet_command_prints_nothing_and_writes_to_the_default_folder(
+    command: Command, track: Path, tmp_path: Path
+) -> None:
+    result = command("-q", "track.wav")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
 
@@ -79,19 +87,18 @@ def test_default_place(repo: Path, track: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "suffix", "subtype"),
     [
-        ([], "wav", "PCM_16"),
-        (["--int24"], "wav", "PCM_24"),
-        (["--float32"], "wav", "FLOAT"),
-        (["--flac"], "flac", "PCM_16"),
-        (["--flac", "--int24"], "flac", "PCM_24"),
-        (["--mp3", "--mp3-bitrate", "64", "--mp3-preset", "7"], "mp3", "MPEG_LAYER_III"),
+        ("", "wav", "PCM_16"),
+        ("--int24", "wav", "PCM_24"),
+        ("--float32", "wav", "FLOAT"),
+        ("--flac --int24", "flac", "PCM_24"),
+        ("--mp3 --mp3-bitrate 64 --mp3-preset 7", "mp3", "MPEG_LAYER_III"),
     ],
-    ids=str,
 )
-def test_formats(options: list, suffix: str, subtype: str, repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    main(["--repo", str(repo), "-n", "tiny", "-o", str(out), *options, str(track)])
-    info = soundfile.info(out / "tiny" / "track" / f"bass.{suffix}")
+def test_options_of_demucs_choose_the_format(
+    options: str, suffix: str, subtype: str, command: Command, track: Path, tmp_path: Path
+) -> None:
+    assert command(*options.split(), track).returncode == 0
+    info = soundfile.info(tmp_path / f"separated/tiny/track/bass.{suffix}")
     assert (info.subtype, info.channels, info.samplerate) == (subtype, 2, 8000)
     assert info.duration == pytest.approx(2, abs=0.2)
 
@@ -99,179 +106,185 @@ def test_formats(options: list, suffix: str, subtype: str, repo: Path, track: Pa
 @pytest.mark.parametrize(
     ("method", "other"), [("add", "no_vocals"), ("minus", "minus_vocals"), ("none", None)]
 )
-def test_two_stems(method: str, other: str | None, repo: Path, track: Path) -> None:
-    options = ["--repo", str(repo), "--shifts", "0", "--float32", "--clip-mode", "none", str(track)]
-    two, every = track.parent / "two", track.parent / "all"
-    main(["-n", "tiny", "-o", str(every), *options])
-    main(
-        ["-s", "tiny", "-o", str(two), "--two-stems", "vocals", "--other-method", method, *options]
-    )
-    assert {path.stem for path in two.rglob("*.wav")} == {"vocals", other} - {None}
-    stems = {path.stem: soundfile.read(path)[0] for path in every.rglob("*.wav")}
-    mixture = load_track(track, 2, 8000).T.numpy()
-    rest = {"add": sum(stems[n] for n in SOURCES[:3]), "minus": mixture - stems["vocals"]}
+def test_two_stems_are_a_source_and_the_rest(
+    method: str,
+    other: str | None,
+    separator: Separator,
+    fast_repo: Path,
+    track: Path,
+    tmp_path: Path,
+) -> None:
+    options = ["--shifts", 0, "--float32", "--clip-mode", "none", "--other-method", method]
+    command = ["--repo", fast_repo, "-d", "cpu", "-s", "tiny", "--two-stems", "vocals", *options]
+    assert separate(*command, track, cwd=tmp_path).returncode == 0
+    mixture, stems = separator.separate_audio_file(track)
+    expected = {"vocals": stems["vocals"]}
     if other:
-        written, _ = soundfile.read(two / "tiny" / "track" / f"{other}.wav")
-        assert np.abs(written - rest[method]).max() < 1e-6
+        rest = {"no_vocals": sum(stems[name] for name in SOURCES[:3])}
+        expected[other] = rest.get(other, mixture - stems["vocals"])
+    written = {
+        path.stem: soundfile.read(path)[0] for path in (tmp_path / "separated/tiny").rglob("*.wav")
+    }
+    assert written.keys() == expected.keys()
+    for name, stem in expected.items():
+        assert np.abs(written[name] - stem.T.numpy()).max() < 1e-6
 
 
-def test_only_some_stems(repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    main(["--repo", str(repo), "-n", "pair", "-o", str(out), "--stems", "vocals,bass", str(track)])
-    assert stems_of(out) == {"pair/track/vocals.wav", "pair/track/bass.wav"}
-
-
-def test_other_options_of_demucs(repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    options = "-d cpu --shifts 2 --overlap 0.5 --segment 0.4 -j 2 --clip-mode clamp -v"
-    name = ["--filename", "{stem} of {track}.{trackext}.{ext}"]
-    main(["--repo", str(repo), "-n", "pair", "-o", str(out), *options.split(), *name, str(track)])
-    assert stems_of(out) == {f"pair/{stem} of track.wav.wav" for stem in SOURCES}
-
-
-def test_a_track_in_one_window(repo: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", noise(2, 3000).T.numpy(), 8000)
-    options = ["--repo", repo, "-n", "tiny", "--no-split", "--shifts", 0]
-    result = separate(*options, "a.wav", cwd=tmp_path)
+def test_options_of_demucs_work_together(command: Command, track: Path, tmp_path: Path) -> None:
+    options = "-n pair --shifts 2 --overlap 0.5 --segment 0.4 -j 2 --clip-mode clamp -v"
+    name = ["--filename", "{stem} of {track}.{trackext}.{ext}", "--stems", "vocals,bass"]
+    result = command(*options.split(), *name, track)
     assert result.returncode == 0, result.stderr
+    names = {f"pair/{stem} of track.wav.wav" for stem in ("vocals", "bass")}
+    assert stems_of(tmp_path / "separated") == names
 
 
-def test_names(repo: Path, track: Path, tmp_path: Path) -> None:
-    for name in ("a.b c.wav", "{stem}.wav", "ünï — 音.wav", "no suffix", ".hidden", "100%.wav"):
-        path = tmp_path / "in" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(track.read_bytes())
-    tracks = [str(path) for path in sorted((tmp_path / "in").iterdir())]
-    main(["--repo", str(repo), "-n", "tiny", "-o", str(tmp_path / "out"), *tracks])
-    folders = {path.name for path in (tmp_path / "out" / "tiny").iterdir()}
-    assert folders == {"a.b c", "{stem}", "ünï — 音", "no suffix", ".hidden", "100%"}
+def test_transformer_takes_no_window_longer_than_its_own(
+    command: Command, repo: Path, tmp_path: Path
+) -> None:
+    write_track(tmp_path / "short.wav", 0.4)
+    write_track(tmp_path / "long.wav", 1)
+    assert command("--no-split", "--shifts", 0, "--repo", repo, "short.wav").returncode == 0
+    assert command("--no-split", "long.wav").returncode == 0  # another family
+    assert_one_line(command("--no-split", "--repo", repo, "long.wav"), "longer")
+    result = command("--segment", 7, "--repo", repo, "long.wav")
+    assert_one_line(result, "7", "0.5 s")
+    assert result.returncode == 2
 
 
-def test_a_track_that_starts_with_a_dash(repo: Path, track: Path, tmp_path: Path) -> None:
-    track.rename(tmp_path / "-x.wav")
-    result = separate("--repo", repo, "-n", "tiny", "--", "-x.wav", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_path: Path) -> None:
+    names = "a.b c.wav", "{stem}.wav", "ünï — 音.wav", "no suffix", ".hidden", "100%.wav", "-x.wav"
+    for name in names:
+        (tmp_path / name).write_bytes(track.read_bytes())
+    assert command("--stems", "bass", "--", *names).returncode == 0
+    folders = {path.name for path in (tmp_path / "separated/tiny").iterdir()}
+    assert folders == {"a.b c", "{stem}", "ünï — 音", "no suffix", ".hidden", "100%", "-x"}
 
 
-def test_list_models(repo: Path) -> None:
-    assert "htdemucs_ft" in separate("--list-models").stdout.split()
-    assert {"tiny", "pair"} <= set(separate("--list-models", "--repo", repo).stdout.split())
-
-
-def test_one_bad_track_does_not_stop_the_others(repo: Path, track: Path, tmp_path: Path) -> None:
-    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out"]
-    result = separate(*options, tmp_path / "missing.wav", track)
+def test_bad_tracks_are_reported_and_the_others_separated(
+    command: Command, track: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.mp3").mkdir()
+    (tmp_path / "empty.mp3").touch()
+    (tmp_path / "text.mp3").write_text("words\n" * 999)
+    bad = ["missing.mp3", "folder.mp3", "empty.mp3", "text.mp3"]
+    result = command("--json", *bad, track)
     assert result.returncode == 1
-    assert "missing.wav: no such file" in result.stderr
-    assert len(stems_of(tmp_path / "out")) == 4
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda path: None, ["no such file"]),
-        (lambda path: path.mkdir(), ["is a folder"]),
-        (lambda path: path.write_bytes(b""), ["the file is empty"]),
-        (lambda path: path.write_text("words\n" * 999), ["no audio file"]),
-    ],
-    ids=["missing", "folder", "empty", "text"],
-)
-def test_bad_tracks(make, words: list, repo: Path, tmp_path: Path) -> None:
-    make(tmp_path / "bad.mp3")
-    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out"]
-    result = separate(*options, tmp_path / "bad.mp3")
-    assert_one_line(result, "bad.mp3", *words)
-    assert stems_of(tmp_path / "out") == set()
-
-
-def test_a_truncated_track_is_separated_with_a_warning(repo: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut.flac"
-    soundfile.write(path, noise(2, 80_000).T.numpy(), 8000)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = separate("--repo", repo, "-n", "tiny", "-o", tmp_path / "out", path)
-    assert result.returncode == 0
-    assert "WARNING" in result.stderr
-    assert len(stems_of(tmp_path / "out")) == 4
+    errors = {line["input"]: line["error"] for line in json_lines(result)}
+    assert errors.pop(str(track)) is None
+    reasons = ("no such file", "folder", "empty", "audio")
+    assert list(errors) and errors.keys() == set(bad)
+    for name, reason in zip(bad, reasons):
+        assert errors[name].startswith(f"{name}: ")
+        assert reason in errors[name]
+        assert sum(errors[name] in line for line in result.stderr.splitlines()) == 1
+    assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
 
 
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["-n", "tinny"], 1, ["tinny", "tiny"]),
-        (["-n", "tiny", "--two-stems", "voice"], 2, ["voice", "vocals"]),
-        (["-n", "tiny", "--stems", "vocals,voice"], 2, ["'voice'", "vocals"]),
-        (["-n", "tiny", "--segment", "7"], 2, ["7", "0.5 s"]),
-        (["-n", "tiny", "--overlap", "1"], 2, ["--overlap", "'1'"]),
-        (["-n", "tiny", "--shifts", "-1"], 2, ["--shifts", "'-1'"]),
-        (["-n", "tiny", "--shifts", "many"], 2, ["--shifts", "'many'"]),
-        (["-n", "tiny", "--mp3", "--flac"], 2, ["--flac"]),
-        (["-n", "tiny", "--mp3", "--float32"], 2, ["float32"]),
-        (["-n", "tiny", "--mp3-preset", "9"], 2, ["--mp3-preset"]),
-        (["-n", "tiny", "--filename", "{track}.{ext}"], 2, ["{stem}"]),
-        (["-n", "tiny", "--filename", "{song}/{stem}.{ext}"], 2, ["{song}"]),
-        (["-n", "tiny", "--filename", "../../{stem}.{ext}"], 2, ["outside"]),
-        (["-n", "tiny", "--no-split"], 1, ["longer"]),
-        (["-n", "tiny", "-d", "cuda:77"], 2, ["cuda:77"]),
-        (["-n", "tiny", "--nonsense"], 2, ["--nonsense"]),
+        ("-n tinny", 1, ["tinny", "tiny"]),
+        ("--repo none", 1, ["none"]),
+        ("--repo . -n bad", 1, ["bad.th"]),
+        ("--two-stems voice", 2, ["voice", "vocals"]),
+        ("--stems vocals,voice", 2, ["'voice'", "vocals"]),
+        ("--overlap 1", 2, ["--overlap", "'1'"]),
+        ("--shifts many", 2, ["--shifts", "'many'"]),
+        ("--seed x", 2, ["--seed"]),
+        ("-d cuda:77", 2, ["cuda:77"]),
+        ("--nonsense", 2, ["--nonsense"]),
+        ("--mp3 --flac", 2, ["--flac"]),
+        ("--mp3 --float32", 2, ["float32"]),
+        ("--mp3-preset 9", 2, ["--mp3-preset"]),
+        ("--format mp3 --bitrate 500", 2, ["320"]),
+        ("--format wav --codec alac", 2, ["alac"]),
+        ("--format stem.mp4 --int24", 2, ["24"]),
+        ("--format stem.mp4 --stems all,x=drums+bass", 2, ["4 stems", "5"]),
+        ("--format stem.mp4 --clip-mode tanh", 2, ["rescale-all"]),
+        ("--format mka --filename {track}-{stem}.{ext}", 2, ["{stem}"]),
+        ("--format mka --stems mix=drums", 2, ["'mix'"]),
+        ("--filename {track}.{ext}", 2, ["{stem}"]),
+        ("--filename {song}/{stem}.{ext}", 2, ["{song}"]),
+        ("--filename ../../{stem}.{ext}", 2, ["outside"]),
+        ("--filename {track}.{ext} --stems bass -o .", 2, ["replace"]),
+        ("-o -", 2, ["one stem, not 4"]),
+        ("-o - --stems bass --json", 2, ["--json"]),
+        ("-o - --stems bass other.wav", 2, ["one track"]),
+        ("-o - --stems bass --player", 2, ["standard output"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_wrong_usage(options: list, status: int, words: list, repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    result = separate("--repo", repo, "-o", out, *options, track)
+def test_wrong_usage_is_one_line_and_changes_nothing(
+    options: str, status: int, words: list[str], command: Command, tmp_path: Path
+) -> None:
+    write_track(tmp_path / "tiny/a.wav")
+    (tmp_path / "bad.th").write_text("no weights")
+    result = command("tiny/a.wav", *options.split())
     assert_one_line(result, *words)
     assert result.returncode == status
-    assert stems_of(out) == set()
+    assert stems_of(tmp_path) == {"tiny/a.wav", "bad.th"}
 
 
-def test_no_track() -> None:
-    assert_one_line(separate(), "no track")
+def test_command_without_a_track_is_wrong_usage() -> None:
+    assert_one_line(separate(), "track")
 
 
-def test_a_model_that_is_no_checkpoint(track: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.th").write_text("no weights")
-    assert_one_line(separate("--repo", tmp_path, "-n", "bad", track), "bad.th")
-    assert_one_line(separate("--repo", tmp_path / "none", "-n", "bad", track), "none")
-
-
-def test_an_output_folder_that_cannot_be_written(repo: Path, track: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    options = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "file"]
-    assert_one_line(separate(*options, track), "cannot be written")
-
-
-def test_a_missing_encoder_is_said_before_the_work(repo: Path, track: Path) -> None:
-    code = "import sys; sys.modules['soundfile'] = None;"
-    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
-    result = run("-c", code, "--repo", repo, "-n", "nothing", "--format", "ogg", track)
+def test_missing_encoder_is_reported_before_the_work(
+    command: Command, track: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    result = command("-n", "nothing", "--format", "ogg", track)
     assert_one_line(result, "pip install soundfile")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs the limits of POSIX")
+@contextmanager
+def limited_file_size(size: int):
+    """Let files grow to `size` bytes only, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_leaves_no_half_stem(format: str, repo: Path, track: Path) -> None:
-    out = track.parent / "out"
-    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
-    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
-    result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", out, "--format", format, track)
+def test_full_disk_leaves_no_partial_stem(
+    format: str, command: Command, track: Path, tmp_path: Path
+) -> None:
+    with limited_file_size(2000):
+        result = command("--format", format, track)
     assert_one_line(result, "cannot be written")
-    assert stems_of(out) == set()
+    assert stems_of(tmp_path / "separated") == set()
 
 
-def test_tracks_that_are_damaged_or_too_long_may_be_refused(repo: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "long.wav", noise(2, 24_000).T.numpy(), 8000)
-    cut = (tmp_path / "long.wav").read_bytes()[:50_000]
-    (tmp_path / "cut.wav").write_bytes(cut)
-    model = ["--repo", repo, "-n", "tiny", "-o", tmp_path / "out", "--json"]
-    result = separate(*model, "--max-duration", 2, "--strict", tmp_path / "long.wav")
-    assert result.returncode == 1
-    assert "is longer than 2 s" in json.loads(result.stdout)["error"]
-    result = separate(*model, "--strict", tmp_path / "cut.wav", tmp_path / "long.wav")
-    assert result.returncode == 1
-    damaged, whole = map(json.loads, result.stdout.splitlines())
-    assert "cut off" in damaged["error"]
-    assert whole["error"] is None
-    result = separate(*model, tmp_path / "cut.wav")
+def test_damaged_tracks_are_separated_with_a_warning_or_refused_by_strict(
+    command: Command, tmp_path: Path
+) -> None:
+    whole = write_track(tmp_path / "whole.wav", 3)
+    (tmp_path / "cut.wav").write_bytes(whole.read_bytes()[: -4 * 2 * 8000])
+    soundfile.write(tmp_path / "a.flac", noise(2, 80_000).T.numpy(), 8000)
+    flac = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "half.flac").write_bytes(flac[: len(flac) // 2])
+    result = command("--json", "whole.wav", "cut.wav", "half.flac")
+    first, second, third = json_lines(result)
     assert result.returncode == 0
-    assert json.loads(result.stdout)["damaged"]["end_missing"]
+    assert (first["damaged"], first["seconds"]) == (None, 3)
+    assert second["damaged"] == {"places": 0, "seconds": 1.0, "end_missing": True}
+    assert (second["seconds"], second["error"]) == (2, None)
+    assert third["damaged"]["end_missing"]
+    warnings = [line for line in result.stderr.splitlines() if "WARNING" in line]
+    assert ["cut.wav" in line for line in warnings].count(True) == 1
+    assert "1.00 s" in warnings[0]
+    assert len(stems_of(tmp_path / "separated")) == 12
+    result = command("--json", "--strict", "cut.wav", "whole.wav")
+    damaged, fine = json_lines(result)
+    assert (result.returncode, fine["error"]) == (1, None)
+    assert "cut" in damaged["error"]
+
+
+def test_tracks_longer_than_the_maximum_are_refused(command: Command, tmp_path: Path) -> None:
+    write_track(tmp_path / "long.wav", 3)
+    assert_one_line(command("--max-duration", 2, "long.wav"), "long.wav", "2 s")
+    assert command("--max-duration", 3, "long.wav").returncode == 0

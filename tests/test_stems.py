@@ -1,7 +1,6 @@
-from __future__ import annotations
+"""The language of `--stems`."""
 
-import subprocess
-import sys
+from __future__ import annotations
 
 import pytest
 import torch
@@ -20,22 +19,22 @@ from .helpers import SOURCES
         ("vocals", ["vocals"], ["vocals"]),
         ("vocals,drums", ["vocals", "drums"], ["drums", "vocals"]),
         (["vocals", "music = drums + bass"], ["vocals", "music"], ["drums", "bass", "vocals"]),
-        ("vocals,instrumental=drums+bass+other", ["vocals", "instrumental"], SOURCES),
         ("all,rhythm=drums+bass", [*SOURCES, "rhythm"], SOURCES),
         ("a b.c=bass", ["a b.c"], ["bass"]),
         (("Größe=bass",), ["Größe"], ["bass"]),
     ],
 )
-def test_stems_by_name(wanted: object, names: list[str], needed: list[str]) -> None:
+def test_stems_have_names_and_need_sources(
+    wanted: object, names: list[str], needed: list[str]
+) -> None:
     stems = parse_stems(wanted, SOURCES)
     assert [stem.name for stem in stems] == names
     assert needed_sources(stems, SOURCES) == needed
     assert parse_stems([str(stem) for stem in stems], SOURCES) == stems
 
 
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
+def test_wrong_stems_are_refused_with_their_text() -> None:
+    for wanted, message in [
         ("piano", "'piano'"),
         ("x=drums+piano", "'piano'"),
         ("", "''"),
@@ -48,32 +47,23 @@ def test_stems_by_name(wanted: object, names: list[str], needed: list[str]) -> N
         ("vocals,vocals", "'vocals'"),
         ("all,vocals", "'vocals'"),
         ("vocals,Vocals=drums", "'Vocals'"),
-        ("../x=drums", "'../x'"),
-        ("a/b=drums", "'a/b'"),
-        ("a\\b=drums", "file"),
-        ("a\0b=drums", "file"),
-        ("a:b=drums", "file"),
-        ("..=drums", "file"),
-        ("a.=drums", "file"),
-        ("NUL=drums", "'NUL'"),
-        ("com1.x=drums", "file"),
-        (f"{'x' * 300}=drums", "file"),
-    ],
+    ]:
+        with pytest.raises(OptionError, match=message):
+            parse_stems(wanted, SOURCES)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "a\\b", "a\0b", "a:b", "..", "a.", "NUL", "com1.x", "x" * 300]
 )
-def test_stems_that_there_are_not(wanted: object, message: str) -> None:
-    with pytest.raises(OptionError, match=message) as caught:
-        parse_stems(wanted, SOURCES)
+def test_names_that_no_file_can_have_are_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="file") as caught:
+        parse_stems(f"{name}=drums", SOURCES)
     assert "\n" not in str(caught.value)
 
 
-def test_a_sum_leaves_its_parts_alone() -> None:
+def test_sum_leaves_its_parts_alone() -> None:
     sources = {name: torch.full((2, 5), 2.0**index) for index, name in enumerate(SOURCES)}
     total = mix(Stem.parse("x=drums+bass+vocals"), sources)
     assert torch.equal(total, torch.full((2, 5), 11.0))
     assert torch.equal(sources["drums"], torch.ones(2, 5))
     assert torch.equal(mix(Stem.parse("bass"), sources), sources["bass"])
-
-
-def test_torch_is_not_imported() -> None:
-    code = "import sys, demucs_infer.io.stems; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,3 +1,5 @@
+"""The songs that `synth` makes: the material of the quality tests and of the demonstration."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,10 +12,11 @@ import soundfile
 from .helpers import run
 from .tools import synth
 
+pytestmark = pytest.mark.slow
 SECONDS = 8.0
 SEEDS = (0, 1, 2, 3, 4, 5)
-# dB of the stems of song 0. The demonstration's model was trained on songs that sound like it: who
-# changes them trains it again.
+# Levels of the stems of song 0 in dB. The demonstration was trained on songs of this sound: train it
+# again after a change.
 LEVELS = {"drums": -22.61, "bass": -22.86, "other": -23.64, "vocals": -22.23}
 
 
@@ -26,8 +29,8 @@ def decibels(stem: np.ndarray) -> float:
     return float(10 * np.log10(np.mean(stem.astype(float) ** 2)))
 
 
-def test_a_seed_is_a_song(songs):
-    np.random.seed(1)  # the global generator has no part in it
+def test_seed_fixes_the_song(songs):
+    np.random.seed(1)  # the song must not depend on the global generator
     for name, stem in synth.song(SEEDS[0], SECONDS).items():
         np.testing.assert_array_equal(stem, songs[SEEDS[0]][name])
     assert {name: decibels(stem) for name, stem in songs[SEEDS[0]].items()} == pytest.approx(
@@ -36,7 +39,7 @@ def test_a_seed_is_a_song(songs):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_stems(songs, seed):
+def test_stems_have_similar_levels_and_no_clicks(songs, seed):
     stems = songs[seed]
     assert tuple(stems) == synth.SOURCES
     mix = sum(stems.values())
@@ -57,8 +60,7 @@ def test_songs_and_stems_differ(songs):
             assert abs(np.corrcoef(a.mean(0), b.mean(0))[0, 1]) < 0.2
 
 
-def test_sections_thin_out():
-    """Everybody is silent for a while in some song, but nobody all the time."""
+def test_every_source_plays_in_each_song_and_rests_in_some():
     plans = [synth.make_plan(np.random.default_rng(seed), 20) for seed in range(50)]
     for source in synth.SOURCES:
         assert all(plan.playing(source) for plan in plans)
@@ -66,10 +68,13 @@ def test_sections_thin_out():
     assert len({plan.step for plan in plans}) == len(plans)
 
 
-@pytest.mark.parametrize("name", [*synth.TIMBRES, *synth.BASSES])
 @pytest.mark.parametrize("hz", [55.0, 330.0])
-def test_a_note_is_in_tune_and_does_not_click(name, hz):
-    timbre = {**synth.TIMBRES, **synth.BASSES}[name]
+def test_notes_are_in_tune_and_do_not_click(hz):
+    for timbre in {**synth.TIMBRES, **synth.BASSES}.values():
+        check_note(timbre, hz)
+
+
+def check_note(timbre, hz):
     sound = synth.note(timbre, hz, 0.5, np.random.default_rng(0))
     peak = np.abs(sound).max()
     assert np.abs(sound[:, [0, -1]]).max() < 0.01 * peak
@@ -82,8 +87,7 @@ def test_a_note_is_in_tune_and_does_not_click(name, hz):
 
 
 @pytest.mark.parametrize("semitones", [48.0, 64.0])
-def test_a_singer_is_in_tune(semitones):
-    """The vowel repeats with the period of the pitch."""
+def test_vowels_repeat_with_the_period_of_the_pitch(semitones):
     frames = synth.RATE // synth.HOP + 1
     formants = np.tile(np.array(synth.VOWELS[0])[:, None], frames)
     still = np.zeros(frames)
@@ -98,7 +102,7 @@ def test_a_singer_is_in_tune(semitones):
     assert max(likeness) > 0.9
 
 
-def test_patterns():
+def test_patterns_are_bars_of_notes_and_rests():
     assert [*synth.events("..x--o-.")] == [("x", 2, 3), ("o", 5, 2)]
     grooves = itertools.chain.from_iterable(groove.values() for groove in synth.GROOVES)
     styles = itertools.chain.from_iterable(synth.STYLES.values())
@@ -107,10 +111,8 @@ def test_patterns():
 
 
 def test_the_command_writes_a_mix(songs, tmp_path: Path):
-    result = run(
-        "-m", "tests.tools.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS
-    )
-    assert result.returncode == 0, result.stderr
+    command = ["tests.tools.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS]
+    assert run("-m", *command).returncode == 0
     written, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == synth.RATE
     np.testing.assert_allclose(written.T, sum(songs[SEEDS[1]].values()), atol=1e-4)

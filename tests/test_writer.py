@@ -1,9 +1,11 @@
+"""What is written of a track: sums of stems, depth, codec, and the messages about it."""
+
 from __future__ import annotations
 
-import json
+import io
 import re
+import sys
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -12,143 +14,116 @@ import soundfile
 import torch
 
 from demucs_infer.api import Separator
-from demucs_infer.io.console import Console
 from demucs_infer.separate import main
 
-from .helpers import SOURCES, noise
+from .helpers import SOURCES, Command, json_lines, noise, write_track
 
 RATE = 8000
 
 
-def command(repo: Path) -> list[str]:
-    return ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0"]
-
-
 def test_sums_of_stems_by_name(
-    repo: Path, track: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, separator: Separator, track: Path, tmp_path: Path
 ) -> None:
     """With one gain for all they add up to the sum of the sources."""
-    arguments = [*command(repo), "--float32", "--clip-mode", "rescale-all", "--json"]
-    arguments += ["--stems", "vocals,instrumental=drums+bass+other", "-o", str(tmp_path)]
-    main([*arguments, str(track)])
-    result = json.loads(capsys.readouterr().out)
+    options = ["--shifts", 0, "--float32", "--clip-mode", "rescale-all", "--json"]
+    (result,) = json_lines(
+        command(*options, "--stems", "vocals,instrumental=drums+bass+other", track)
+    )
     assert list(result["stems"]) == ["vocals", "instrumental"]
     gain = result["stems"]["vocals"]["gain"]
-    parts = [soundfile.read(stem["path"], dtype="float32")[0] for stem in result["stems"].values()]
-    sources = Separator("tiny", repo, device="cpu", shifts=0).separate_audio_file(track).stems
-    whole = gain * sum(sources.values())
+    paths = [tmp_path / stem["path"] for stem in result["stems"].values()]
+    parts = [soundfile.read(path, dtype="float32")[0] for path in paths]
+    whole = gain * sum(separator.separate_audio_file(track).stems.values())
     assert np.abs(sum(parts) - whole.T.numpy()).max() < 1e-5
 
 
-def test_sums_in_python(repo: Path, track: Path, tmp_path: Path) -> None:
-    separator = Separator("tiny", repo, device="cpu", shifts=0, stems=["x=drums+bass", "vocals"])
-    assert separator.stems == ["x", "vocals"]
-    every = Separator("tiny", repo, device="cpu", shifts=0).separate_audio_file(track).stems
-    stems = separator.separate_audio_file(track).stems
-    assert (stems["x"] - every["drums"] - every["bass"]).abs().max() < 1e-6
-    result = separator.separate_to_files(track, tmp_path, stems="all")
+def test_sums_in_python(fast_repo: Path, separator: Separator, track: Path, tmp_path: Path) -> None:
+    stems = ["x=drums+bass", "vocals"]
+    other = Separator("tiny", fast_repo, device="cpu", shifts=0, stems=stems)
+    assert other.stems == ["x", "vocals"]
+    every = separator.separate_audio_file(track).stems
+    sums = other.separate_audio_file(track).stems
+    assert (sums["x"] - every["drums"] - every["bass"]).abs().max() < 1e-6
+    result = other.separate_to_files(track, tmp_path, stems="all")
     assert list(result.stems) == SOURCES
-    assert separator.stems == ["x", "vocals"]
+    assert other.stems == ["x", "vocals"]
 
 
-DEPTHS = [
-    ("wav", "PCM_16", "wav", "PCM_16"),
-    ("wav", "PCM_24", "wav", "PCM_24"),
-    ("wav", "FLOAT", "wav", "FLOAT"),
-    ("wav", "DOUBLE", "wav", "FLOAT"),
-    ("wav", "PCM_U8", "wav", "PCM_16"),
-    ("flac", "PCM_24", "wav", "PCM_24"),
-    ("wav", "FLOAT", "flac", "PCM_24"),
-    ("mp3", "MPEG_LAYER_III", "wav", "PCM_16"),
-    ("wav", "FLOAT", "ogg", "VORBIS"),
-]
+def test_automatic_depth_is_that_of_the_track(command: Command, tmp_path: Path) -> None:
+    expected = {
+        "int16.wav": ("PCM_16", "PCM_16"),
+        "int24.wav": ("PCM_24", "PCM_24"),
+        "float.wav": ("FLOAT", "FLOAT"),
+        "double.wav": ("DOUBLE", "FLOAT"),
+        "int8.wav": ("PCM_U8", "PCM_16"),
+        "lossless.flac": ("PCM_24", "PCM_24"),
+        "lossy.mp3": ("MPEG_LAYER_III", "PCM_16"),
+    }
+    for name, (given, _) in expected.items():
+        soundfile.write(tmp_path / name, noise(2, RATE).T.numpy(), RATE, subtype=given)
+    options = ["--stems", "bass", "--filename", "{track}.{ext}"]
 
+    def depth(path: str) -> str:
+        return soundfile.info(tmp_path / "separated/tiny" / path).subtype
 
-@pytest.mark.parametrize(("suffix", "kind", "format", "expected"), DEPTHS)
-def test_depth_by_itself(
-    suffix: str, kind: str, format: str, expected: str, repo: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, noise(2, RATE).T.numpy(), RATE, subtype=kind)
-    main([*command(repo), "--depth", "auto", "--format", format, "-o", str(tmp_path), str(path)])
-    assert soundfile.info(tmp_path / f"tiny/a/vocals.{format}").subtype == expected
-
-
-def test_depth_is_not_automatic_without_being_asked(
-    repo: Path, track: Path, tmp_path: Path
-) -> None:
-    main([*command(repo), "-o", str(tmp_path), str(track)])
-    assert soundfile.info(tmp_path / "tiny/track/vocals.wav").subtype == "PCM_16"
+    assert command(*options, "--depth", "auto", *expected).returncode == 0
+    for name, (_, written) in expected.items():
+        assert depth(f"{Path(name).stem}.wav") == written
+    for format, written in {"flac": "PCM_24", "ogg": "VORBIS"}.items():
+        assert command(*options, "--depth", "auto", "--format", format, "float.wav").returncode == 0
+        assert depth(f"float.{format}") == written
+    assert command(*options, "float.wav").returncode == 0
+    assert depth("float.wav") == "PCM_16"
 
 
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        ([], "tiny/track/"),
-        (["--stems", "bass"], "tiny/track/bass.wav"),
-        (["--format", "mka"], "tiny/track.mka"),
-        (["--format", "mka", "--player"], "tiny/"),
+        ("", "tiny/track/"),
+        ("--stems bass", "tiny/track/bass.wav"),
+        ("--format mka", "tiny/track.mka"),
+        ("--format mka --player", "tiny/"),
     ],
 )
-def test_where_the_stems_are(
-    options: list[str],
-    where: str,
-    repo: Path,
-    track: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_last_line_names_the_file_or_the_folder_of_the_stems(
+    options: str, where: str, command: Command, track: Path
 ) -> None:
-    monkeypatch.chdir(track.parent)
-    main([*command(repo), *options, track.name])
-    error = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"Stems in separated/{re.escape(where)} \(\d+\.\d s\)", error[-1])
-    main([*command(repo), "-q", *options, track.name])
-    assert capsys.readouterr().err == ""
+    last = command(*options.split(), track).stderr.splitlines()[-1]
+    assert re.search(rf" separated/{re.escape(where)} \(\d+\.\d s\)$", last)
+    assert command("-q", *options.split(), track).stderr == ""
 
 
-def test_the_title_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Console(1).announce("in/song.mp3") is None  # where programs read the bars
-    monkeypatch.setattr("demucs_infer.io.console.is_terminal", lambda stream: True)
-
-    def result(**other: Any) -> dict[str, Any]:
-        plain = {"input": "a", "error": None, "skipped": False, "stems": {}, "player": None}
-        return {**plain, "elapsed": 1.0, **other}
-
-    assert Console(1).announce("in/song.mp3") == "song.mp3"
-    console = Console(3)
-    assert console.announce("in/a.mp3") == "a.mp3 (1 of 3)"
-    console.report(result(error="a: no"))
-    assert re.fullmatch(r"b.mp3 \(2 of 3, \d+\.\d s left\)", console.announce("s3://x/b.mp3"))
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def test_bars_have_the_title(
-    repo: Path, track: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_bars_on_a_terminal_have_a_title(
+    fast_repo: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    titles = []
+    tracks = [str(write_track(tmp_path / f"{name}.wav")) for name in "abc"]
+    options = ["--repo", str(fast_repo), "-n", "tiny", "-o", str(tmp_path / "out")]
 
-    def bar(windows: Any, **options: Any) -> Any:
-        titles.append(options.get("desc"))
-        return windows
+    def titles(*names: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            main([*options, *names])
+        return re.findall(r"(?:^|[\r\n])([^\r\n]+?): +0%\|", terminal.getvalue())
 
-    monkeypatch.setattr("demucs_infer.apply.tqdm.tqdm", bar)
-    separator = Separator("tiny", repo, device="cpu", shifts=0, progress=True)
-    separator.separate_tensor(noise(2, RATE))
-    from demucs_infer.io.batch import Batch
-    from demucs_infer.io.output import Output
-    from demucs_infer.io.tracks import plan_jobs
-
-    output = Output(tmp_path)
-    with output.workspace() as space:
-        batch = Batch(separator, output, space, announce=lambda track: "the title")
-        batch.run(plan_jobs([track], output, "tiny", separator.stems))
-    assert titles == [None, "the title"]
+    assert titles(tracks[0]) == ["a.wav"]
+    first, _, last = titles(*tracks)
+    assert first == "a.wav (1 of 3)"
+    # The first track is written by now, which tells how long the last one will take.
+    assert re.fullmatch(r"c\.wav \(3 of 3, \d+\.\d s left\)", last)
+    # Programs read the bars of a pipe, which have no title in the reference.
+    assert not re.search(r": +0%\|", command(tracks[0]).stderr)
 
 
-def test_alac_in_m4a(repo: Path, track: Path, tmp_path: Path) -> None:
+def test_alac_in_m4a(command: Command, separator: Separator, track: Path, tmp_path: Path) -> None:
     options = ["--format", "m4a", "--codec", "alac", "--int24", "--clip-mode", "none"]
-    main([*command(repo), *options, "-o", str(tmp_path), str(track)])
-    stems = Separator("tiny", repo, device="cpu", shifts=0).separate_audio_file(track).stems
-    with av.open(str(tmp_path / "tiny/track/bass.m4a")) as file:
+    assert command("--shifts", 0, *options, track).returncode == 0
+    stems = separator.separate_audio_file(track).stems
+    with av.open(str(tmp_path / "separated/tiny/track/bass.m4a")) as file:
         assert file.streams.audio[0].codec_context.name == "alac"
         frames = [torch.from_numpy(frame.to_ndarray()) for frame in file.decode(audio=0)]
     samples = torch.cat(frames, dim=-1) / 2**31
