@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -87,6 +88,9 @@ class LocalPath(SystemPath):
         kept = replaced_by(file)
         made = [path for path in self.parents if not path.exists()]
         self.parent.mkdir(parents=True, exist_ok=True)
+        if self.is_dir():
+            # It has appeared since the targets were checked, and must not be replaced.
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if self.exists():
             try:
                 os.link(self, kept)
