@@ -1,4 +1,4 @@
-"""Tracks on workers: a plain callable, and a real Ray on this machine."""
+"""Tracks on workers: the callable by itself, and with Ray on this machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import soundfile
 
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import OptionError
 
-from .helpers import SOURCES, assert_one_line, environment, noise, run, separate, stems_of
+from .helpers import SOURCES, Command, assert_one_line, environment, run, separate, stems_of, wav
 
+slow = pytest.mark.slow
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
 
 
 def write_tracks(folder: Path, count: int) -> Path:
     folder.mkdir(parents=True)
     for number in range(count):
-        wav = noise(2, 8000 + 100 * number, seed=number)
-        soundfile.write(folder / f"{number:02}.wav", wav.T.numpy(), 8000, subtype="FLOAT")
+        (folder / f"{number:02}.wav").write_bytes(wav(1 + number / 80, seed=number))
     return folder
 
 
@@ -41,11 +40,11 @@ def assert_same_stems(folder: Path, expected: Path) -> None:
 # --- the callable -------------------------------------------------------------------------------
 
 
-def test_rows_become_results(repo: Path, tmp_path: Path) -> None:
+def test_rows_become_results(fast_repo: Path, tmp_path: Path) -> None:
     write_tracks(tmp_path / "in", 1)
     (tmp_path / "out/bass").mkdir(parents=True)
     (tmp_path / "out/bass/bass.wav").touch()
-    options: dict[str, Any] = {"model": "tiny", "repo": repo, "device": "cpu", "shifts": 0}
+    options: dict[str, Any] = {"model": "tiny", "repo": fast_repo, "device": "cpu", "shifts": 0}
     separate_tracks = SeparateTracks(str(tmp_path / "out"), skip_existing=True, **options)
     row = {"input": str(tmp_path / "in/00.wav"), "number": 7}
     for again in (False, True):
@@ -63,12 +62,12 @@ def test_rows_become_results(repo: Path, tmp_path: Path) -> None:
         SeparateTracks(str(tmp_path / "out"), stems=["voice"], **options)
 
 
-def test_threads_share_a_model(repo: Path, tmp_path: Path) -> None:
+def test_threads_share_a_model(fast_repo: Path, tmp_path: Path) -> None:
     tracks = sorted(write_tracks(tmp_path / "in", 6).iterdir())
     rows = [{"input": str(track)} for track in tracks]
     for out, threads in (("one", 1), ("many", 3)):
         separate_tracks = SeparateTracks(
-            str(tmp_path / out), model="tiny", repo=repo, device="cpu", seed=1
+            str(tmp_path / out), model="tiny", repo=fast_repo, device="cpu", seed=1
         )
         with ThreadPoolExecutor(threads) as pool:
             assert not any(result["error"] for result in pool.map(separate_tracks, rows))
@@ -77,12 +76,12 @@ def test_threads_share_a_model(repo: Path, tmp_path: Path) -> None:
     assert len(stems_of(tmp_path / "one")) == 24  # and the workspaces are gone
 
 
-def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
+def test_missing_ray_is_named_with_its_package(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tracks(tmp_path / "in", 1)
-    code = "import sys; sys.modules['ray'] = None;"
-    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
-    result = run("-c", code, "--repo", repo, "-n", "tiny", "in", "--ray", cwd=tmp_path)
-    assert_one_line(result, 'pip install "ray[data]"')
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert_one_line(command("in", "--ray"), 'pip install "ray[data]"')
 
 
 # --- Ray ----------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def test_ray_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tracks in `in`, and what the plain command makes of them in `plain`."""
+    """A folder with tracks in `in`, and their stems by the command without Ray in `plain`."""
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("job")
     write_tracks(folder / "in", 40)
@@ -105,7 +104,7 @@ def options(repo: Path) -> list[object]:
 
 
 def on_ray(repo: Path, *more: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
-    """Our command line with a Ray of two CPUs, and a worker on each."""
+    """Start the command with a Ray of two CPUs and a worker on each."""
     code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
     code += "from demucs_infer.separate import main; main(sys.argv[1:])"
     command = [*options(repo), *more, "--json", "--cpus-per-worker", 1, "--ray"]
@@ -120,29 +119,31 @@ def on_ray(repo: Path, *more: object, cwd: Path, **variables: str) -> subprocess
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results, and the lines of errors."""
+    """Wait for the process, and return the results and the lines of errors."""
     output, messages = process.communicate()
     errors = [x for x in messages.splitlines() if x.startswith("demucs-infer: ")]
     return [json.loads(line) for line in output.splitlines()], errors
 
 
-def test_the_same_stems_and_one_line_for_a_broken_file(job: Path, repo: Path) -> None:
+@slow
+def test_stems_are_the_same_and_a_broken_file_is_one_line(job: Path, repo: Path) -> None:
     (job / "broken.wav").write_text("no music")
     process = on_ray(repo, "in", "broken.wav", "-o", "ray", cwd=job)
     results, errors = finish(process)
     assert process.returncode == 1
     assert len(errors) == 1
-    assert "broken.wav: is no audio file" in errors[0]
+    assert "broken.wav: " in errors[0]
     assert len(results) == 41
     assert [result["input"] for result in results if result["error"]] == ["broken.wav"]
     assert_same_stems(job / "ray", job / "plain")
 
 
+@slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.usefixtures("hang_ups")
-def test_ended_by_a_signal(job: Path, repo: Path, name: str) -> None:
-    """Ray has a handler of its own, and workers that die after the command has let go of them."""
+def test_signal_ends_the_command_and_its_workers(job: Path, repo: Path, name: str) -> None:
+    """Ray installs its own handler, and its workers outlive the command for a moment."""
     folder, number = job / name, signal.Signals[name]
     process = on_ray(repo, "in", "-o", folder, cwd=job)
     assert process.stdout is not None
@@ -156,9 +157,9 @@ def test_ended_by_a_signal(job: Path, repo: Path, name: str) -> None:
     assert not list((folder / "tiny").glob(".*"))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_worker_that_is_killed(job: Path, repo: Path) -> None:
+def test_killed_worker_loses_no_track(job: Path, repo: Path) -> None:
     process = on_ray(repo, "in", "-o", "killed", cwd=job, DEMUCS_INFER_TEST=str(job))
     assert process.stdout is not None
     first = json.loads(process.stdout.readline())
@@ -171,7 +172,7 @@ def test_a_worker_that_is_killed(job: Path, repo: Path) -> None:
 
 
 def workers(variable: str) -> list[int]:
-    """The processes of Ray's workers that have `variable` in their environment."""
+    """Return the processes of Ray's workers that have `variable` in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -193,8 +194,8 @@ if "default_worker.py" in " ".join(sys.orig_argv):
 """
 
 
-@pytest.mark.slow
-def test_a_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> None:
+@slow
+def test_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> None:
     (job / "site").mkdir()
     (job / "site/sitecustomize.py").write_text(KILLER)
     deadly = job / "deadly.wav"
@@ -205,18 +206,20 @@ def test_a_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> No
     process = on_ray(repo, "--from-file", "list.txt", "-o", "given up", cwd=job, PYTHONPATH=path)
     results, errors = finish(process)
     assert process.returncode == 1
-    assert errors == [f"demucs-infer: error: file://{deadly}: its worker died 4 times: given up"]
+    assert len(errors) == 1
+    assert f"file://{deadly}: its worker died 4 times" in errors[0]
     assert sorted(result["input"] for result in results) == sorted(names)
     assert len(stems_of(job / "given up")) == 32
 
 
-def test_a_cluster_that_is_not_there(repo: Path, job: Path) -> None:
+@slow
+def test_missing_cluster_is_one_line(repo: Path, job: Path) -> None:
     result = separate(*options(repo), "in", "--ray", "127.0.0.1:1", cwd=job)
     assert_one_line(result, "--ray 127.0.0.1:1: no cluster answers")
 
 
-@pytest.mark.slow
-def test_workers_that_cannot_start(job: Path, repo: Path) -> None:
+@slow
+def test_workers_that_cannot_start_are_one_line(job: Path, repo: Path) -> None:
     process = on_ray(repo, "in", "-o", "none", "-d", "cuda:77", cwd=job)
     _, errors = finish(process)
     assert process.returncode == 1
@@ -224,8 +227,8 @@ def test_workers_that_cannot_start(job: Path, repo: Path) -> None:
     assert "cuda:77" in errors[0]
 
 
-@pytest.mark.slow
-def test_the_example_of_the_documentation(job: Path, repo: Path) -> None:
+@slow
+def test_example_of_the_documentation_runs(job: Path, repo: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     ours = block.replace('"model": "htdemucs"', f'"model": "tiny", "repo": {str(repo)!r}')
     assert ours != block

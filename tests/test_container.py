@@ -1,3 +1,5 @@
+"""Files of several streams: all stems of a track, or the picture of a video and a stem."""
+
 from __future__ import annotations
 
 import io
@@ -5,7 +7,6 @@ import json
 import shutil
 import struct
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
-from demucs_infer.errors import OptionError, SaveAudioError
+from demucs_infer.errors import OptionError
 from demucs_infer.io.boxes import add_to_user_data
 from demucs_infer.io.container import MultitrackEncoder, Request, read_cover, stem_json
 from demucs_infer.io.formats import Encoding
 from demucs_infer.io.output import MIX
-from demucs_infer.separate import main
 
-from .helpers import SOURCES, TINY, noise, save_package, shake, stem_box, video
+from .helpers import (
+    SOURCES,
+    TINY,
+    Command,
+    assert_one_line,
+    lag,
+    noise,
+    save_package,
+    shake,
+    stem_box,
+    video,
+)
 
 RATE = 8000  # of the tiny model
 COVER = (
@@ -37,7 +48,7 @@ COVER = (
 
 
 def ffmpeg(*arguments: object) -> bytes:
-    """What Debian's ffmpeg writes to standard output."""
+    """Run FFmpeg's command and return its standard output."""
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs ffmpeg")
     command = ["ffmpeg", "-v", "error", "-nostdin", *map(str, arguments)]
@@ -45,7 +56,7 @@ def ffmpeg(*arguments: object) -> bytes:
 
 
 def probe(path: Path, *entries: str) -> Any:
-    """What Debian's ffprobe says of a file."""
+    """Run ffprobe on a file and return its JSON."""
     if shutil.which("ffprobe") is None:
         pytest.skip("needs ffprobe")
     command = ["ffprobe", "-v", "error", "-of", "json", *entries, str(path)]
@@ -53,21 +64,13 @@ def probe(path: Path, *entries: str) -> Any:
 
 
 def sound(path: Path, stream: int, length: int | None = None) -> np.ndarray:
-    """A stream of sound as ffmpeg decodes it, `[2, T]`."""
+    """Decode an audio stream with FFmpeg, as `[2, T]`."""
     data = ffmpeg("-i", path, "-map", f"0:a:{stream}", "-f", "f32le", "-ac", 2, "-")
     return np.frombuffer(data, np.float32).reshape(-1, 2).T[:, :length]
 
 
-def lag(heard: np.ndarray, given: np.ndarray) -> int:
-    """Samples by which `heard` `[T]` is behind `given`."""
-    size = 2 * max(len(heard), len(given))
-    product = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(given, size))
-    peak = int(np.fft.irfft(product, size).argmax())
-    return peak if peak < size // 2 else peak - size
-
-
 def enabled(path: Path) -> list[bool]:
-    """Which tracks of an MP4 file players play by default."""
+    """Return for each track of an MP4 file if players play it by default."""
     data, flags, at = path.read_bytes(), [], 0
     while (at := data.find(b"tkhd", at)) >= 0:
         flags.append(bool(data[at + 7] & 1))
@@ -76,7 +79,7 @@ def enabled(path: Path) -> list[bool]:
 
 
 def falcon() -> Path:
-    """A song in this format by others, with a cover."""
+    """Return a stem file that another program has made, with a cover."""
     spec = find_spec("stempeg")
     if spec is None or spec.origin is None:
         pytest.skip("needs stempeg")
@@ -85,7 +88,7 @@ def falcon() -> Path:
 
 @pytest.fixture
 def song(tmp_path: Path) -> Path:
-    """A second, not a whole number of a codec's frames, with tags and a cover."""
+    """A second of sound with tags and a cover. Its length is no multiple of a codec's frames."""
     path = tmp_path / "song.m4a"
     with av.open(str(path), "w", format="mp4") as file:
         file.metadata.update({"title": "A song", "artist": "Somebody", "track": "3"})
@@ -109,7 +112,7 @@ def song(tmp_path: Path) -> Path:
     [COVER[:16] + b"\x7f\xff\xff\xff" * 2 + COVER[24:], b"\xff\xd8\xff\xe0" + bytes(100)],
     ids=["png of exapixels", "jpeg"],
 )
-def test_a_cover_is_copied_and_not_looked_at(cover: bytes, tmp_path: Path) -> None:
+def test_cover_is_copied_and_never_decoded(cover: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.stem.mp4"
     with path.open("w+b") as file:
         request = Request(file, Encoding("stem.mp4"), RATE, 2, ["mix", "a"], {}, cover)
@@ -119,16 +122,14 @@ def test_a_cover_is_copied_and_not_looked_at(cover: bytes, tmp_path: Path) -> No
     assert read_cover(AudioFile(path)) == cover
 
 
-def run(repo: Path, *arguments: object) -> None:
-    main(["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", *map(str, arguments)])
-
-
 @pytest.mark.parametrize("codec", ["aac", "alac"])
-def test_a_stem_file(codec: str, repo: Path, song: Path, tmp_path: Path) -> None:
-    """Beside one by Native Instruments: the box field by field, streams, tags, cover."""
+def test_stem_file_equals_one_of_native_instruments(
+    codec: str, command: Command, separator: Separator, song: Path, tmp_path: Path
+) -> None:
+    """The same box field by field, and the streams, tags and cover that players look for."""
     lossless = ["--codec", "alac", "--int24"] if codec == "alac" else []
-    run(repo, "--format", "stem.mp4", "-o", tmp_path, *lossless, song)
-    path = tmp_path / "tiny/song.stem.mp4"
+    assert command("--shifts", 0, "--format", "stem.mp4", *lossless, song).returncode == 0
+    path = tmp_path / "separated/tiny/song.stem.mp4"
     theirs, ours = stem_box(falcon()), stem_box(path)
     assert {**ours, "stems": 0, "mastering_dsp": 0} == {**theirs, "stems": 0, "mastering_dsp": 0}
     for part, values in theirs["mastering_dsp"].items():
@@ -151,7 +152,6 @@ def test_a_stem_file(codec: str, repo: Path, song: Path, tmp_path: Path) -> None
     assert found["format"]["tags"]["artist"] == "Somebody"
     assert ffmpeg("-i", path, "-map", "0:v", "-c", "copy", "-f", "image2pipe", "-") == COVER
 
-    separator = Separator("tiny", repo, device="cpu", shifts=0)
     mixture, stems = separator.separate_audio_file(song)
     parts = [mixture.numpy(), *(stem.numpy() for stem in stems.values())]
     gain = 1 / max(1.01 * max(np.abs(part).max() for part in parts), 1)
@@ -166,9 +166,11 @@ def test_a_stem_file(codec: str, repo: Path, song: Path, tmp_path: Path) -> None
     assert torch.allclose(again.read(streams=0)[:, : mixture.shape[-1]], mixture * gain, atol=0.05)
 
 
-def test_stems_of_all_kinds_in_one_matroska_file(repo: Path, song: Path, tmp_path: Path) -> None:
-    run(repo, "--format", "mka", "-o", tmp_path, "--stems", "all,rest=drums+bass", song)
-    path = tmp_path / "tiny/song.mka"
+def test_matroska_file_holds_stems_of_all_kinds(
+    command: Command, song: Path, tmp_path: Path
+) -> None:
+    assert command("--format", "mka", "--stems", "all,rest=drums+bass", song).returncode == 0
+    path = tmp_path / "separated/tiny/song.mka"
     streams = probe(path, "-show_streams")["streams"]
     titles = [s["tags"]["title"] for s in streams if s["codec_name"] == "flac"]
     assert titles == [MIX, *SOURCES, "rest"]
@@ -178,48 +180,26 @@ def test_stems_of_all_kinds_in_one_matroska_file(repo: Path, song: Path, tmp_pat
     assert np.abs(waves[1] + waves[2] - waves[5]).max() <= 3 * 2**-15
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--format", "stem.mp4", "--stems", "all,x=drums+bass"], "holds 4 stems, not 5"),
-        (["--format", "stem.mp4", "--clip-mode", "tanh"], "one gain: use rescale-all"),
-        (["--format", "mka", "--filename", "{track}-{stem}.{ext}"], "leave {stem} out"),
-        (["--format", "mka", "--stems", "mix=drums"], "'mix'"),
-        (["--format", "wav", "--codec", "alac"], "WAV has no codec 'alac'"),
-        (["--format", "stem.mp4", "--int24"], "STEM.MP4 has no 24 bits"),
-        (["--player", "--stems", "drums", "-o", "-"], "cannot go to standard output"),
-    ],
-)
-def test_choices_that_do_not_fit(
-    options: list[str], message: str, repo: Path, song: Path, capsys: pytest.CaptureFixture[str]
+def test_stem_file_of_fewer_stems_with_longer_names(
+    command: Command, song: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(repo, *options, song)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
-def test_fewer_stems_and_longer_names(repo: Path, song: Path, tmp_path: Path) -> None:
-    name = "n" * 40
-    run(repo, "--format", "stem.mp4", "-o", tmp_path, "--stems", f"vocals,{name}=drums+bass", song)
-    path = tmp_path / "tiny/song.stem.mp4"
+    stems = f"vocals,{'n' * 40}=drums+bass"
+    assert command("--format", "stem.mp4", "--stems", stems, song).returncode == 0
+    path = tmp_path / "separated/tiny/song.stem.mp4"
     assert [stem["name"] for stem in stem_box(path)["stems"]] == ["vocals", "n" * 32]
     assert len(AudioFile(path)) == 3
 
 
 @pytest.mark.slow
-def test_six_stems_become_four(
-    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_six_stems_become_four(command: Command, song: Path, tmp_path: Path) -> None:
     sources = ["vocals", "guitar", "drums", "piano", "bass", "other"]
     torch.manual_seed(0)
     model = demucs.htdemucs.HTDemucs(**{**TINY, "sources": sources})
     save_package(tmp_path / "tiny.th", shake(model))
-    run(tmp_path, "--format", "stem.mp4", "--codec", "alac", "--int24", "-o", tmp_path, song)
-    warning = capsys.readouterr().err
-    assert "holds 4 stems: guitar and piano are added to 'other'" in warning
-    path = tmp_path / "tiny/song.stem.mp4"
+    options = ["--format", "stem.mp4", "--codec", "alac", "--int24", "--shifts", 0]
+    warning = command("--repo", tmp_path, *options, song).stderr
+    assert all(word in warning for word in ("guitar", "piano", "'other'"))
+    path = tmp_path / "separated/tiny/song.stem.mp4"
     assert [stem["name"] for stem in stem_box(path)["stems"]] == SOURCES
     mixture, stems = Separator("tiny", tmp_path, shifts=0).separate_audio_file(song)
     folded = stems["other"] + stems["guitar"] + stems["piano"]
@@ -232,39 +212,26 @@ def test_six_stems_become_four(
         )
 
 
-def test_the_mix_keeps_the_rate_of_its_track(repo: Path, track: Path, tmp_path: Path) -> None:
-    """At 48 kHz the mix is the input, and not what is left of it at the model's 8 kHz."""
-    run(repo, "--format", "mka", "--keep-rate", "--clip-mode", "none", "-o", tmp_path, track)
-    path = tmp_path / "tiny/track.mka"
+def test_mix_of_a_track_at_48_khz_is_not_resampled(
+    command: Command, track: Path, tmp_path: Path
+) -> None:
+    options = ["--format", "mka", "--keep-rate", "--clip-mode", "none"]
+    assert command(*options, track).returncode == 0
+    path = tmp_path / "separated/tiny/track.mka"
     given, rate = soundfile.read(track, dtype="float32", always_2d=True)
     assert {s["sample_rate"] for s in probe(path, "-show_streams")["streams"]} == {str(rate)}
     assert np.abs(sound(path, 0) - given.T).max() <= 2**-14
     assert sound(path, 1).shape == given.T.shape
 
 
-def test_pipes(repo: Path, song: Path, tmp_path: Path) -> None:
-    arguments = ["-n", "tiny", "--repo", str(repo), "--format", "mka", "-o", "-", "-"]
-    command = [sys.executable, "-m", "demucs_infer", *arguments]
-    done = subprocess.run(command, input=song.read_bytes(), capture_output=True)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "out.mka").write_bytes(done.stdout)
+def test_matroska_file_goes_through_pipes(command: Command, song: Path, tmp_path: Path) -> None:
+    result = command("--format", "mka", "-o", "-", "-", input=song.read_bytes())
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "out.mka").write_bytes(result.stdout.encode("utf-8", "surrogateescape"))
     assert len(AudioFile(tmp_path / "out.mka")) == 5
 
 
-def test_a_failure_leaves_nothing(
-    repo: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> bytes:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("demucs_infer.io.container.add_to_user_data", fail)
-    separator = Separator("tiny", repo, device="cpu", shifts=0)
-    with pytest.raises(SaveAudioError, match="No space left"):
-        separator.separate_to_files(song, tmp_path / "out", format="stem.mp4")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_box_is_added_to_user_data_or_makes_it() -> None:
+def test_box_is_added_to_user_data_or_makes_it() -> None:
     def box(name: bytes, content: bytes = b"") -> bytes:
         return struct.pack(">I4s", 8 + len(content), name) + content
 
@@ -280,7 +247,7 @@ def test_a_box_is_added_to_user_data_or_makes_it() -> None:
 
 
 def pictures(path: Path) -> list[tuple[float, str]]:
-    """Time and digest of every picture that ffmpeg shows."""
+    """Return time and digest of every picture that FFmpeg shows."""
     base = 1000
     shown = ["-fps_mode", "passthrough", "-enc_time_base", f"1:{base}", "-f", "framemd5", "-"]
     text = ffmpeg("-copyts", "-i", path, "-map", "0:v", *shown).decode()
@@ -289,7 +256,7 @@ def pictures(path: Path) -> list[tuple[float, str]]:
 
 
 def clicks(path: Path) -> np.ndarray:
-    """Times in seconds at which clicks are heard, on the clock of the file."""
+    """Return the times of the clicks in seconds, on the clock of the file."""
     wave = np.abs(sound(path, 0)[0])
     (starts,) = np.nonzero(wave > 0.4 * wave.max())
     apart = starts[np.diff(starts, prepend=-9999) > 2000]
@@ -297,7 +264,7 @@ def clicks(path: Path) -> np.ndarray:
 
 
 def sound_start(path: Path) -> float:
-    """The time of the first sample that is heard, on the clock of the file."""
+    """Return the time of the first sample, on the clock of the file."""
     entries = ("-show_entries", "frame=pts_time", "-select_streams", "a", "-read_intervals", "%+#3")
     return float(probe(path, *entries)["frames"][0]["pts_time"])
 
@@ -305,18 +272,17 @@ def sound_start(path: Path) -> float:
 @pytest.mark.parametrize(
     ("suffix", "sound_at", "picture_at"),
     [
-        ("mp4", 0, 0),
         ("mp4", 0.75, 0),
         ("mkv", 0, 0.4),
+        pytest.param("mp4", 0, 0, marks=pytest.mark.slow),
         pytest.param("mkv", 0.75, 0, marks=pytest.mark.slow),
         pytest.param("avi", 0, 0, marks=pytest.mark.slow),
         pytest.param("ts", 0.75, 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_video_comes_back(
+def test_video_keeps_its_pictures_and_their_distance_to_the_sound(
     suffix: str, sound_at: float, picture_at: float, tmp_path: Path
 ) -> None:
-    """Every picture, and the clicks at their distance to them."""
     path = video(tmp_path / f"clip.{suffix}", sound_at, picture_at)
     separator = Separator("demo", device="cpu", shifts=0)
     separator.separate_to_files(
@@ -331,8 +297,8 @@ def test_a_video_comes_back(
     assert np.abs(apart).max() < 0.002
 
 
-def test_a_part_of_a_video(tmp_path: Path) -> None:
-    """From the middle of a group of pictures on: what is before the part is not shown."""
+def test_excerpt_of_a_video_shows_no_picture_before_it(tmp_path: Path) -> None:
+    """It begins in the middle of a group of pictures."""
     path = video(tmp_path / "clip.mp4", 0.5, codec="libx264")
     separator = Separator("demo", device="cpu", shifts=0)
     whole = "all=drums+bass+other+vocals"
@@ -352,22 +318,19 @@ def test_a_part_of_a_video(tmp_path: Path) -> None:
     assert clicks(made)[:3] == pytest.approx(expected[:3], abs=0.002)
 
 
-def test_what_has_no_picture_for_mp4(
-    repo: Path, song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tracks_without_a_picture_for_mp4_fail(
+    command: Command, song: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(repo, "--format", "mp4", "--stems", "vocals", "-o", tmp_path, song)
-    assert caught.value.code == 1
-    assert "has no picture: use --format m4a" in capsys.readouterr().err
     wmv = video(tmp_path / "clip.avi", codec="wmv2")
-    with pytest.raises(SystemExit):
-        run(repo, "--format", "mp4", "--stems", "vocals", "-o", tmp_path, wmv)
-    assert "(wmv2) cannot be in MP4" in capsys.readouterr().err
+    for path, words in ((song, ["no picture", "m4a"]), (wmv, ["wmv2", "MP4"])):
+        result = command("--format", "mp4", "--stems", "vocals", path)
+        assert result.returncode == 1
+        assert_one_line(result, path.name, *words)
 
 
 @pytest.mark.slow
-def test_real_music_with_true_stems(tmp_path: Path) -> None:
-    """The first stream of another's file is separated; the streams of ours sum to its mix."""
+def test_first_stream_of_a_stem_file_is_separated(tmp_path: Path) -> None:
+    """The stems of a real song sum to its mix."""
     separator = Separator("demo", device="cpu", shifts=0)
     separator.separate_to_files(
         falcon(),
@@ -383,7 +346,5 @@ def test_real_music_with_true_stems(tmp_path: Path) -> None:
     assert ours.shape == given.shape
     gain = (ours[0] * given[0]).sum() / given[0].square().sum()
     assert (ours[0] - gain * given[0]).abs().max() < 1e-5
-    for stem in range(1, 5):
-        assert lag(ours[stem][0].numpy(), ours[stem][0].numpy()) == 0
     error = (ours[1:].sum(0) - ours[0]).square().mean() / ours[0].square().mean()
     assert error < 0.05

@@ -1,23 +1,27 @@
+"""The page to listen with: its file, and what a browser makes of it."""
+
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
-from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
+from demucs_infer.io.player import LONGEST, About, PlayerWriter
 from demucs_infer.io.spool import Workspace
-from demucs_infer.separate import main
 
-from .helpers import SOURCES
+from .helpers import SOURCES, Command, json_lines, lag
 from .tools.browser import Listener, chromium
 from .tools.synth import RATE, song
 
@@ -60,12 +64,41 @@ def listener(driver: Any, page: Path) -> Listener:
     return Listener(driver, page)
 
 
-def lag(heard: np.ndarray, given: np.ndarray) -> int:
-    """Samples by which `heard` `[T]` is behind `given` `[T]`."""
-    size = 2 * len(heard)
-    product = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(given, size))
-    peak = int(np.fft.irfft(product, size).argmax())
-    return peak if peak < size // 2 else peak - size
+def track_of(page: Path) -> dict[str, Any]:
+    """Return the JSON about the track that is in a page."""
+    found = re.search(r'\{"title": [^}]*\}', page.read_text("utf-8"))
+    assert found is not None
+    return json.loads(found[0])
+
+
+def test_command_writes_a_page_as_one_of_the_files_of_a_track(
+    command: Command, track: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "separated/tiny/track/player.html"
+    options = ["--player", "--json", track]
+    (result,) = json_lines(command(*options, "--stems", "vocals,music=drums+bass+other"))
+    assert tmp_path / result["player"] == page
+    about = track_of(page)
+    assert (about["title"], about["model"], about["stems"]) == (
+        "track",
+        "tiny",
+        ["vocals", "music"],
+    )
+    options += ["--format", "stem.mp4", "--skip-existing"]
+    for exists, skipped in ((False, False), (True, True), (False, False)):
+        if not exists:
+            page.unlink()
+        (result,) = json_lines(command(*options))
+        assert result["skipped"] == skipped
+        assert track_of(page)["stems"] == SOURCES
+
+
+def test_page_of_a_track_that_is_too_long_is_refused(separator: Separator, tmp_path: Path) -> None:
+    track = tmp_path / "long.flac"
+    soundfile.write(track, np.zeros((LONGEST + 60) * 8000, np.int16), 8000)
+    with pytest.raises(OptionError, match=r"long\.flac: .*21 minutes.*--player.*--duration"):
+        separator.separate_to_files(track, tmp_path / "out", player=True)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def press(listener: Listener, code: str, key: str, shift: bool = False) -> None:
@@ -78,8 +111,9 @@ def press(listener: Listener, code: str, key: str, shift: bool = False) -> None:
     )
 
 
-def test_what_is_heard(listener: Listener) -> None:
-    """All stems on, each one alone, none: in step to the sample, and their sum the mix."""
+@pytest.mark.slow
+def test_stems_are_in_step_and_their_sum_is_the_mix(listener: Listener) -> None:
+    """All stems are on, then each one alone, then none."""
     parts = stems()
     length = SECONDS * RATE
     mix = sum(parts.values())
@@ -99,7 +133,8 @@ def test_what_is_heard(listener: Listener) -> None:
     assert not listener.sound(0, length).any()
 
 
-def test_seek_volume_and_loop(listener: Listener) -> None:
+@pytest.mark.slow
+def test_seek_volume_and_loop_change_the_sound(listener: Listener) -> None:
     whole = listener.sound(0, SECONDS * RATE)
     assert np.abs(listener.sound(1.5, RATE) - whole[:, 66_150 : 66_150 + RATE]).max() < 1e-6
     listener.run("player.stems[0].level = 0.5; player.volume = 0.5; page.rebalance()")
@@ -113,8 +148,9 @@ def test_seek_volume_and_loop(listener: Listener) -> None:
     assert np.abs(looped - np.concatenate([part] * 4, axis=1)).max() < 1e-5
 
 
-def test_playing(listener: Listener) -> None:
-    """What reaches the loudspeaker: an analyser at the output hears something, then nothing."""
+@pytest.mark.slow
+def test_space_plays_and_pauses(listener: Listener) -> None:
+    """An analyser at the output hears something when the page plays."""
     level = (
         "new Promise((done) => { const a = player.context.createAnalyser();"
         " player.mixer.output.connect(a); const data = new Float32Array(a.fftSize); let n = 0;"
@@ -135,7 +171,8 @@ def test_playing(listener: Listener) -> None:
     assert at < SECONDS == listener.run("return player.position")
 
 
-def test_keys(listener: Listener) -> None:
+@pytest.mark.slow
+def test_keys_mute_solo_and_loop(listener: Listener) -> None:
     for number in range(1, 5):
         press(listener, f"Digit{number}", str(number))
     assert listener.run("return player.levels") == [0, 0, 0, 0]
@@ -157,7 +194,8 @@ def test_keys(listener: Listener) -> None:
     assert listener.run("return player.loop") is None
 
 
-def test_what_a_screen_reader_says(listener: Listener) -> None:
+@pytest.mark.slow
+def test_screen_reader_finds_names_and_values(listener: Listener) -> None:
     nodes = listener.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     names = {
         (node["role"]["value"], node["name"]["value"])
@@ -180,6 +218,7 @@ def test_what_a_screen_reader_says(listener: Listener) -> None:
     assert listener.run(pressed) == "true"
 
 
+@pytest.mark.slow
 def test_names_cannot_inject_markup(driver: Any, tmp_path: Path) -> None:
     parts = {f"<b>{INJECTION}{name}": stem for name, stem in stems().items()}
     listener = Listener(driver, write(tmp_path / "player.html", parts, INJECTION, INJECTION))
@@ -191,11 +230,11 @@ def test_names_cannot_inject_markup(driver: Any, tmp_path: Path) -> None:
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "light"), [("light", True), ("dark", False)])
-def test_schemes(listener: Listener, scheme: str, light: bool) -> None:
-    """The picture of the page: its background, and a waveform for each stem."""
-    import av
-
+def test_page_is_light_or_dark_with_a_waveform_for_each_stem(
+    listener: Listener, scheme: str, light: bool
+) -> None:
     feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     listener.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
     with av.open(io.BytesIO(listener.driver.get_screenshot_as_png())) as picture:
@@ -203,43 +242,3 @@ def test_schemes(listener: Listener, scheme: str, light: bool) -> None:
     assert pixels.mean() > 200 if light else pixels.mean() < 60
     colours = {tuple(colour) for colour in pixels[::2, ::2].reshape(-1, 3)}
     assert colours >= {(0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233)}
-
-
-def test_a_track_that_is_too_long() -> None:
-    check_length("a", LONGEST)
-    with pytest.raises(OptionError, match="takes 21 minutes"):
-        check_length("a.mp3", LONGEST + 60)
-
-
-def test_the_command_line_writes_one(
-    driver: Any, repo: Path, track: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of sums, beside the stems and with those of a stem file; it is one of a track's files."""
-    common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--player"]
-    arguments = [*common, "--json", "-o", str(tmp_path), str(track)]
-    main([*arguments, "--stems", "vocals,music=drums+bass+other"])
-    (line,) = capsys.readouterr().out.splitlines()
-    page = tmp_path / "tiny/track/player.html"
-    assert json.loads(line)["player"] == str(page)
-    listener = Listener(driver, page)
-    assert listener.run("return player.stems.map((stem) => stem.name)") == ["vocals", "music"]
-    assert listener.run("return [player.track.title, player.track.model]") == ["track", "tiny"]
-    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
-    listener = Listener(driver, page)
-    assert listener.run("return player.stems.map((stem) => stem.name)") == SOURCES
-    capsys.readouterr()
-    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
-    assert json.loads(capsys.readouterr().out)["skipped"] is True
-    page.unlink()
-    main([*arguments, "--format", "stem.mp4", "--skip-existing"])
-    assert json.loads(capsys.readouterr().out)["skipped"] is False
-    assert page.exists()
-
-
-def test_the_page_of_a_track_that_is_too_long_is_refused(
-    repo: Path, track: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("demucs_infer.io.player.LONGEST", 1)
-    with pytest.raises(OptionError, match="leave out --player, or use --start and --duration"):
-        Separator("tiny", repo, device="cpu").separate_to_files(track, tmp_path / "o", player=True)
-    assert list((tmp_path / "o").iterdir()) == []

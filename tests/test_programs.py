@@ -1,4 +1,4 @@
-"""Programs in miniature: each runs with `demucs` and with ours, and the same comes of it."""
+"""Small programs that give the same with `demucs` and with this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import SOURCES, TINY, noise, pair, run
+from .helpers import SOURCES, TINY, WriteAndFlush, noise, pair, run
 
 REFERENCE, OURS = "demucs", "demucs_infer"
 MIX = noise(2, 10_000)
@@ -47,7 +47,7 @@ def libraries() -> list[Library]:
 
 
 def same(libraries: list[Library], program: Callable[[Library], Any]) -> Any:
-    """What `program` makes of the reference; ours must be the same."""
+    """Assert that `program` gives the same with both, and return it."""
     theirs, ours = map(program, libraries)
     if isinstance(theirs, torch.Tensor):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -65,7 +65,9 @@ def separated(library: Library, model: nn.Module | None = None, **options: Any) 
 
 
 @pytest.mark.slow
-def test_a_piped_bag_shows_its_bars(repo: Path, track: Path, tmp_path: Path) -> None:
+def test_processes_with_a_piped_bag_show_the_same_bars(
+    repo: Path, track: Path, tmp_path: Path
+) -> None:
     def program(name: str) -> tuple[int, list[str]]:
         options = ["--repo", repo, "-n", "pair", "--shifts", 2, "-d", "cpu", "-o", tmp_path / name]
         result = run("-m", name, *options, track)
@@ -79,22 +81,9 @@ def test_a_piped_bag_shows_its_bars(repo: Path, track: Path, tmp_path: Path) -> 
     assert theirs[0] == 4 and len(theirs[1]) == 3
 
 
-class Window:
-    """What a GUI puts in the place of standard error."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
-def test_standard_error_of_a_gui(libraries: list[Library]) -> None:
+def test_bars_go_to_the_standard_error_of_a_program(libraries: list[Library]) -> None:
     def program(library: Library) -> bool:
-        window: Any = Window()
+        window: Any = WriteAndFlush()
         with contextlib.redirect_stderr(window):
             separated(library, progress=True)
         return "100%|" in window.text
@@ -102,7 +91,9 @@ def test_standard_error_of_a_gui(libraries: list[Library]) -> None:
     assert same(libraries, program)
 
 
-def test_no_standard_error(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_standard_error_stops_nothing(
+    libraries: list[Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     same(libraries, separated)
     separated(libraries[1], progress=True)  # the reference stops here
@@ -134,7 +125,7 @@ def test_hooks_see_every_window(
     assert len(same(libraries, program)) > 4
 
 
-def test_a_hook_that_raises(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hook_may_raise(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
     def hook(iterable: Any, **options: Any) -> Any:
         yield from list(iterable)[:1]
         raise KeyError("stop")
@@ -149,7 +140,7 @@ def test_a_hook_that_raises(libraries: list[Library], monkeypatch: pytest.Monkey
     same(libraries, program)
 
 
-def test_a_callback_that_stops_in_mid_track(libraries: list[Library]) -> None:
+def test_callback_stops_in_the_middle_and_leaves_no_thread(libraries: list[Library]) -> None:
     def program(library: Library) -> int:
         calls: list[dict[str, Any]] = []
 
@@ -168,7 +159,7 @@ def test_a_callback_that_stops_in_mid_track(libraries: list[Library]) -> None:
     assert same(libraries, program) == 3
 
 
-def test_a_stopped_bar_is_closed(libraries: list[Library]) -> None:
+def test_stopped_bar_ends_with_a_line(libraries: list[Library]) -> None:
     def callback(info: dict[str, Any]) -> None:
         if info["segment_offset"] and info["state"] == "end":
             raise KeyboardInterrupt
@@ -234,12 +225,12 @@ def test_separators_that_others_finish(finish: Any, libraries: list[Library]) ->
     same(libraries, program)
 
 
-def test_a_namespace_with_name_and_repo(libraries: list[Library], repo: Path) -> None:
+def test_namespace_with_name_and_repo_is_a_model(libraries: list[Library], repo: Path) -> None:
     args = argparse.Namespace(name="tiny", repo=repo)
     same(libraries, lambda library: library.pretrained.get_model_from_args(args).sources)
 
 
-def test_a_separator_is_closed(repo: Path) -> None:
+def test_separator_closes_its_model(repo: Path) -> None:
     from demucs_infer.api import Separator
 
     with Separator("tiny", repo, device="auto") as separator:
@@ -292,7 +283,7 @@ def test_models_that_others_change(change: Any, libraries: list[Library]) -> Non
 
 
 @pytest.mark.slow
-def test_a_model_that_its_user_compiles(libraries: list[Library]) -> None:
+def test_model_may_be_compiled_by_its_user(libraries: list[Library]) -> None:
     same(libraries, lambda library: separated(library, compiled(library)))
 
 
@@ -361,7 +352,7 @@ GONE = {
 
 
 def defined_in(module: Any) -> set[str]:
-    """The public names that a module defines: not those that it imports."""
+    """Return the public names that a module defines, without those that it imports."""
     return {
         name
         for name, value in vars(module).items()
@@ -369,12 +360,12 @@ def defined_in(module: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", MODULES.split())
-def test_names_of_the_reference(name: str) -> None:
-    theirs = importlib.import_module(f"{REFERENCE}.{name}")
-    ours = importlib.import_module(f"{OURS}.{name}")
-    missing = {each for each in defined_in(theirs) if not hasattr(ours, each)}
-    assert missing == GONE.get(name, {}).keys() & defined_in(theirs)
+def test_names_of_the_reference_are_here_or_gone_for_a_reason() -> None:
+    for name in MODULES.split():
+        theirs = defined_in(importlib.import_module(f"{REFERENCE}.{name}"))
+        ours = importlib.import_module(f"{OURS}.{name}")
+        missing = {each for each in theirs if not hasattr(ours, each)}
+        assert missing == GONE.get(name, {}).keys() & theirs, name
 
 
 IMPORTED = {
@@ -386,12 +377,7 @@ IMPORTED = {
 }
 
 
-@pytest.mark.parametrize("module", IMPORTED)
-def test_names_that_programs_import(module: str) -> None:
-    ours = importlib.import_module(f"{OURS}.{module}")
-    assert [name for name in IMPORTED[module].split() if not hasattr(ours, name)] == []
-
-
-def test_names_of_the_command_line_import_no_torch() -> None:
-    code = "import sys, demucs_infer.separate; print('torch' in sys.modules)"
-    assert run("-c", code).stdout == "False\n"
+def test_modules_have_the_names_that_programs_import_from_them() -> None:
+    for module, names in IMPORTED.items():
+        ours = importlib.import_module(f"{OURS}.{module}")
+        assert [name for name in names.split() if not hasattr(ours, name)] == []

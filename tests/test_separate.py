@@ -249,7 +249,7 @@ def limited_file_size(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, "mka", "stem.mp4"])
 def test_full_disk_leaves_no_partial_stem(
     format: str, command: Command, track: Path, tmp_path: Path
 ) -> None:

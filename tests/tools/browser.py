@@ -1,4 +1,4 @@
-"""A Chromium without a window that opens pages from disk, for tests that listen to them."""
+"""A Chromium without a window, for tests that listen to pages on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARGUMENTS = (
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A driver of it; the test is skipped where there is none."""
+    """Start Chromium and yield its driver. The test is skipped where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")
     browser = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     driver = shutil.which("chromedriver")
@@ -44,7 +44,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Listener:
-    """The page of a track in a browser: what it says, and the sound that leaves it."""
+    """The page of a track in a browser: its values, and the sound that leaves it."""
 
     def __init__(self, driver: Any, page: Path) -> None:
         self.driver = driver
@@ -52,11 +52,11 @@ class Listener:
         self.wait("ready")
 
     def run(self, code: str, *arguments: object) -> Any:
-        """What `code`, which returns something, gives in the page."""
+        """Run `code` in the page and return its result."""
         return self.driver.execute_script(code, *arguments)
 
     def wait(self, promise: str) -> Any:
-        """What the promise that an expression makes gives."""
+        """Wait for the promise that an expression makes, and return its result."""
         code = (
             f"const done = arguments[0]; ({promise}).then(done, (e) => done({{error: `${{e}}`}}))"
         )
@@ -65,7 +65,7 @@ class Listener:
         return result
 
     def sound(self, start: float, length: int) -> np.ndarray:
-        """What leaves the graph from `start` seconds for `length` samples, `[C, length]`."""
+        """Render `length` samples from `start` seconds on, as `[C, length]`."""
         data = self.wait(
             f"player.render({start}, {length}).then((buffer) => Array.from("
             "{length: buffer.numberOfChannels}, (_, channel) => {"
