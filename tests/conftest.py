@@ -24,7 +24,7 @@ from .web import Web, serving
 
 @pytest.fixture(autouse=True)
 def _messages() -> Iterator[None]:
-    """What the command does to the package's logger ends with its test."""
+    """Restore the package's logger, which the command configures."""
     before = logger.handlers[:], logger.propagate, logger.level
     yield
     logger.handlers[:], logger.propagate, logger.level = before
@@ -32,7 +32,7 @@ def _messages() -> Iterator[None]:
 
 @pytest.fixture
 def hang_ups() -> Iterator[None]:
-    """Processes that start meanwhile do not ignore SIGHUP, even if nohup has started this one."""
+    """Let processes that the test starts take SIGHUP, even if nohup started this one."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -121,7 +121,7 @@ def checkpoint(repo: Path) -> bytes:
 
 @pytest.fixture
 def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """A server with the checkpoints of a registry of its own, and an empty cache in `cache`.
+    """A server with a registry and its checkpoints, and an empty cache in `cache`.
 
     Other processes take part by running `web.code` first.
     """

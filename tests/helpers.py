@@ -1,4 +1,4 @@
-"""Models in both implementations, checkpoints, and the two command lines."""
+"""Models in both implementations, checkpoints, tracks, and calls of the command lines."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> No
 
 
 def decibels(ours: Tensor, theirs: Tensor) -> float:
-    """How far the difference lies below the signal."""
+    """Return the level of the signal over the difference in dB."""
     return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 

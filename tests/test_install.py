@@ -17,6 +17,8 @@ from hatchling.plugin.manager import PluginManager
 from demucs_infer import __version__
 from demucs_infer.errors import MissingDependencyError
 
+from .helpers import run
+
 ROOT = Path(__file__).parents[1]
 TEXTS = (".md", ".py", ".toml", ".yaml", ".yml", ".txt")
 # The name with or without extras, as an index would be asked for it.
@@ -79,9 +81,7 @@ include = ["module.py"]
 
 def resolve(*command: object) -> subprocess.CompletedProcess[str]:
     """Run a resolver without an index; the backend of builds is the one of this environment."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, check=False
-    )
+    return run("-m", *command)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Where stems go: names, targets, and that they appear together or not at all."""
+"""Names and targets of stems, which appear together or not at all."""
 
 from __future__ import annotations
 

@@ -69,17 +69,6 @@ def test_names_and_parameters_are_those_of_the_reference() -> None:
         assert_extends(getattr(Separator, method), getattr(demucs.api.Separator, method), method)
 
 
-def test_public_functions_are_typed() -> None:
-    for module in NAMES:
-        ours = importlib.import_module(f"demucs_infer.{module}")
-        for name, function in vars(ours).items():
-            local = getattr(function, "__module__", "") == ours.__name__
-            if inspect.isfunction(function) and local and not name.startswith("_"):
-                annotations = [p.annotation for p in parameters(function)]
-                annotations.append(inspect.signature(function).return_annotation)
-                assert inspect.Parameter.empty not in annotations, name
-
-
 def test_help_and_the_list_of_models_import_no_torch() -> None:
     code = """
 import sys

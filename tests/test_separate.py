@@ -35,7 +35,8 @@ OPTIONS = (
 )
 
 
-def test_help_names_every_option() -> None:
+def test_no_track_is_wrong_usage_and_help_names_every_option() -> None:
+    assert_one_line(separate(), "track")
     text = get_parser().format_help()
     for option in OPTIONS.split():
         assert re.search(rf"{option}\b", text), option
@@ -84,50 +85,38 @@ def test_quiet_command_prints_nothing_and_writes_to_the_default_folder(
     assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
 
 
-@pytest.mark.parametrize(
-    ("options", "suffix", "subtype"),
-    [
+def test_options_of_demucs_choose_the_format(command: Command, track: Path, tmp_path: Path) -> None:
+    for options, suffix, subtype in (
         ("", "wav", "PCM_16"),
         ("--int24", "wav", "PCM_24"),
         ("--float32", "wav", "FLOAT"),
         ("--flac --int24", "flac", "PCM_24"),
         ("--mp3 --mp3-bitrate 64 --mp3-preset 7", "mp3", "MPEG_LAYER_III"),
-    ],
-)
-def test_options_of_demucs_choose_the_format(
-    options: str, suffix: str, subtype: str, command: Command, track: Path, tmp_path: Path
-) -> None:
-    assert command(*options.split(), track).returncode == 0
-    info = soundfile.info(tmp_path / f"separated/tiny/track/bass.{suffix}")
-    assert (info.subtype, info.channels, info.samplerate) == (subtype, 2, 8000)
-    assert info.duration == pytest.approx(2, abs=0.2)
+    ):
+        assert command("--stems", "bass", *options.split(), track).returncode == 0
+        info = soundfile.info(tmp_path / f"separated/tiny/track/bass.{suffix}")
+        assert (info.subtype, info.channels, info.samplerate) == (subtype, 2, 8000)
+        assert info.duration == pytest.approx(2, abs=0.2)
 
 
-@pytest.mark.parametrize(
-    ("method", "other"), [("add", "no_vocals"), ("minus", "minus_vocals"), ("none", None)]
-)
 def test_two_stems_are_a_source_and_the_rest(
-    method: str,
-    other: str | None,
-    separator: Separator,
-    fast_repo: Path,
-    track: Path,
-    tmp_path: Path,
+    command: Command, separator: Separator, track: Path, tmp_path: Path
 ) -> None:
-    options = ["--shifts", 0, "--float32", "--clip-mode", "none", "--other-method", method]
-    command = ["--repo", fast_repo, "-d", "cpu", "-s", "tiny", "--two-stems", "vocals", *options]
-    assert separate(*command, track, cwd=tmp_path).returncode == 0
     mixture, stems = separator.separate_audio_file(track)
-    expected = {"vocals": stems["vocals"]}
-    if other:
-        rest = {"no_vocals": sum(stems[name] for name in SOURCES[:3])}
-        expected[other] = rest.get(other, mixture - stems["vocals"])
-    written = {
-        path.stem: soundfile.read(path)[0] for path in (tmp_path / "separated/tiny").rglob("*.wav")
+    rests = {
+        "add": {"no_vocals": sum(stems[name] for name in SOURCES[:3])},
+        "minus": {"minus_vocals": mixture - stems["vocals"]},
+        "none": {},
     }
-    assert written.keys() == expected.keys()
-    for name, stem in expected.items():
-        assert np.abs(written[name] - stem.T.numpy()).max() < 1e-6
+    options = ["-s", "tiny", "--shifts", 0, "--float32", "--clip-mode", "none", track]
+    for method, rest in rests.items():
+        two = ["--two-stems", "vocals", "--other-method", method, "-o", method]
+        assert command(*options, *two).returncode == 0
+        paths = {path.stem: path for path in (tmp_path / method).rglob("*.wav")}
+        expected = {"vocals": stems["vocals"], **rest}
+        assert paths.keys() == expected.keys()
+        for name, stem in expected.items():
+            assert np.abs(soundfile.read(paths[name])[0] - stem.T.numpy()).max() < 1e-6
 
 
 def test_options_of_demucs_work_together(command: Command, track: Path, tmp_path: Path) -> None:
@@ -159,26 +148,6 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
     assert command("--stems", "bass", "--", *names).returncode == 0
     folders = {path.name for path in (tmp_path / "separated/tiny").iterdir()}
     assert folders == {"a.b c", "{stem}", "ünï — 音", "no suffix", ".hidden", "100%", "-x"}
-
-
-def test_bad_tracks_are_reported_and_the_others_separated(
-    command: Command, track: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "folder.mp3").mkdir()
-    (tmp_path / "empty.mp3").touch()
-    (tmp_path / "text.mp3").write_text("words\n" * 999)
-    bad = ["missing.mp3", "folder.mp3", "empty.mp3", "text.mp3"]
-    result = command("--json", *bad, track)
-    assert result.returncode == 1
-    errors = {line["input"]: line["error"] for line in json_lines(result)}
-    assert errors.pop(str(track)) is None
-    reasons = ("no such file", "folder", "empty", "audio")
-    assert list(errors) and errors.keys() == set(bad)
-    for name, reason in zip(bad, reasons):
-        assert errors[name].startswith(f"{name}: ")
-        assert reason in errors[name]
-        assert sum(errors[name] in line for line in result.stderr.splitlines()) == 1
-    assert stems_of(tmp_path / "separated") == {f"tiny/track/{name}.wav" for name in SOURCES}
 
 
 @pytest.mark.parametrize(
@@ -223,10 +192,6 @@ def test_wrong_usage_is_one_line_and_changes_nothing(
     assert_one_line(result, *words)
     assert result.returncode == status
     assert stems_of(tmp_path) == {"tiny/a.wav", "bad.th"}
-
-
-def test_command_without_a_track_is_wrong_usage() -> None:
-    assert_one_line(separate(), "track")
 
 
 def test_missing_encoder_is_reported_before_the_work(

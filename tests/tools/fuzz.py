@@ -1,4 +1,4 @@
-"""Mutated inputs of every kind that strangers send, tried in a process that may die.
+"""Try mutated inputs of every kind that others may send, in a process that may die.
 
     python -m tests.tools.fuzz TARGET [--seconds N] [--inputs N] [--seed S] [--save FOLDER]
     python -m tests.tools.fuzz TARGET --only I [--seed S]       input I here, with its traceback
@@ -130,10 +130,7 @@ def _lists(folder: Path) -> Sequence[bytes]:
 
 
 def _is_outside(name: object) -> bool:
-    """Tell whether a name, or what a pattern starts with, is a folder of this machine.
-
-    Those are too large to be searched.
-    """
+    """Return True if a name, or the start of a pattern, is a folder outside, too large to search."""
     try:
         text = str(name).removeprefix("file://")
         if glob.has_magic(text):
@@ -439,16 +436,16 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Findings:
-    """How many inputs were tried, and what was wrong with some, by their numbers."""
+    """The number of inputs that were tried, and the faults of some, by their numbers."""
 
     tried: int
     wrong: dict[int, str]
 
 
 def fuzz(target: str, seconds: float, seed: int = SEED, inputs: int = sys.maxsize) -> Findings:
-    """Try inputs of a target for so long, or so many.
+    """Try inputs of a target for some seconds, or up to a number, in a process.
 
-    The process that tries them is replaced when it dies.
+    Another process goes on when it dies.
     """
     end = time.monotonic() + seconds
     number, wrong = 0, dict[int, str]()
@@ -476,7 +473,7 @@ def fuzz(target: str, seconds: float, seed: int = SEED, inputs: int = sys.maxsiz
 class _Watch:
     """Ends a process that takes more than `SECONDS` after `restart`, from outside.
 
-    What it waits for a processor, on a machine that is busy, is not counted.
+    The time for which it waits for a processor, on a busy machine, does not count.
     """
 
     def __init__(self, pid: int) -> None:
@@ -517,7 +514,7 @@ def _death(status: int) -> str:
 
 
 def _work(target: Target, seed: int, seconds: float, numbers: range) -> None:
-    """Say each number before the input is tried, and what was wrong with it, if anything was."""
+    """Print each number before its input is tried, and the fault if there was one."""
     end = time.monotonic() + seconds
     with _inputs(target, seed) as inputs:
         _attempt(target, inputs(None))  # imports, which are not the inputs' fault
@@ -538,7 +535,7 @@ def _work(target: Target, seed: int, seconds: float, numbers: range) -> None:
 
 
 class _inputs:
-    """A folder in which inputs are made, which is the current one for as long as the block runs."""
+    """A folder in which inputs are made. It is the current one while the block runs."""
 
     def __init__(self, target: Target, seed: int) -> None:
         self.target, self.seed = target, seed
@@ -565,7 +562,7 @@ class _inputs:
 
 
 def _attempt(target: Target, path: Path) -> str:
-    """What was wrong, in one line."""
+    """Read an input, and return the fault in one line, or an empty text."""
     try:
         target.read(path)
     except DemucsInferError as exc:
@@ -578,7 +575,7 @@ def _attempt(target: Target, path: Path) -> str:
 
 
 def _memory() -> int:
-    """The most bytes that this process has had since its peak was forgotten."""
+    """Return the peak of this process in bytes since the peak was reset."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 

@@ -11,7 +11,7 @@ A band plays a chord progression, in sections that thin out and come back:
           ├─ other ──┼─ equalizer, reverb, level ── stems ── their sum is the mix
           └─ vocals ─┘
 
-What can be a table is one: the drums, the timbres, the grooves, the vowels. A pattern is a bar of
+The drums, the timbres, the grooves and the vowels are tables. A pattern is a bar of
 16 steps: `.` is a rest, `-` goes on with what began before, and any other sign begins a note.
 
 Shapes: `[T]` mono and `[2, T]` stereo samples at 44.1 kHz. The parts draw from generators of their
@@ -196,7 +196,7 @@ class Noise(NamedTuple):
 
 
 class Drum(NamedTuple):
-    """What a kit's drum is drawn from."""
+    """The ranges from which a drum of a kit is drawn."""
 
     tone: Tone
     noise: Noise
@@ -461,7 +461,7 @@ def unison(wave: Array, hz: float, detune: float, length: int, rng: Generator) -
 
 
 def amplified(track: Array, drive: float) -> Array:
-    """What an overdriven amplifier and its speaker make of a track; chords growl."""
+    """Distort a track like an overdriven amplifier and its speaker."""
     if not drive:
         return track
     loud = np.tanh(track * drive / (3 * track.std() + 1e-9))
@@ -803,7 +803,7 @@ def song(seed: int, seconds: float = 20.0) -> dict[str, Array]:
 
 
 def stem(source: str, plan: Plan, rng: Generator) -> Array:
-    """A source as it is in the mix, but for the level of the whole."""
+    """Return a source as it is in the mix, before the level of the whole is set."""
     track = PLAYERS[source](plan, rng)
     track = produced(track, rng, rng.uniform(*WETNESS[source]), RANGES[source])
     level = decibels(rng.normal(LEVELS[source], SPREAD)) / track.std()
