@@ -273,7 +273,7 @@ def sound_start(path: Path) -> float:
     ("suffix", "sound_at", "picture_at"),
     [
         ("mp4", 0.75, 0),
-        ("mkv", 0, 0.4),
+        pytest.param("mkv", 0, 0.4, marks=pytest.mark.slow),
         pytest.param("mp4", 0, 0, marks=pytest.mark.slow),
         pytest.param("mkv", 0.75, 0, marks=pytest.mark.slow),
         pytest.param("avi", 0, 0, marks=pytest.mark.slow),

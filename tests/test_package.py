@@ -83,6 +83,7 @@ assert not {"torch", "numpy", "av", "requests"} & set(sys.modules)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_imports_torchaudio_or_openunmix() -> None:
     modules = ", ".join(f"demucs_infer.{name}" for name in NAMES)
     code = f"import {modules}, sys; assert not {{'torchaudio', 'openunmix'}} & set(sys.modules)"

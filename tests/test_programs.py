@@ -25,7 +25,7 @@ from demucs_infer.htdemucs import HTDemucs
 from .helpers import SOURCES, TINY, WriteAndFlush, noise, pair, run
 
 REFERENCE, OURS = "demucs", "demucs_infer"
-MIX = noise(2, 10_000)
+MIX = noise(2, 7000)
 
 
 class Library:

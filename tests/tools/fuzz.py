@@ -130,7 +130,7 @@ def _lists(folder: Path) -> Sequence[bytes]:
 
 
 def _is_outside(name: object) -> bool:
-    """Return True if a name, or the start of a pattern, is a folder outside, too large to search."""
+    """Return True if a name, or the start of a pattern, is a folder outside of the test."""
     try:
         text = str(name).removeprefix("file://")
         if glob.has_magic(text):
