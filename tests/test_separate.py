@@ -100,7 +100,7 @@ def test_options_of_demucs_choose_the_format(command: Command, track: Path, tmp_
 
 
 def test_two_stems_are_a_source_and_the_rest(
-    command: Command, separator: Separator, track: Path, tmp_path: Path
+    fast_repo: Path, separator: Separator, track: Path, tmp_path: Path
 ) -> None:
     mixture, stems = separator.separate_audio_file(track)
     rests = {
@@ -108,10 +108,11 @@ def test_two_stems_are_a_source_and_the_rest(
         "minus": {"minus_vocals": mixture - stems["vocals"]},
         "none": {},
     }
-    options = ["-s", "tiny", "--shifts", 0, "--float32", "--clip-mode", "none", track]
+    options = ["--repo", fast_repo, "-s", "tiny", "-d", "cpu", "--shifts", 0]
+    options += ["--float32", "--clip-mode", "none", track]
     for method, rest in rests.items():
         two = ["--two-stems", "vocals", "--other-method", method, "-o", method]
-        assert command(*options, *two).returncode == 0
+        assert separate(*options, *two, cwd=tmp_path).returncode == 0
         paths = {path.stem: path for path in (tmp_path / method).rglob("*.wav")}
         expected = {"vocals": stems["vocals"], **rest}
         assert paths.keys() == expected.keys()
