@@ -9,8 +9,9 @@ one ended; with a larger `--steps` the rate rises again to where its curve then 
 The demonstration was trained in two runs on one core of a shared server:
 
 1.  2400 steps from random weights, 52 minutes. That was an earlier script, with the L1 distance as
-    the loss and stems of more varied gains, on songs of an earlier `tests/tools/synth.py`: harder ones,
-    with wider levels, ranges and places, and longer reverb (both are those of commit 7905f20).
+    the loss and stems of more varied gains, on songs of an earlier `tests/tools/synth.py`: harder
+    ones, with wider levels, ranges and places, and longer reverb (both are those of commit
+    7905f20).
 2.  3100 steps of this script with its defaults and the first run's result as `--start`, 70
     minutes with pauses. Until step 1000 the rate was that of 3000 steps, and from there on the
     inverse STFT was a faster one of the same values and gradients.
