@@ -19,11 +19,8 @@ from demucs_infer.apply import (
     OverlapAdd,
     TensorChunk,
     apply_model,
-    fade,
-    plan_windows,
     separate_blocks,
     tensor_chunk,
-    window_share,
 )
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import DemucsInferError, ModelLoadingError, OptionError
@@ -188,24 +185,6 @@ def test_track_is_read_window_by_window_from_start_to_end() -> None:
     list(blocks)
     starts = [start for start, _ in source.reads]
     assert starts == sorted(starts)
-
-
-def test_plan_covers_the_track() -> None:
-    assert plan_windows(0, 10, 4, 3) == [(0, 4), (3, 7), (6, 10), (9, 10)]
-    assert plan_windows(-2, 1, 4, 4) == [(-2, 1)]
-
-
-def test_fade_is_the_triangle_of_the_reference() -> None:
-    assert fade(5, 1).mul(3).tolist() == pytest.approx([1, 2, 3, 2, 1])
-    assert fade(4, 2).mul(4).tolist() == pytest.approx([1, 4, 4, 1])
-
-
-def test_weights_of_overlapping_windows_sum_to_one() -> None:
-    windows = plan_windows(0, 1003, 100, 30)
-    total = torch.zeros(1003)
-    for index, window in enumerate(windows):
-        total[window.start : window.stop] += window_share(windows, index, fade(100, 3))
-    assert (total - 1).abs().max() < 1e-6
 
 
 @settings(max_examples=50, deadline=None)

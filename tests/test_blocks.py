@@ -3,22 +3,11 @@ from __future__ import annotations
 import copy
 
 import demucs.demucs
-import demucs.hdemucs
 import pytest
 import torch
 from torch import nn
 
-from demucs_infer.blocks import (
-    BLSTM,
-    DConv,
-    DConvOptions,
-    HDecLayer,
-    HEncLayer,
-    LayerOptions,
-    LayerScale,
-    LocalState,
-    ScaledEmbedding,
-)
+from demucs_infer.blocks import BLSTM, DConv, DConvOptions, LocalState
 from demucs_infer.engine import cpu_kernels
 from demucs_infer.engine.cpu_kernels import channels_last
 from demucs_infer.errors import OptionError
@@ -60,24 +49,6 @@ def test_local_attention_equals_the_reference(
 def test_attention_needs_channels_that_its_heads_divide() -> None:
     with pytest.raises(OptionError, match="multiple of 4 channels, not 6"):
         LocalState(6)
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_layer_scale_equals_the_reference(last: bool) -> None:
-    ours, theirs = like(
-        LayerScale(3, 0.5, channel_last=last), demucs.transformer.LayerScale(3, 0.5, last)
-    )
-    with torch.no_grad():
-        x = random(2, 3, 3)
-        assert torch.equal(ours(x), theirs(x))
-
-
-def test_embeddings_are_stored_divided_by_their_scale() -> None:
-    torch.manual_seed(0)
-    embedding = ScaledEmbedding(5, 3, scale=10.0)
-    vectors = embedding()
-    assert vectors.shape == (5, 3)
-    assert torch.equal(vectors, 10 * embedding.embedding.weight)
 
 
 @pytest.mark.parametrize(
@@ -130,42 +101,3 @@ def test_hooks_get_the_whole_output_in_a_residual_branch(layer: str) -> None:
         )
         assert_close(branch(x), expected)
     assert [shape[2] for shape in seen] == [3000]
-
-
-LAYERS = [
-    {},
-    {"norm": False, "context": 1},
-    {"rewrite": False},
-    {"empty": True},
-    {"freq": False},
-    {"freq": False, "norm": False, "kernel_size": 6, "stride": 3},
-]
-
-
-def theirs_of(kind: type, options: dict, **more: object) -> nn.Module:
-    return kind(4, 8, dconv=False, **{"norm_groups": 4, "context": 0, **options}, **more)
-
-
-@pytest.mark.parametrize("options", LAYERS, ids=str)
-def test_encoder_layer_equals_the_reference(options: dict) -> None:
-    theirs = theirs_of(demucs.hdemucs.HEncLayer, options)
-    ours, theirs = like(HEncLayer(4, 8, LayerOptions(**options)), theirs)
-    x = random(2, 4, 32, 20) if ours.freq else random(2, 4, 77)
-    with torch.no_grad():
-        result = ours(x)
-        assert_close(result, theirs(x))
-        if ours.freq:
-            inject = random(2, 8, 20)
-            assert_close(ours(x, inject), theirs(x, inject))
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("options", [*LAYERS, {"context": 1, "context_freq": False}], ids=str)
-def test_decoder_layer_equals_the_reference(options: dict, last: bool) -> None:
-    theirs = theirs_of(demucs.hdemucs.HDecLayer, options, last=last)
-    ours, theirs = like(HDecLayer(4, 8, LayerOptions(**options), last), theirs)
-    x = random(2, 4, 8, 20) if ours.freq else random(2, 4, 20)
-    skip = None if ours.empty else 0.5 * x
-    with torch.no_grad():
-        for result, expected in zip(ours(x, skip, 60), theirs(x, skip, 60)):
-            assert_close(result, expected)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from demucs_infer.demucs import Demucs
 
-from .helpers import assert_close, noise, pair
+from .helpers import assert_equal_models, pair
 
 OPTIONS = {
     "audio_channels": st.sampled_from([1, 2]),
@@ -34,13 +34,6 @@ OPTIONS = {
 TINY = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000}
 
 
-def check(options: dict, length: int) -> None:
-    theirs, ours = pair(Demucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,7 +51,7 @@ def check(options: dict, length: int) -> None:
 )
 @pytest.mark.parametrize("length", [2, 9001])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    check(options, length)
+    assert_equal_models(Demucs, {**TINY, **options}, length)
 
 
 @pytest.mark.slow
@@ -68,7 +61,7 @@ def test_small_models_equal_the_reference(options: dict, length: int) -> None:
     length=st.one_of(st.integers(2, 5000), st.just(40_000)),
 )
 def test_random_options_equal_the_reference(options: dict, length: int) -> None:
-    check(options, length)
+    assert_equal_models(Demucs, {**TINY, **options}, length)
 
 
 def test_stems_of_one_sample_are_finite() -> None:

@@ -9,7 +9,7 @@ from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.wdemucs import WDemucs
 
-from .helpers import assert_close, noise, pair
+from .helpers import assert_close, assert_equal_models
 
 OPTIONS = {
     "audio_channels": st.sampled_from([1, 2]),
@@ -38,13 +38,6 @@ BANDS = {
 TINY = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
 
-def check(options: dict, length: int) -> None:
-    theirs, ours = pair(HDemucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,7 +54,7 @@ def check(options: dict, length: int) -> None:
 )
 @pytest.mark.parametrize("length", [1, 20_001])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    check(options, length)
+    assert_equal_models(HDemucs, {**TINY, **options}, length)
 
 
 @pytest.mark.slow
@@ -74,7 +67,7 @@ def test_small_models_equal_the_reference(options: dict, length: int) -> None:
 def test_random_options_equal_the_reference(options: dict, bands: dict, length: int) -> None:
     if bands:
         options = {**options, "norm_starts": 2 + options.get("norm_starts", 2)}
-    check({**options, **bands}, length)
+    assert_equal_models(HDemucs, {**TINY, **options, **bands}, length)
 
 
 def test_models_without_a_time_branch_are_rejected() -> None:

@@ -12,7 +12,7 @@ from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, noise, pair
+from .helpers import TINY, assert_close, assert_equal_models, noise, pair
 
 OPTIONS = {
     "audio_channels": st.sampled_from([1, 2]),
@@ -73,20 +73,14 @@ SMALL = [
 @pytest.mark.parametrize("options", SMALL, ids=str)
 @pytest.mark.parametrize("length", [1, 4000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = pair(HTDemucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(HTDemucs, {**TINY, **options}, length)
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(options=st.fixed_dictionaries({}, optional={**OPTIONS, **TRANSFORMER}))
 def test_random_options_equal_the_reference(options: dict) -> None:
-    theirs, ours = pair(HTDemucs, **{**TINY, "t_norm_first": True, **options})
-    mix = noise(ours.audio_channels, ours.valid_length(1) - 1)[None]
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(HTDemucs, {**TINY, "t_norm_first": True, **options})
 
 
 def test_without_a_training_length_windows_are_not_padded() -> None:
