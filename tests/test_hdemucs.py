@@ -52,7 +52,7 @@ TINY = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "sampler
     ],
     ids=str,
 )
-@pytest.mark.parametrize("length", [1, 20_001])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 20_001])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
     assert_equal_models(HDemucs, {**TINY, **options}, length)
 

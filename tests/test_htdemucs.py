@@ -71,7 +71,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("options", SMALL, ids=str)
-@pytest.mark.parametrize("length", [1, 4000])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 4000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
     assert_equal_models(HTDemucs, {**TINY, **options}, length)
 
