@@ -262,10 +262,13 @@ class HybridUNet(nn.Module):
         return x.add_(mean_t[:, None]).addcmul_(self._by_source(xt, stems), std_t[:, None])
 
     def _runs_in_parts(self, mix: Tensor) -> bool:
-        """Whether the outermost layer makes the spectra of the sources as they are wanted.
+        """Return True if the outermost decoder may run on some frames of the spectrum at a time.
 
-        Together they are the largest tensor of all. Layers that somebody watches run whole.
+        Its result, the spectra of all sources, is the largest tensor of all. A layer with hooks
+        or with a norm needs all frames at once.
         """
+        if self.options.norm_starts <= 0:
+            return False
         last = self.decoder[-1]
         same_type = mix.dtype == next(last.parameters()).dtype
         return same_type and eager_on_cpu(mix) and not is_watched(last)

@@ -114,9 +114,21 @@ def released_pair(signature: str) -> tuple[nn.Module, nn.Module]:
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Assert that the largest difference is within `tolerance` of the reference's peak."""
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def assert_equal_models(
+    family: type, options: Mapping[str, Any], length: int | None = None
+) -> None:
+    """Compare a model with the reference on two items of noise, by default of a full window."""
+    theirs, ours = pair(family, **options)
+    length = ours.valid_length(1) - 1 if length is None else length
+    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
 
 
 class Largest(TorchDispatchMode):

@@ -19,34 +19,24 @@ from demucs_infer.apply import (
     OverlapAdd,
     TensorChunk,
     apply_model,
-    fade,
-    plan_windows,
     separate_blocks,
     tensor_chunk,
-    window_share,
 )
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import DemucsInferError, ModelLoadingError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, noise, pair, released_pair, shake
+from .helpers import SMALL, TINY, assert_close, noise, pair, released_pair
 
-LENGTHS = [1, 100, 3999, 4000, 4001, 12_000, 20_011]
-HDEMUCS = {"sources": TINY["sources"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
-
-
-TIME_DOMAIN = {
-    "sources": ["a", "b"],
-    "channels": 8,
-    "depth": 5,
-    "samplerate": 8000,
-    "segment": 0.7,
-}
+# By default, one shorter than the windows and one of several windows and a rest.
+LENGTHS = [1, 9011, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 3999, 4000, 4001))]
+HDEMUCS = {**SMALL, "nfft": 1024, "depth": 5, "dconv_lstm": 9}
+TIME_DOMAIN = {**SMALL, "sources": ["a", "b"], "depth": 5, "segment": 0.7}
 
 
 class Identity(nn.Module):
-    """Every source is the mixture."""
+    """A model whose sources are the mixture."""
 
     sources = ("a", "b")
     samplerate = 1000
@@ -64,11 +54,11 @@ class Identity(nn.Module):
 
 class Failing(Identity):
     def forward(self, mix: Tensor) -> Tensor:
-        raise RuntimeError("the model is ill")
+        raise RuntimeError("the model failed")
 
 
 def seeded(function, *args, **kwargs):
-    """The result, and where the random generator is afterwards."""
+    """Return the result, and the state of the random generator after it."""
     random.seed(3)
     return function(*args, **kwargs), random.getstate()
 
@@ -85,8 +75,8 @@ def time_domain():
 
 @pytest.fixture(scope="module")
 def bags(tiny):
-    """A bag with weights and a segment that only its HDemucs can take, and the reference's."""
-    theirs, ours = pair(HDemucs, segment=2, **HDEMUCS)
+    """Bags of the reference and ours, with weights and a segment that only HDemucs can use."""
+    theirs, ours = pair(HDemucs, **{**HDEMUCS, "segment": 2})
     weights = [[1, 0, 2, 1], [1, 1, 1, 0], [0.5, 0.5, 0, 1]]
     members = [tiny[0], theirs, tiny[0]]
     return (
@@ -95,20 +85,12 @@ def bags(tiny):
     )
 
 
-@pytest.mark.parametrize(
-    ("which", "length"),
-    [
-        pytest.param(which, length, marks=[pytest.mark.slow] if seldom else [])
-        for which in ("tiny", "time_domain", "bags")
-        for length in LENGTHS
-        for seldom in [which != "tiny" and length in (3999, 4000, 12_000)]
-    ],
-)
+@pytest.mark.parametrize("which", ["tiny", "time_domain", "bags"])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
     "options",
     [
         {"shifts": 0},
-        {"shifts": 1},
         {"shifts": 3, "overlap": 0.6},
         {"segment": 0.3, "transition_power": 2.0},
         {"num_workers": 2},
@@ -120,7 +102,7 @@ def test_same_stems_as_the_reference_under_the_same_seed(which, length, options,
     mix = torch.stack([noise(2, length, seed) for seed in range(2)])
     if which == "time_domain" and length == 1:
         pytest.skip("the deviation of one sample makes the reference's result NaN")
-    # Threads disturb each other in the reference's LSTM; their number changes no result.
+    # The reference's LSTM is not safe for threads, whose number does not change the result.
     alone = {**options, "num_workers": 0}
     expected, state = seeded(demucs.apply.apply_model, theirs, mix, **alone)
     actual, our_state = seeded(apply_model, ours, mix, **options)
@@ -128,7 +110,7 @@ def test_same_stems_as_the_reference_under_the_same_seed(which, length, options,
     assert our_state == state
 
 
-@pytest.mark.parametrize("length", [1, 3999, 4000])
+@pytest.mark.parametrize("length", [1, 4000])
 def test_one_window_without_split_equals_the_reference(tiny, length: int) -> None:
     mix = noise(2, length)[None]
     for options in ({"shifts": 0}, {"shifts": 0, "segment": 0.5}):
@@ -136,7 +118,7 @@ def test_one_window_without_split_equals_the_reference(tiny, length: int) -> Non
         assert_close(apply_model(tiny[1], mix, split=False, **options), expected)
 
 
-def test_mono_models(tiny) -> None:
+def test_mono_models_equal_the_reference() -> None:
     theirs, ours = pair(HTDemucs, **{**TINY, "audio_channels": 1})
     mix = noise(1, 9001)[None]
     expected, _ = seeded(demucs.apply.apply_model, theirs, mix, shifts=2)
@@ -151,24 +133,17 @@ def test_released_size_over_a_song_equals_the_reference() -> None:
     assert_close(seeded(apply_model, ours, mix, shifts=2, overlap=0.25)[0], expected)
 
 
-@pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("length", [1, 999, 1000, 1001, 5000, 7351])
-@pytest.mark.parametrize("shifts", [0, 2])
-def test_identity_model_returns_its_input(overlap: float, length: int, shifts: int) -> None:
-    mix = noise(2, length)[None]
-    out = apply_model(Identity(), mix, overlap=overlap, shifts=shifts, transition_power=2)
-    assert (out - mix[:, None]).abs().max() <= 1e-6
-
-
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    length=st.integers(1, 4000),
+    length=st.one_of(st.integers(1, 4000), st.sampled_from([999, 1000, 1001])),
     overlap=st.floats(0, 0.95),
     shifts=st.integers(0, 3),
     segment=st.floats(0.05, 3),
     power=st.floats(1, 20),
 )
-def test_identity_whatever_the_options(length, overlap, shifts, segment, power) -> None:
+def test_identity_model_returns_its_input_with_any_options(
+    length, overlap, shifts, segment, power
+) -> None:
     mix = noise(2, length)[None]
     options = ApplyOptions(shifts, True, overlap, power, segment)
     for in_lockstep in (False, True):
@@ -177,7 +152,7 @@ def test_identity_whatever_the_options(length, overlap, shifts, segment, power) 
         assert (torch.cat(list(blocks), -1) - mix[:, None]).abs().max() <= 1e-6
 
 
-def test_a_finished_block_is_handed_on_before_the_last_window_runs() -> None:
+def test_finished_blocks_are_yielded_before_the_last_window_runs() -> None:
     model = Identity()
     blocks = separate_blocks(model, tensor_chunk(noise(2, 5000)[None]), options=ApplyOptions(2))
     sizes, calls = [], []
@@ -190,7 +165,7 @@ def test_a_finished_block_is_handed_on_before_the_last_window_runs() -> None:
 
 
 class Recorder:
-    """A source that notes what is read, and holds no samples."""
+    """A silent track that records the ranges that are read."""
 
     length = 50_000
 
@@ -202,7 +177,7 @@ class Recorder:
         return torch.zeros(1, 2, stop - start)
 
 
-def test_a_source_is_read_window_by_window_from_start_to_end() -> None:
+def test_track_is_read_window_by_window_from_start_to_end() -> None:
     source = Recorder()
     blocks = separate_blocks(Identity(), source, options=ApplyOptions(shifts=2))
     next(blocks)
@@ -212,30 +187,12 @@ def test_a_source_is_read_window_by_window_from_start_to_end() -> None:
     assert starts == sorted(starts)
 
 
-def test_plan_covers_the_track() -> None:
-    assert plan_windows(0, 10, 4, 3) == [(0, 4), (3, 7), (6, 10), (9, 10)]
-    assert plan_windows(-2, 1, 4, 4) == [(-2, 1)]
-
-
-def test_fade_is_the_triangle_of_the_reference() -> None:
-    assert fade(5, 1).mul(3).tolist() == pytest.approx([1, 2, 3, 2, 1])
-    assert fade(4, 2).mul(4).tolist() == pytest.approx([1, 4, 4, 1])
-
-
-def test_shares_sum_to_one() -> None:
-    windows = plan_windows(0, 1003, 100, 30)
-    total = torch.zeros(1003)
-    for index, window in enumerate(windows):
-        total[window.start : window.stop] += window_share(windows, index, fade(100, 3))
-    assert (total - 1).abs().max() < 1e-6
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     windows=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=12),
     taken=st.lists(st.floats(0, 1), min_size=12, max_size=12),
 )
-def test_windows_are_added_and_taken_in_any_parts(windows, taken) -> None:
+def test_overlap_add_of_any_windows_in_blocks_of_any_size(windows, taken) -> None:
     total, dense, blocks, end = OverlapAdd(), torch.zeros(3, 700), [], 0
     for (position, length), share in zip(windows, taken):
         start = total.start + round(position * (end - total.start))
@@ -278,12 +235,12 @@ def test_raising_in_the_callback_stops_the_separation(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_model_raises_reaches_the_caller(workers: int) -> None:
-    with pytest.raises(RuntimeError, match="ill"):
+def test_exceptions_of_a_model_reach_the_caller(workers: int) -> None:
+    with pytest.raises(RuntimeError, match="model failed"):
         apply_model(Failing(), noise(2, 5000)[None], num_workers=workers)
 
 
-def test_pools_of_the_caller_give_the_same_bits(tiny) -> None:
+def test_pool_of_the_caller_gives_identical_stems(tiny) -> None:
     mix = noise(2, 30_000)[None]
     alone = apply_model(tiny[1], mix, shifts=0)
     with ThreadPoolExecutor(2) as pool:
@@ -291,26 +248,26 @@ def test_pools_of_the_caller_give_the_same_bits(tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("family", "options"),
     [
-        HTDemucs(**TINY),
-        HDemucs(**HDEMUCS, dconv_lstm=1, dconv_attn=1, dconv_comp=2),
-        HDemucs(**HDEMUCS, multi_freqs=[0.1, 0.3], norm_starts=9),
-        Demucs(**TIME_DOMAIN),
+        (HTDemucs, TINY),
+        (HDemucs, {**HDEMUCS, "dconv_lstm": 4, "dconv_attn": 4, "dconv_comp": 2}),
+        (HDemucs, {**HDEMUCS, "multi_freqs": [0.1, 0.3], "norm_starts": 9}),
+        (Demucs, TIME_DOMAIN),
     ],
     ids=["htdemucs", "hdemucs", "bands", "demucs"],
 )
-def test_threads_share_a_model_and_give_the_same_bits(model: nn.Module) -> None:
-    shake(model)
-    mixes = [noise(2, 12_000, seed)[None] for seed in range(4)] * 4
+def test_threads_that_share_a_model_get_identical_stems(family: type, options: dict) -> None:
+    model = pair(family, **options)[1]
+    mixes = [noise(2, 6000, seed)[None] for seed in range(4)]
     alone = [apply_model(model, mix, shifts=0) for mix in mixes]
-    start = threading.Barrier(8)
+    start = threading.Barrier(4)
 
     def separated(mix: Tensor) -> Tensor:
-        start.wait(60)  # all at once
+        start.wait(60)
         return apply_model(model, mix, shifts=0)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         for together, expected in zip(pool.map(separated, mixes), alone):
             assert torch.equal(together, expected)
     assert torch.equal(apply_model(model, mixes[0], shifts=0, num_workers=4), alone[0])
@@ -331,7 +288,7 @@ def test_threads_share_a_model_and_give_the_same_bits(model: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused_with_their_value(tiny, options: dict) -> None:
+def test_error_about_an_option_has_its_value(tiny, options: dict) -> None:
     (name, value), *_ = options.items()
     wanted = "longer than the model" if name == "split" else str(value)
     with pytest.raises(OptionError, match=wanted):
@@ -348,13 +305,12 @@ def test_options_out_of_range_are_refused_with_their_value(tiny, options: dict) 
         torch.full((1, 2, 100), torch.inf),
     ],
 )
-def test_mixtures_that_make_no_sense_are_refused(mix: Tensor) -> None:
+def test_invalid_mixtures_are_rejected(mix: Tensor) -> None:
     with pytest.raises(OptionError):
         apply_model(Identity(), mix)
 
 
-def test_stems_that_are_not_finite_are_no_stems() -> None:
-    """Of a model whose weights are all finite, but too large."""
+def test_stems_that_are_not_finite_are_an_error() -> None:
     model = HTDemucs(**TINY).eval()
     for parameter in model.decoder[-1].parameters():
         parameter.data.fill_(1e38)
@@ -366,7 +322,7 @@ def test_an_empty_mixture_gives_empty_stems() -> None:
     assert apply_model(Identity(), torch.zeros(1, 2, 0)).shape == (1, 2, 2, 0)
 
 
-def test_bag_refuses_what_does_not_fit_and_changes_no_member(tiny) -> None:
+def test_bag_rejects_invalid_members_and_changes_none(tiny) -> None:
     model, other = tiny[1], Identity()
     with pytest.raises(ModelLoadingError, match="sources"):
         BagOfModels([model, other])
@@ -397,7 +353,7 @@ def test_tensor_chunk_pads_with_its_surroundings() -> None:
         TensorChunk(torch.ones(2), offset=3)
 
 
-def test_a_chunk_is_separated_as_by_the_reference(tiny) -> None:
+def test_separation_of_a_chunk_equals_the_reference(tiny) -> None:
     mix = noise(2, 9000)[None]
     expected = demucs.apply.apply_model(
         tiny[0], demucs.apply.TensorChunk(mix, 1000, 5000), shifts=0
@@ -408,27 +364,23 @@ def test_a_chunk_is_separated_as_by_the_reference(tiny) -> None:
 FT_WEIGHTS = [[float(row == column) for column in range(4)] for row in range(4)]
 
 
-class Counted(nn.Module):
-    """A model with its own gain, that counts its runs."""
+class FourStems(Identity):
+    """A model with a gain for each of four sources."""
 
     sources = ("drums", "bass", "other", "vocals")
-    samplerate = 1000
-    audio_channels = 2
-    segment = 1.0
 
     def __init__(self, gain: float) -> None:
         super().__init__()
         self.gain = gain
-        self.calls = 0
 
     def forward(self, mix: Tensor) -> Tensor:
         self.calls += 1
         return self.gain * mix[:, None] * torch.arange(1, 5).view(1, 4, 1, 1)
 
 
-@pytest.mark.parametrize("stem", range(4))
-def test_one_stem_of_a_bag_runs_one_model_and_is_the_same(stem: int) -> None:
-    models = [Counted(gain) for gain in (0.5, 1, 2, 3)]
+@pytest.mark.parametrize("stem", [0, 3])
+def test_one_stem_of_a_bag_runs_one_model_with_the_same_result(stem: int) -> None:
+    models = [FourStems(gain) for gain in (0.5, 1, 2, 3)]
     bag = BagOfModels(models, FT_WEIGHTS)
     mix = noise(2, 5000)[None]
     everything, state = seeded(apply_model, bag, mix, shifts=2)
@@ -441,7 +393,7 @@ def test_one_stem_of_a_bag_runs_one_model_and_is_the_same(stem: int) -> None:
     assert again == [runs[i] if i == stem else 0 for i in range(4)]
 
 
-def test_stems_of_a_model_that_can_leave_some_out(tiny, bags) -> None:
+def test_selected_stems_equal_those_of_all(tiny, bags) -> None:
     mix = noise(2, 9000)[None]
     for model in (tiny[1], bags[1]):
         everything, _ = seeded(apply_model, model, mix)

@@ -14,20 +14,23 @@ from demucs_infer.htdemucs import HTDemucs
 
 from .helpers import TINY, assert_close, noise, pair
 
+# An HDemucs without LSTM.
+OTHER = {"channels": 8, "segment": 0.4, "samplerate": 8000, "nfft": 1024, "depth": 4}
+
 
 class Counting(nn.Module):
-    """Runs a model, and keeps how many windows came at once; `room` is how many fit."""
+    """A wrapper that records batch sizes; more windows than `capacity` are out of memory."""
 
-    def __init__(self, model: nn.Module, room: int = 1000) -> None:
+    def __init__(self, model: nn.Module, capacity: int = 1000) -> None:
         super().__init__()
-        self.inner, self.room, self.sizes = model, room, []
+        self.inner, self.capacity, self.sizes = model, capacity, []
         for name in "sources samplerate audio_channels segment valid_length consume_random".split():
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
 
     def forward(self, mix: Tensor) -> Tensor:
         self.sizes.append(len(mix))
-        if len(mix) > self.room:
+        if len(mix) > self.capacity:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return self.inner(mix)
 
@@ -37,10 +40,10 @@ def model() -> nn.Module:
     return pair(HTDemucs, **TINY)[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"shifts": 2, "seed": 1}, {"num_workers": 2}], ids=str)
-def test_batches_give_what_windows_one_by_one_give(model: nn.Module, options: dict) -> None:
-    mix, options = noise(2, 20_000)[None], {"shifts": 0, **options}
-    other = pair(HDemucs, 1, sources=model.sources, channels=8, segment=0.4, samplerate=8000)[1]
+@pytest.mark.parametrize("options", [{"shifts": 2, "seed": 1}, {"num_workers": 2}], ids=str)
+def test_batches_equal_single_windows(model: nn.Module, options: dict) -> None:
+    mix, options = noise(2, 10_000)[None], {"shifts": 0, **options}
+    other = pair(HDemucs, 1, sources=model.sources, **OTHER)[1]
     bag = BagOfModels([model, other])
     expected = apply_model(bag, mix, **options)
     counting = BagOfModels([Counting(member) for member in bag.models])
@@ -49,15 +52,15 @@ def test_batches_give_what_windows_one_by_one_give(model: nn.Module, options: di
         assert max(member.sizes) == 3
 
 
-def test_a_batch_of_several_tracks(model: nn.Module) -> None:
+def test_batch_of_several_tracks(model: nn.Module) -> None:
     mix = torch.stack([noise(2, 9000, seed) for seed in range(2)])
     expected = torch.cat([apply_model(model, track[None], shifts=0) for track in mix])
     assert_close(apply_model(model, mix, shifts=0, batch_size=2), expected, 2e-6)
 
 
-def test_what_does_not_fit_is_tried_in_halves(model: nn.Module) -> None:
+def test_batches_out_of_memory_are_halved(model: nn.Module) -> None:
     mix = noise(2, 40_000)[None]
-    counting = Counting(model, room=2)
+    counting = Counting(model, capacity=2)
     events: list[tuple[Any, Any]] = []
 
     def callback(event: dict[str, Any]) -> None:
@@ -66,21 +69,22 @@ def test_what_does_not_fit_is_tried_in_halves(model: nn.Module) -> None:
     out = apply_model(counting, mix, shifts=0, batch_size=8, callback=callback)
     assert_close(out, apply_model(model, mix, shifts=0), 2e-6)
     assert counting.sizes[:4] == [8, 4, 2, 2]
-    assert max(counting.sizes[4:]) == 4  # the second half of the first eight
-    assert set(counting.sizes[7:]) <= {1, 2}  # what did not fit is not tried again
+    # The second half of the first eight windows is still tried at once, larger batches never again.
+    assert max(counting.sizes[4:]) == 4
+    assert set(counting.sizes[7:]) <= {1, 2}
     starts = [offset for offset, state in events if state == "start"]
     assert starts == [offset for offset, state in events if state == "end"] == sorted(set(starts))
 
 
-def test_a_window_that_does_not_fit_alone_is_an_error(model: nn.Module) -> None:
+def test_single_window_out_of_memory_is_an_error(model: nn.Module) -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        apply_model(Counting(model, room=0), noise(2, 9000)[None], batch_size=4)
+        apply_model(Counting(model, capacity=0), noise(2, 9000)[None], batch_size=4)
 
 
-def test_the_first_window_shows_how_many_fit(
+def test_first_window_determines_the_batch_size(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU that takes 100 bytes a window and has 1000 left."""
+    """On a GPU with 1000 free bytes, where a window takes 100."""
     fakes = {
         "reset_peak_memory_stats": lambda device: None,
         "memory_allocated": lambda device: 50,
@@ -99,7 +103,7 @@ def test_the_first_window_shows_how_many_fit(
     assert (batches.size, batches.most) == (8, 8)
 
 
-def test_a_batch_has_a_window() -> None:
+def test_batch_size_is_at_least_one() -> None:
     with pytest.raises(OptionError, match="batch_size=0"):
         BatchRunner(torch.device("cpu"), 0)
     assert BatchRunner(torch.device("cpu")).size == 1

@@ -3,22 +3,11 @@ from __future__ import annotations
 import copy
 
 import demucs.demucs
-import demucs.hdemucs
 import pytest
 import torch
 from torch import nn
 
-from demucs_infer.blocks import (
-    BLSTM,
-    DConv,
-    DConvOptions,
-    HDecLayer,
-    HEncLayer,
-    LayerOptions,
-    LayerScale,
-    LocalState,
-    ScaledEmbedding,
-)
+from demucs_infer.blocks import BLSTM, DConv, DConvOptions, LocalState
 from demucs_infer.engine import cpu_kernels
 from demucs_infer.engine.cpu_kernels import channels_last
 from demucs_infer.errors import OptionError
@@ -27,7 +16,7 @@ from .helpers import Largest, assert_close, shake
 
 
 def like(ours: nn.Module, theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Both with the reference's weights."""
+    """Return both in evaluation mode, with the same weights."""
     shake(theirs)
     ours.eval().load_state_dict(theirs.state_dict())
     return ours, theirs
@@ -37,8 +26,8 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("length", [1, 199, 200, 201, 450])
-def test_an_lstm_in_frames(length: int) -> None:
+@pytest.mark.parametrize("length", [1, 200, 201, 450])
+def test_lstm_in_frames_equals_the_reference(length: int) -> None:
     options = {"layers": 2, "max_steps": 200, "skip": True}
     ours, theirs = like(BLSTM(6, **options), demucs.demucs.BLSTM(6, **options))
     with torch.no_grad():
@@ -47,7 +36,9 @@ def test_an_lstm_in_frames(length: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [7, 50])
-def test_attention_that_stays_local(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_attention_equals_the_reference(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = like(LocalState(8), demucs.demucs.LocalState(8, nfreqs=0))
     monkeypatch.setattr(cpu_kernels, "TILE_BYTES", queries * 2 * 4 * 50 * 4)
     with torch.no_grad():
@@ -55,27 +46,9 @@ def test_attention_that_stays_local(queries: int, monkeypatch: pytest.MonkeyPatc
         assert_close(ours(x), theirs(x))
 
 
-def test_attention_in_heads_that_do_not_fit() -> None:
+def test_attention_needs_channels_that_its_heads_divide() -> None:
     with pytest.raises(OptionError, match="multiple of 4 channels, not 6"):
         LocalState(6)
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_a_gain_for_each_channel(last: bool) -> None:
-    ours, theirs = like(
-        LayerScale(3, 0.5, channel_last=last), demucs.transformer.LayerScale(3, 0.5, last)
-    )
-    with torch.no_grad():
-        x = random(2, 3, 3)
-        assert torch.equal(ours(x), theirs(x))
-
-
-def test_embeddings_are_stored_divided() -> None:
-    torch.manual_seed(0)
-    embedding = ScaledEmbedding(5, 3, scale=10.0)
-    vectors = embedding()
-    assert vectors.shape == (5, 3)
-    assert torch.equal(vectors, 10 * embedding.embedding.weight)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +61,7 @@ def test_embeddings_are_stored_divided() -> None:
     ],
     ids=str,
 )
-def test_a_residual_branch(options: dict) -> None:
+def test_residual_branch_equals_the_reference(options: dict) -> None:
     theirs_options = {"compress" if k == "comp" else k: v for k, v in options.items()}
     ours, theirs = like(
         DConv(16, DConvOptions(**options)), demucs.demucs.DConv(16, **theirs_options)
@@ -98,13 +71,12 @@ def test_a_residual_branch(options: dict) -> None:
         assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"comp": 4, "lstm": True}], ids=str)
-def test_a_long_residual_branch_is_never_as_wide_as_its_norm(
-    batch: int, options: dict, monkeypatch: pytest.MonkeyPatch
+def test_long_residual_branches_are_exact_and_need_little_memory(
+    options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = 5001 if options else 70_001
-    branch, x = shake(DConv(16, DConvOptions(**options))), random(batch, 16, length)
+    branch, x = shake(DConv(16, DConvOptions(**options))), random(3, 16, length)
     x[-1, :, 2000:] = 0
     with torch.no_grad():
         exact = copy.deepcopy(branch).double()(x.double())
@@ -112,12 +84,14 @@ def test_a_long_residual_branch_is_never_as_wide_as_its_norm(
     with torch.no_grad(), Largest() as largest:
         y = branch(channels_last(x))
     assert y.stride() == channels_last(x).stride()
-    assert_close(y.double(), exact, 2e-7)  # float32 has 1.2e-7
+    # With a covariance by a difference of squares in float32, the error would be 5e-6.
+    assert_close(y.double(), exact, 1e-6)
+    # The input of the norm has twice the channels of x.
     assert options or largest.elements < 1.5 * x.numel()
 
 
 @pytest.mark.parametrize("layer", ["0", "0.0", "0.3", "0.4", "0.5", "0.6"])
-def test_who_watches_a_layer_of_a_residual_branch_sees_it_whole(layer: str) -> None:
+def test_hooks_get_the_whole_output_in_a_residual_branch(layer: str) -> None:
     branch, x = shake(DConv(16, DConvOptions())), channels_last(random(1, 16, 3000))
     seen: list[torch.Size] = []
     with torch.no_grad():
@@ -127,42 +101,3 @@ def test_who_watches_a_layer_of_a_residual_branch_sees_it_whole(layer: str) -> N
         )
         assert_close(branch(x), expected)
     assert [shape[2] for shape in seen] == [3000]
-
-
-LAYERS = [
-    {},
-    {"norm": False, "context": 1},
-    {"rewrite": False},
-    {"empty": True},
-    {"freq": False},
-    {"freq": False, "norm": False, "kernel_size": 6, "stride": 3},
-]
-
-
-def theirs_of(kind: type, options: dict, **more: object) -> nn.Module:
-    return kind(4, 8, dconv=False, **{"norm_groups": 4, "context": 0, **options}, **more)
-
-
-@pytest.mark.parametrize("options", LAYERS, ids=str)
-def test_an_encoder_layer(options: dict) -> None:
-    theirs = theirs_of(demucs.hdemucs.HEncLayer, options)
-    ours, theirs = like(HEncLayer(4, 8, LayerOptions(**options)), theirs)
-    x = random(2, 4, 32, 20) if ours.freq else random(2, 4, 77)
-    with torch.no_grad():
-        result = ours(x)
-        assert_close(result, theirs(x))
-        if ours.freq:
-            inject = random(2, 8, 20)
-            assert_close(ours(x, inject), theirs(x, inject))
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("options", [*LAYERS, {"context": 1, "context_freq": False}], ids=str)
-def test_a_decoder_layer(options: dict, last: bool) -> None:
-    theirs = theirs_of(demucs.hdemucs.HDecLayer, options, last=last)
-    ours, theirs = like(HDecLayer(4, 8, LayerOptions(**options), last), theirs)
-    x = random(2, 4, 8, 20) if ours.freq else random(2, 4, 20)
-    skip = None if ours.empty else 0.5 * x
-    with torch.no_grad():
-        for result, expected in zip(ours(x, skip, 60), theirs(x, skip, 60)):
-            assert_close(result, expected)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from demucs_infer.demucs import Demucs
 from demucs_infer.engine import cpu_kernels
@@ -15,100 +16,124 @@ from demucs_infer.htdemucs import HTDemucs
 from .helpers import TINY, Largest, assert_close, pair, shake, tone_with_gaps
 
 SMALL = {"sources": ["a", "b"], "channels": 8, "samplerate": 8000}
-FAMILIES = [
-    (Demucs, {**SMALL, "depth": 4, "norm_starts": 0}),
-    (HDemucs, {**SMALL, "depth": 5, "nfft": 1024}),
-    (HTDemucs, {**TINY, "segment": 15}),
-]
+SPECTRAL = {**SMALL, "depth": 4, "nfft": 1024}
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def error_of_norm(norm: nn.GroupNorm, x: Tensor) -> float:
+    """Return the largest error of `norm` against float64."""
+    exact = copy.deepcopy(norm).double()
+    weight, bias = exact.weight, exact.bias
+    expected = nn.functional.group_norm(x.double().contiguous(), norm.num_groups, weight, bias)
+    result = norm(x)
+    assert result.stride() == x.stride()  # channels are still last
+    return (result - expected).abs().max().item()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 5000), (2, 8, 3, 2001), (1, 16, 200_000)])
-def test_a_norm_of_any_length_is_exact(shape: tuple[int, ...]) -> None:
-    x = channels_last(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+def test_norm_of_any_length_is_exact(shape: tuple[int, ...]) -> None:
     norm = shake(GroupNorm(4, shape[1]))
-    weight, bias = norm.weight.double(), norm.bias.double()
-    exact = torch.nn.functional.group_norm(x.double().contiguous(), 4, weight, bias)
-    result = norm(x)
-    assert result.stride() == x.stride()  # channels are still last
-    assert (result - exact).abs().max() < 4e-6
+    # One sum of all steps in float32 would be wrong by 2e-5.
+    assert error_of_norm(norm, channels_last(random(*shape))) < 5e-6
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_norm_of_items_that_hardly_change_is_exact(channels: int) -> None:
-    x = channels_last(1 + 1e-3 * torch.randn(3, channels, 400))
+@pytest.mark.parametrize("length", [400, 5000])
+def test_norm_of_nearly_constant_items_is_exact(channels: int, length: int) -> None:
     norm = shake(GroupNorm(1, channels))
-    exact = torch.nn.functional.group_norm(
-        x.double().contiguous(), 1, norm.weight.double(), norm.bias.double()
-    )
-    assert (norm(x) - exact).abs().max() < 1e-4
+    # With four channels, a difference of squares would be wrong by 4e-4 or more.
+    assert error_of_norm(norm, channels_last(1 + 1e-3 * random(3, channels, length))) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "options"), FAMILIES, ids=lambda value: str(value)[:40])
-def test_no_further_from_float64_than_the_reference(family: type, options: dict) -> None:
-    theirs, ours = pair(family, **options)
-    mix = tone_with_gaps(60_000)
-    with torch.no_grad():
-        exact = copy.deepcopy(theirs).double()(mix)
-        error, allowed = ((model(mix.float()) - exact).abs().max() for model in (ours, theirs))
-    assert error <= 1.5 * allowed
+@pytest.mark.parametrize(
+    ("family", "options", "length"),
+    [
+        (Demucs, {**SMALL, "channels": 16, "depth": 4, "norm_starts": 0}, 60_000),
+        (HDemucs, {**SPECTRAL, "depth": 5, "dconv_lstm": 9}, 24_000),
+        (HTDemucs, {**TINY, "segment": 3}, 24_000),
+    ],
+    ids=["demucs", "hdemucs", "htdemucs"],
+)
+def test_error_against_float64_is_that_of_the_reference(
+    family: type, options: dict, length: int
+) -> None:
+    mix, ratios = tone_with_gaps(length), []
+    for seed in range(4):
+        theirs, ours = pair(family, seed, **options)
+        with torch.no_grad():
+            exact = copy.deepcopy(theirs).double()(mix)
+            error, allowed = ((model(mix.float()) - exact).abs().max() for model in (ours, theirs))
+        ratios.append(float(error / allowed))
+    # The mean is 0.9 to 1.4 with each instruction set and one or two threads. It is 6 for Demucs if
+    # norms sum all steps in float32, and 30 for each family if products have ten bits.
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 2.5, ratios
 
 
 @pytest.mark.parametrize("by_onednn", [True, False])
 def test_products_by_either_library(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def chosen() -> bool:
-        nonlocal calls
-        calls += 1
-        return by_onednn
-
-    monkeypatch.setattr(cpu_kernels, "onednn_is_faster", chosen)
+    monkeypatch.setattr(cpu_kernels, "onednn_is_faster", lambda: by_onednn)
     theirs, ours = pair(HTDemucs, **TINY)
-    mix = torch.randn(1, 2, 4000)
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
-    assert calls
-
-
-@pytest.mark.parametrize("rows", [1, 7])
-def test_layers_in_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, ours = pair(HDemucs, **{**SMALL, "depth": 4, "nfft": 1024})
-    mix = torch.randn(1, 2, 20_000)
-    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", rows * 16 * 80 * 4)
+    mix = random(1, 2, 4000)
     with torch.no_grad():
         assert_close(ours(mix), theirs(mix))
 
 
-@pytest.mark.parametrize("kernel", [2, 3, 4, 7, 8, 9])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_transposed_convolution_of_steps(kernel: int, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (HDemucs, SPECTRAL),
+        (Demucs, {**SMALL, "depth": 4}),
+        (HTDemucs, {**TINY, "multi_freqs": [0.3], "multi_freqs_depth": 2}),
+        (HTDemucs, {**TINY, "rewrite": False, "norm_starts": 1}),
+        (HTDemucs, {**TINY, "context": 0, "context_enc": 1, "cac": False}),
+    ],
+    ids=["hdemucs", "demucs", "bands", "no rewrite", "context"],
+)
+def test_layers_in_tiles_equal_the_reference(
+    family: type, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Large models are cut into tiles of 16 MB.
+    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**13)
+    theirs, ours = pair(family, **options)
+    mix = random(1, 2, 4000)
+    with torch.no_grad():
+        assert_close(ours(mix), theirs(mix))
+
+
+@pytest.mark.parametrize(("kernel", "bias"), [(2, True), (3, True), (8, True), (9, False)])
+def test_transposed_convolution_leaves_channels_last(kernel: int, bias: bool) -> None:
     layer = ConvTranspose1d(6, 5, kernel, stride=3, bias=bias)
-    for x in (torch.randn(2, 6, 40), channels_last(torch.randn(1, 6, 1))):
+    for x in (random(2, 6, 40), channels_last(random(1, 6, 1))):
         with torch.no_grad():
-            result, exact = layer(x), torch.nn.ConvTranspose1d.forward(layer, x)
+            result, exact = layer(x), nn.ConvTranspose1d.forward(layer, x)
         assert_close(result, exact)
-        assert result.stride(1) == 1  # channels are last
+        assert result.stride(1) == 1
 
 
 @pytest.mark.parametrize("more", [{}, {"multi_freqs": [0.1, 0.3], "norm_starts": 99}], ids=str)
-def test_the_spectra_of_all_sources_are_never_whole(more: dict) -> None:
-    theirs, ours = pair(HDemucs, **{**SMALL, "depth": 4, "nfft": 1024, "channels": 4, **more})
-    mix = torch.randn(1, 2, 100_000)
-    spectra = 2 * 4 * 512 * math.ceil(100_000 / 256)
+def test_spectra_of_all_sources_are_never_in_memory_at_once(more: dict) -> None:
+    theirs, ours = pair(HDemucs, **{**SPECTRAL, "channels": 4, **more})
+    mix = random(1, 2, 60_000)
+    spectra = 2 * 4 * 512 * math.ceil(60_000 / 256)
     with torch.no_grad():
         expected = theirs(mix)
         with Largest() as largest:
             assert_close(ours(mix, stems=[0, 1]), expected)
-        assert largest.elements < 0.7 * spectra
+        assert largest.elements < 0.8 * spectra
+        # A hook gets the whole output.
         seen: list[int] = []
         ours.decoder[-1].register_forward_hook(lambda *event: seen.append(event[2][0].numel()))
         assert_close(ours(mix), expected)
-        assert seen == [spectra]  # who watches the layer sees it whole
+        assert seen == [spectra]
 
 
-def test_a_level_of_steps_that_is_watched_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_get_the_whole_output_of_a_layer_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours = pair(Demucs, **{**SMALL, "depth": 4})
-    mix, seen = torch.randn(1, 2, 20_000), []
+    mix, seen = random(1, 2, 20_000), []
     monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**14)
     for model in (theirs, ours):
         model.decoder[-1][0].register_forward_hook(lambda *event: seen.append(event[2].shape))

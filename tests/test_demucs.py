@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from demucs_infer.demucs import Demucs
 
-from .helpers import assert_close, noise, pair
+from .helpers import assert_equal_models, pair
 
 OPTIONS = {
     "audio_channels": st.sampled_from([1, 2]),
-    "channels": st.just(8),
     "growth": st.sampled_from([1, 2.0]),
     "depth": st.integers(1, 5),
     "rewrite": st.booleans(),
@@ -46,31 +45,26 @@ TINY = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000}
         {"lstm_layers": 2, "gelu": False, "glu": False},
         {"context": 0, "kernel_size": 6, "stride": 3},
         {"norm_starts": 1, "norm_groups": 2, "dconv_comp": 2, "dconv_depth": 3},
-        {"audio_channels": 1, "dconv_attn": 1, "dconv_lstm": 3},
+        {"audio_channels": 1, "dconv_attn": 3, "dconv_lstm": 4},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("length", [2, 3001, 40_000])
+@pytest.mark.parametrize("length", [2, 9001])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = pair(Demucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(Demucs, {**TINY, **options}, length)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     options=st.fixed_dictionaries({"dconv_comp": st.sampled_from([1, 2])}, optional=OPTIONS),
-    length=st.integers(2, 5000),
+    length=st.one_of(st.integers(2, 5000), st.just(40_000)),
 )
 def test_random_options_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = pair(Demucs, **{**TINY, **options})
-    mix = noise(ours.audio_channels, length)[None]
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(Demucs, {**TINY, **options}, length)
 
 
-def test_one_sample_gives_a_number() -> None:
+def test_stems_of_one_sample_are_finite() -> None:
     with torch.no_grad():
         assert Demucs(**TINY).eval()(torch.ones(1, 2, 1)).isfinite().all()
 
@@ -82,7 +76,7 @@ def test_valid_length_is_that_of_the_reference(resample: bool) -> None:
         assert ours.valid_length(length) == theirs.valid_length(length) >= length
 
 
-def test_names_of_older_checkpoints() -> None:
+def test_states_with_the_names_of_older_checkpoints_are_loaded() -> None:
     options = {**TINY, "dconv_mode": 0}
     model = Demucs(**options)
     state = model.state_dict()
@@ -96,7 +90,7 @@ def test_names_of_older_checkpoints() -> None:
         assert torch.equal(tensor, state[name])
 
 
-def test_names_that_are_right_are_kept() -> None:
-    options = {**TINY, "rewrite": False, "dconv_mode": 3}
-    model = Demucs(**options)
-    assert set(model.current_names(model.state_dict())) == set(model.state_dict())
+def test_current_names_in_a_state_are_kept() -> None:
+    model = Demucs(**TINY, rewrite=False, dconv_mode=3)
+    model.load_state_dict(state := dict(model.state_dict()))
+    assert list(model.current_names(state)) == list(state)

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demucs_infer.engine import cpu_kernels
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, noise, pair
+from .helpers import TINY, assert_close, assert_equal_models, noise, pair
 
 OPTIONS = {
     "audio_channels": st.sampled_from([1, 2]),
@@ -72,43 +71,26 @@ SMALL = [
 
 
 @pytest.mark.parametrize("options", SMALL, ids=str)
-@pytest.mark.parametrize("length", [1, 255, 3001, 4000])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 4000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
-    theirs, ours = pair(HTDemucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, length, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(HTDemucs, {**TINY, **options}, length)
 
 
-@pytest.mark.parametrize("options", SMALL, ids=str)
-def test_layers_in_tiles_equal_the_reference(
-    options: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large models are cut along frequency on a CPU; here, in tiles of a few rows."""
-    monkeypatch.setattr(cpu_kernels, "TILE_BYTES", 2**13)
-    theirs, ours = pair(HTDemucs, **{**TINY, **options})
-    mix = torch.stack([noise(ours.audio_channels, 4000, seed) for seed in range(2)])
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
-
-
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(options=st.fixed_dictionaries({}, optional={**OPTIONS, **TRANSFORMER}))
 def test_random_options_equal_the_reference(options: dict) -> None:
-    theirs, ours = pair(HTDemucs, **{**TINY, "t_norm_first": True, **options})
-    mix = noise(ours.audio_channels, ours.valid_length(1) - 1)[None]
-    with torch.no_grad():
-        assert_close(ours(mix), theirs(mix))
+    assert_equal_models(HTDemucs, {**TINY, "t_norm_first": True, **options})
 
 
-def test_without_a_training_length_any_length_is_run_as_it_is() -> None:
+def test_without_a_training_length_windows_are_not_padded() -> None:
     theirs, ours = pair(HTDemucs, **TINY, use_train_segment=False)
     with torch.no_grad():
         assert_close(ours(noise(2, 5003)[None]), theirs(noise(2, 5003)[None]))
     assert ours.valid_length(5003) == 5003
 
 
-def test_a_window_over_the_training_length_is_refused() -> None:
+def test_windows_over_the_training_length_are_rejected() -> None:
     model = HTDemucs(**TINY).eval()
     assert model.valid_length(1) == model.valid_length(4000) == 4000
     with pytest.raises(OptionError, match="4001 samples is longer"):
@@ -142,11 +124,11 @@ def test_signature_is_that_of_the_reference() -> None:
         assert ours[name].default == (tuple(default) if isinstance(default, list) else default)
 
 
-def test_htdemucs_is_no_hdemucs() -> None:
+def test_htdemucs_is_not_an_hdemucs() -> None:
     assert not isinstance(HTDemucs(**TINY), HDemucs)
 
 
-def test_network_takes_and_gives_real_tensors_of_the_window_shape() -> None:
+def test_network_maps_real_tensors_of_the_shapes_of_a_window() -> None:
     model = HTDemucs(**TINY).eval()
     with torch.no_grad():
         x, xt = model.network(torch.randn(1, 4, 512, 16), torch.randn(1, 2, 4000))

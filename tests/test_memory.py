@@ -1,47 +1,44 @@
-"""What the C library does with memory that is freed, seen in processes of their own."""
-
 from __future__ import annotations
 
-import os
 import platform
 
 import pytest
 
-from .helpers import run
+from .helpers import environment, run
 
-pytestmark = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back, and is told not to"
-)
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
 
 PROLOGUE = """
 import resource, torch
 from demucs_infer.engine.memory import kept_memory
 
 def faults(times=1):
-    "Pages that the system has to give for the last of some large tensors."
+    "Return the number of page faults of the last of `times` large tensors."
     for _ in range(times):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-MANY = 20  # the first ones may leave gaps that are a little too small for the next
+# The gaps that the first tensors leave may be a little too small for the next.
+MANY = 20
 
 def megabytes():
-    "What the process has of the system."
+    "Return the resident memory of the process."
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 
 faults()
 """
 
 
-def printed(script: str) -> list[float]:
-    result = run("-c", PROLOGUE + script)
+def printed(script: str, **variables: str) -> list[float]:
+    """Return the numbers that a new process prints."""
+    result = run("-c", PROLOGUE + script, env={**environment(), **variables})
     assert result.returncode == 0, result.stderr
     return [float(word) for word in result.stdout.split()]
 
 
-def test_memory_is_kept_within_the_block_and_given_back_after_it() -> None:
-    outside, within, kept, still_kept, given_back = printed(
+def test_memory_is_kept_within_nested_blocks_and_returned_after_them() -> None:
+    outside, within, kept, still_kept, returned = printed(
         """
 print(faults(MANY))
 with kept_memory():
@@ -52,22 +49,26 @@ print(megabytes())
 """
     )
     assert within < outside / 8
-    assert min(kept, still_kept) > given_back + 50
+    assert min(kept, still_kept) > returned + 50
 
 
-def test_who_has_chosen_how_memory_is_kept_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MALLOC_MMAP_THRESHOLD_": "100000"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=100000"},
+    ],
+    ids="-".join,
+)
+def test_settings_of_the_user_are_kept(variables: dict[str, str]) -> None:
     script = "with kept_memory(): print(faults(), faults(MANY))"
-    for name, value in {
-        "MALLOC_MMAP_THRESHOLD_": "100000",
-        "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=100000",
-    }.items():
-        with monkeypatch.context() as patch:
-            patch.setitem(os.environ, name, value)
-            first, last = printed(script)
-        assert last > first / 2
+    first, last = printed(script, **variables)
+    assert last > first / 2
 
 
-def test_a_separation_keeps_memory_between_windows_and_gives_it_back() -> None:
+@pytest.mark.slow
+def test_separation_keeps_memory_between_windows_and_returns_it() -> None:
     before, after, first, last = printed(
         """
 from demucs_infer.apply import apply_model

@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from demucs_infer.engine import processor
 
-SCRIPT = "from demucs_infer.engine.processor import onednn_is_faster as f; print(f())"
+from .helpers import environment, run
 
 
 @pytest.mark.parametrize(
     ("capability", "of_intel", "faster"),
     [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)],
 )
-def test_products_by_onednn_where_mkl_leaves_instructions_out(
+def test_onednn_is_faster_where_mkl_does_not_use_avx512(
     capability: str, of_intel: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "X86", True)
@@ -26,7 +22,8 @@ def test_products_by_onednn_where_mkl_leaves_instructions_out(
     assert processor.onednn_is_faster() == faster
 
 
-def test_the_environment_can_leave_instructions_out() -> None:
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=env, stdout=-1, text=True)
-    assert result.stdout == "False\n"
+@pytest.mark.slow
+def test_onednn_is_not_faster_if_the_environment_excludes_avx512() -> None:
+    script = "from demucs_infer.engine.processor import onednn_is_faster; print(onednn_is_faster())"
+    result = run("-c", script, env={**environment(), "ATEN_CPU_CAPABILITY": "avx2"})
+    assert result.stdout == "False\n", result.stderr

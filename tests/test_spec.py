@@ -26,11 +26,12 @@ def test_spectrograms_equal_the_reference(pad: int, hop: int | None) -> None:
     assert_close(torch.view_as_real(ours), torch.view_as_real(theirs), 1e-6)
     back = ispectro(ours, hop, 2900, pad)
     assert_close(back, x[..., :2900])
-    if hop or not pad:  # without a hop, the reference does not invert what it padded
+    # Without a hop, the reference does not invert its own padding.
+    if hop or not pad:
         assert_close(back, demucs.spec.ispectro(theirs, hop, 2900, pad), 1e-6)
 
 
-def test_complex_channels_there_and_back() -> None:
+def test_complex_values_as_channels_and_back() -> None:
     z = torch.randn(2, 3, 5, 7, dtype=torch.complex64)
     x = complex_as_channels(z)
     assert x.shape == (2, 6, 5, 7)
@@ -43,16 +44,16 @@ def test_phase_of_the_mixture() -> None:
     assert torch.allclose(out, torch.tensor([3j, -3.0, 3.0]), atol=1e-6)
 
 
-def test_a_spectrum_in_parts_is_the_whole_one() -> None:
+def test_spectrum_in_parts_equals_the_whole() -> None:
     x = noise(2, 128 * 203)
     parts = list(stft_in_parts(x, 512, 128))
-    assert len(parts) > 1  # and a last one that is shorter
+    assert len(parts) > 1
     whole = spectro(x, 512)[:, :-1, 2:-2]
     assert_close(torch.view_as_real(torch.cat(parts, -1)), torch.view_as_real(whole), 1e-6)
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 1100), (192, 700), (5, 1)])
-def test_the_inside_of_a_spectrum_is_inverted_as_with_silence_around_it(
+def test_inverse_of_parts_equals_that_of_the_whole_with_silence_around_it(
     start: int, length: int
 ) -> None:
     z = torch.randn(2, 257, 6, dtype=torch.complex64)

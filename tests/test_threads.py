@@ -1,5 +1,3 @@
-"""Worker threads that work alone, and how little that changes elsewhere."""
-
 from __future__ import annotations
 
 import sys
@@ -14,18 +12,18 @@ from demucs_infer.engine.threads import worker_pool
 from .helpers import run
 
 
-def test_workers_work_alone_and_nobody_else_does() -> None:
+def test_only_the_workers_of_the_pool_use_one_thread() -> None:
     usual = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with worker_pool(2) as pool:
             both = threading.Barrier(2)
 
-            def cores() -> int:
-                both.wait()
+            def threads() -> int:
+                both.wait(60)
                 return torch.get_num_threads()
 
-            assert [job.result() for job in [pool.submit(cores) for _ in "ab"]] == [1, 1]
+            assert [job.result() for job in [pool.submit(threads) for _ in "ab"]] == [1, 1]
             assert torch.get_num_threads() == 3
             with ThreadPoolExecutor(1) as later:
                 assert later.submit(torch.get_num_threads).result() == 3
@@ -34,17 +32,17 @@ def test_workers_work_alone_and_nobody_else_does() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_a_worker_has_no_team() -> None:
+def test_worker_does_not_start_openmp_threads() -> None:
     script = """
-import os, sys, torch
+import os, torch
 from concurrent.futures import ThreadPoolExecutor
 from demucs_infer.engine.threads import worker_pool
 
 def work():
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     x = torch.ones(2, 1, 1_000_000)
     torch.nn.functional.conv1d(x, torch.ones(4, 1, 50)).exp().sum()
-    return len(os.listdir("/proc/self/task")) - before
+    return len(set(os.listdir("/proc/self/task")) - before)
 
 torch.set_num_threads(4)
 for pool in (ThreadPoolExecutor(1), worker_pool(1)):
@@ -53,5 +51,4 @@ for pool in (ThreadPoolExecutor(1), worker_pool(1)):
     result = run("-c", script)
     assert result.returncode == 0, result.stderr
     usual, alone = map(int, result.stdout.split())
-    assert usual > 0
-    assert alone == 0
+    assert usual > alone == 0

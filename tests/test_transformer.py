@@ -17,7 +17,7 @@ from .helpers import TINY, assert_close, noise, pair
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-def test_embeddings_are_those_of_the_reference(shift: int) -> None:
+def test_embeddings_equal_the_reference(shift: int) -> None:
     theirs = demucs.transformer.create_sin_embedding(50, 16, shift, max_period=100)
     assert_close(create_sin_embedding(50, 16, shift, max_period=100), theirs, 1e-6)
     theirs = demucs.transformer.create_2d_sin_embedding(16, 5, 9)
@@ -30,7 +30,7 @@ def test_embeddings_are_those_of_the_reference(shift: int) -> None:
     "options", [{}, {"cac": False}, {"cac": False, "wiener_iters": -1, "end_iters": -1}]
 )
 @pytest.mark.parametrize("family", [HTDemucs, HDemucs])
-def test_the_transforms_are_those_of_the_reference(family: type, options: dict) -> None:
+def test_transforms_equal_the_reference(family: type, options: dict) -> None:
     small = TINY if family is HTDemucs else {"sources": ["a", "b"], "nfft": 1024, "depth": 5}
     theirs, ours = pair(family, **{**small, "channels": 8, **options})
     mix = noise(2, 4000)[None]
@@ -39,14 +39,15 @@ def test_the_transforms_are_those_of_the_reference(family: type, options: dict) 
     magnitudes = [model._magnitude(z) for model, z in zip((ours, theirs), spectra)]
     assert_close(*magnitudes)
     if options.get("wiener_iters", 0) == 0 and options:
-        return  # the reference's filter of no iterations is tested with the whole model
+        # The whole model has a test of the Wiener filter without iterations.
+        return
     sources = [torch.stack([m, 2 * m], dim=1) for m in magnitudes]
     masked = [model._mask(spectra[1], m) for model, m in zip((ours, theirs), sources)]
     assert_close(*map(torch.view_as_real, masked))
     assert_close(*(model._ispec(z, 4000) for model, z in zip((ours, theirs), masked)))
 
 
-def test_helpers_are_those_of_the_reference() -> None:
+def test_padding_and_rescaling_equal_the_reference() -> None:
     x = noise(2, 5)
     for padding in ((2, 3), (7, 6)):
         assert torch.equal(
@@ -75,7 +76,7 @@ def test_short_windows_are_not_padded_in_training() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_gives_the_same(backend: str) -> None:
+def test_compiled_model_gives_the_same_stems(backend: str) -> None:
     _, ours = pair(HTDemucs, **TINY)
     mix = noise(2, 2000)[None]
     with torch.no_grad():

@@ -15,13 +15,13 @@ def test_center_trim_cuts_an_odd_sample_at_the_end() -> None:
         center_trim(x, 8)
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
+@pytest.mark.parametrize("length", [1, 4, 13])
 def test_unfold_equals_the_reference(length: int) -> None:
     x = torch.randn(2, 3, length)
     assert torch.equal(unfold(x, 6, 4), demucs.utils.unfold(x, 6, 4))
 
 
-def test_standardize_a_single_value() -> None:
+def test_single_value_is_standardized_to_zero() -> None:
     x, mean, std = standardize(torch.full((1, 1, 1), 5.0), 1e-5)
     assert (x.item(), mean.item(), std.item()) == (0, 5, 0)
 
@@ -37,7 +37,7 @@ def test_capture_init_keeps_the_arguments() -> None:
     assert thing._init_args_kwargs == ((1,), {"b": 4})
 
 
-def test_all_sources_are_no_copy() -> None:
+def test_all_sources_are_not_copied() -> None:
     x = torch.arange(12.0).reshape(1, 4, 3)
     assert pick_sources(x, None) is x
     assert pick_sources(x, [0, 1, 2, 3]) is x
