@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tarfile
 import zipfile
 from importlib.metadata import requires
 from pathlib import Path
@@ -125,12 +126,14 @@ def test_requirements_have_no_torchaudio() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_has_the_registry_and_the_demonstration_and_is_small(tmp_path: Path) -> None:
+def test_distributions_have_the_registry_and_the_demonstration(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
-    result = run("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=root)
+    result = run("-m", "hatchling", "build", "-d", tmp_path, cwd=root)
     assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.iterdir()
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     assert wheel.stat().st_size < 4_000_000
+    with tarfile.open(source) as archive:
+        assert any(name.endswith("/remote/registry.yaml") for name in archive.getnames())
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"demucs_infer"}
     for file in ("remote/registry.yaml", "remote/demo.safetensors", "py.typed"):
