@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from demucs_infer.io.pcm import MAX_SAMPLE, strange_samples
 
 

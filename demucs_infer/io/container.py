@@ -23,13 +23,13 @@ from av.stream import Disposition
 from torch import Tensor
 
 from ..errors import SaveAudioError
+from ..read.decode import AudioFile
+from ..read.packets import AV_ERRORS
+from ..read.quirks import PICTURES
+from ..read.tags import clean_tags
 from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
-from .decode import AudioFile
-from .demuxers import PICTURES
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
-from .packets import AV_ERRORS
-from .tags import clean_tags
 
 LONGEST_NAME = 32  # characters of a stem's name in it
 COLOURS = ("#009E73", "#D55E00", "#CC79A7", "#56B4E9")

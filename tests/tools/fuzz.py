@@ -417,8 +417,9 @@ def _sound(folder: Path, kind: str, codec: str) -> bytes:
 
 
 def _read_audio(path: Path) -> None:
-    from demucs_infer.audio import AudioFile
     from demucs_infer.io.mixture import Decoder, Limits
+
+    from demucs_infer.audio import AudioFile
 
     file = AudioFile(path)
     for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).blocks():
