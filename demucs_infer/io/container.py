@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,10 +200,11 @@ def read_cover(audio: AudioFile) -> bytes | None:
 
 
 class Picture:
-    """The moving picture of a file, and when its sound begins: what goes with a stem into a file.
+    """The moving picture of a file, and the times at which it goes with a stem.
 
-    `first` and `last` are samples at `rate` hertz between which the stem lies in the file's sound.
-    Raises `SaveAudioError` if there is no picture, or MP4 cannot hold it.
+    `first` and `last` are the samples of the file's sound between which the stem lies. `start` is
+    the time of the first picture that is shown, and `sound` that of the stem, both in seconds on
+    the clock of the file. Raises `SaveAudioError` without a picture, or if MP4 cannot hold it.
     """
 
     def __init__(self, audio: AudioFile, first: int = 0, last: int | None = None) -> None:
@@ -212,40 +214,58 @@ class Picture:
             self._check(stream)
             self.start = Fraction(stream.start_time or 0) * stream.time_base
             sound = _first_sound(container)
-        self.sound = sound + Fraction(first, rate)  # seconds on the picture's clock
+        self.sound = sound + Fraction(first, rate)
         self.stop = None if last is None else sound + Fraction(last, rate)
         self.is_cut = bool(first)
+        self._skipped = 0  # packets before the key frame from which on the picture is copied
         if self.is_cut:
-            self.start = self._shown()
+            self._find_start()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
-        """The container and its first stream that moves."""
+        """Open the container, and yield it with its first stream that moves."""
         with self.audio._open(PICTURES) as container:
             stream = next(filter(_moves, container.streams.video), None)
             if stream is None:
                 raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
             yield container, stream
 
-    def _shown(self) -> Fraction:
-        """The time of the picture that is shown when the sound begins."""
+    def _find_start(self) -> None:
+        """Find the picture that is shown when the sound begins, and the key frame before it.
+
+        All packets are read up to there, since seeking in MPEG-TS and MPEG-PS does not lead to key
+        frames.
+        """
+        key, shown = None, None
         with self.open() as (container, stream):
-            container.seek(int(self.sound / stream.time_base), stream=stream)
-            times = []
-            for packet in _in_order(container.demux(stream)):
-                times.append(packet.pts * packet.time_base)
-                if packet.dts * packet.time_base > self.sound:
+            for number, packet in enumerate(_in_order(container.demux(stream))):
+                time = packet.pts * packet.time_base
+                if packet.is_keyframe and (key is None or time <= self.sound):
+                    key, self._skipped = time, number
+                if time <= self.sound and key is not None and time >= key:
+                    shown = time if shown is None else max(shown, time)
+                if packet.dts * packet.time_base > self.sound and key is not None:
                     break
-        return max((time for time in times if time <= self.sound), default=self.sound)
+        self.start = self.sound if shown is None else shown
 
     def packets(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The picture's packets from the one on without which the start cannot be shown."""
-        if self.is_cut:
-            container.seek(int(self.start / stream.time_base), stream=stream)
-        for packet in _in_order(container.demux(stream)):
-            if self.stop is not None and packet.dts * packet.time_base >= self.stop:
-                return
-            yield packet
+        """Yield the packets of the picture, of a cut one from a key frame on."""
+        packets = itertools.islice(_in_order(container.demux(stream)), self._skipped, None)
+        begin = None  # the time of the key frame
+        behind: list[Any] = []  # shown after the end; kept if an earlier picture may need them
+        for packet in packets:
+            time = packet.pts * packet.time_base
+            begin = time if begin is None else begin
+            # Pictures before the key frame may need the previous ones.
+            if self.is_cut and time < begin:
+                continue
+            if self.stop is not None and time >= self.stop:
+                if packet.dts * packet.time_base >= self.stop:
+                    return
+                behind.append(packet)
+                continue
+            yield from [*behind, packet]
+            behind = []
 
     def _check(self, stream: Any) -> None:
         with av.open(io.BytesIO(), "w", format="mp4") as trial:
