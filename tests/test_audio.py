@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from demucs_infer.io.pcm import CLIP_MODES
 
 from demucs_infer.audio import (
     AudioFile,
@@ -29,6 +28,7 @@ from demucs_infer.errors import (
 )
 from demucs_infer.io import formats
 from demucs_infer.io.output import CLIP_MODE_NAMES
+from demucs_infer.io.pcm import CLIP_MODES
 
 from .helpers import assert_close, noise
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from demucs_infer.io.pcm import prevent_clip
 
 from demucs_infer.api import Output, Separator, TrackResult, save_audio
 from demucs_infer.audio import AudioFile
@@ -27,6 +26,7 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.io import spool
 from demucs_infer.io.formats import FORMATS
+from demucs_infer.io.pcm import prevent_clip
 from demucs_infer.separate import main
 
 from .helpers import (

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import av
 import pytest
-from demucs_infer.io.claims import Honest
 
 from demucs_infer.audio import AudioFile
 from demucs_infer.errors import LoadAudioError
 from demucs_infer.io import claims
+from demucs_infer.io.claims import Honest
 
 from .helpers import noise
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demucs_infer.io.packets import Damage
 
 from demucs_infer.audio import AudioFile
 from demucs_infer.errors import LoadAudioError
+from demucs_infer.io.packets import Damage
 
 FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")

@@ -11,10 +11,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from demucs_infer.io.demuxers import DEMUXERS
 
 from demucs_infer.audio import AudioFile, save_audio
 from demucs_infer.errors import LoadAudioError
+from demucs_infer.io.demuxers import DEMUXERS
 
 from .helpers import noise
 

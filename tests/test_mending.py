@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from demucs_infer.io.mending import Part
 
 from demucs_infer.audio import AudioFile, save_audio
+from demucs_infer.io.mending import Part
 
 from .helpers import noise
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from demucs_infer.io.mixture import BLOCK, Decoder, Limits, Mixture, Moments
 
 from demucs_infer.audio import AudioFile, convert_audio, save_audio
 from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.io.mixture import BLOCK, Decoder, Limits, Mixture, Moments
 
 from .helpers import assert_close, noise
 

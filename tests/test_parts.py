@@ -9,13 +9,13 @@ import av
 import pytest
 import soundfile
 import torch
-from demucs_infer.io.packets import Damage
-from demucs_infer.io.parts import Part
 
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.options import parse_time
 from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.io.packets import Damage
+from demucs_infer.io.parts import Part
 from demucs_infer.separate import main
 
 from .helpers import noise

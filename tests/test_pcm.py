@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from demucs_infer.io.pcm import MAX_SAMPLE, strange_samples
 
 

@@ -25,7 +25,7 @@ STEP_BYTES = 1024  # that a step of an LSTM counts for: they are taken one after
 # The device of outlines, so that no path is taken for the sake of a processor.
 HERE, NOWHERE = torch.device("cpu"), torch.device("meta")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64)
-ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+ZEROS = {dtype: torch.zeros((), dtype=dtype, device=HERE) for dtype in DTYPES}
 PLACES = frozenset(zero.data_ptr() for zero in ZEROS.values())
 
 

@@ -295,34 +295,44 @@ def _first_sound(container: Any) -> Fraction:
 
 
 def _in_order(packets: Iterator[Any]) -> Iterator[Any]:
-    """`packets` with all of their times; some files do not state when the first are decoded."""
+    """Yield packets with all of their times, of which decoding times increase, as muxers demand.
+
+    Some files do not state when the first packets are decoded. In MPEG-PS not every packet has
+    times, and FFmpeg guesses some that lie before the previous ones.
+    """
     early: list[Any] = []
-    last = None
+    last, delay = None, 0
     for packet in packets:
         if not packet.size:  # the end
             continue
         if packet.dts is None and last is None and len(early) < MOST_EARLY:
             early.append(packet)
             continue
-        if packet.dts is None:
-            packet.dts = packet.pts if last is None else last + 1
+        if last is None:
+            last = (packet.pts or 0) if packet.dts is None else packet.dts
+            for number, first in enumerate(early):
+                first.dts = last - sum(other.duration or 1 for other in early[number:])
+                yield _with_pts(first)
+            packet.dts = last
+        elif packet.dts is None:
+            packet.dts = last + (packet.duration or 1)
+        elif packet.dts <= last:
+            late = last + (packet.duration or 1) - packet.dts
+            packet.dts += late
+            if packet.pts is not None and packet.pts + late - packet.dts <= delay:
+                packet.pts += late
         last = packet.dts
-        yield from map(_with_pts, [*_before(early, last), packet])
-        early = []
-    yield from map(_with_pts, _before(early, early[-1].pts + 1 if early else 0))
-
-
-def _before(packets: Sequence[Any], dts: int) -> Sequence[Any]:
-    """`packets`, which are decoded one after the other until `dts`."""
-    for packet in reversed(packets):
-        dts -= packet.duration or 1
-        packet.dts = dts
-    return packets
+        delay = max(delay, _with_pts(packet).pts - last)
+        yield packet
+    if last is None:
+        for number, packet in enumerate(early):
+            packet.dts = number if packet.pts is None else packet.pts
+            yield _with_pts(packet)
 
 
 def _with_pts(packet: Any) -> Any:
-    if packet.pts is None:
-        packet.pts = packet.dts
+    """Give a packet a time at which it is shown, not before the time at which it is decoded."""
+    packet.pts = packet.dts if packet.pts is None else max(packet.pts, packet.dts)
     return packet
 
 
@@ -345,7 +355,8 @@ class VideoEncoder:
         self._waiting: Any = next(self._packets, None)
         if picture.is_cut and self._begin:  # less than a picture, which players had to skip to
             muxer.position = 0
-            self.write(torch.zeros(request.channels, self._begin))
+            shape = request.channels, self._begin
+            self.write(torch.zeros(shape, dtype=torch.float32, device="cpu"))
 
     def write(self, wav: Tensor) -> None:
         """Encode `wav` `[C, n]`, and copy the picture to the same time."""

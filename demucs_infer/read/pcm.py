@@ -21,7 +21,7 @@ MAX_SAMPLE = 1e6  # of full scale: louder samples overflow in a model
 
 
 def i16_pcm(wav: Tensor) -> Tensor:
-    """Return `wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers stay as they are."""
+    """Return `wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers are returned."""
     return (wav.clamp(-1, 1) * I16_MAX).short() if wav.is_floating_point() else wav
 
 
