@@ -74,7 +74,7 @@ class _Outlines(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         args = tuple(HERE if _is_nowhere(value) else value for value in args)
-        kwargs = {name: value for name, value in (kwargs or {}).items() if not _is_nowhere(value)}
+        kwargs = {k: HERE if _is_nowhere(v) else v for k, v in (kwargs or {}).items()}
         # What does not depend on the window is real: it may be kept, as resampling filters are.
         if not _has_outlines((*args, *kwargs.values())):
             return func(*args, **kwargs)

@@ -248,10 +248,10 @@ class TrackDecoder:
     def _frames(self, stream: Any, packet: Any) -> list[Any]:
         """Decode a packet, and count it."""
         try:
-            frames: list[Any] = stream.codec_context.decode(packet)
+            frames = [frame for frame in stream.codec_context.decode(packet) if frame.samples]
             for frame in frames:
-                is_plausible = 0 < frame.layout.nb_channels <= MAX_CHANNELS and frame.samples
-                if not is_plausible or frame.rate not in SAMPLE_RATES:
+                has_channels = 0 < frame.layout.nb_channels <= MAX_CHANNELS
+                if not has_channels or frame.rate not in SAMPLE_RATES:
                     raise ValueError("not a frame of music")
         except AV_ERRORS:
             if packet is not None:
