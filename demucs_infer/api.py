@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,14 @@ from .engine.plan import ApplyOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
-from .io.mixture import Decoder, Limits, Mixture
 from .io.output import Output
-from .io.parts import Part
-from .io.pcm import as_samples, strange_samples
 from .io.stems import mixed, needed_sources, parse_stems
 from .io.storage import local_copy, place
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
+from .read.decode import AudioInput
+from .read.mixture import Decoder, Excerpt, Limits, Mixture
+from .read.pcm import as_samples, strange_samples
 
 __all__ = [
     "LoadAudioError",
@@ -131,7 +132,7 @@ class Separator:
             raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
         options_of(ApplyOptions, vars(options))
         options_of(Limits, vars(options))
-        _ = Part(options.start, options.duration)
+        _ = Excerpt(options.start, options.duration)
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
@@ -223,21 +224,27 @@ class Separator:
         origin = convert_audio(samples, sr or self.samplerate, self.samplerate, self.audio_channels)
         return self._separate(origin)
 
-    def separate_audio_file(self, file: str | os.PathLike[str], **options: Any) -> Separation:
-        """Separate an audio file, also by URL; returns what `separate_tensor` does.
+    def separate_audio_file(self, file: AudioInput, **options: Any) -> Separation:
+        """Separate an audio file, and return what `separate_tensor` does.
 
+        `file` is a path, a URL, or a binary file object that can seek, read from its beginning.
         `options` are those of `update_parameter`, for this call: `start=30, duration=10`.
-        Raises `LoadAudioError` if it cannot be read or holds samples that are not finite.
+        Raises `LoadAudioError` if it cannot be read or has samples that are not finite.
         """
         this = self._changed(options)
         return this.separate_tensor(this._load_audio(file), this.samplerate)
 
-    def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
+    def _load_audio(self, track: AudioInput) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
-        with local_copy(place(track)) as path:
-            audio = AudioFile(path, name=str(track))
-            decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits, self.part)
-            return torch.cat(list(decoder.blocks()), dim=-1)
+        with ExitStack() as stack:
+            if isinstance(track, (str, bytes, os.PathLike)):
+                location = place(os.fsdecode(track) if isinstance(track, bytes) else track)
+                audio = AudioFile(stack.enter_context(local_copy(location)), name=str(location))
+            else:
+                audio = AudioFile(track)
+            rate, channels = self.samplerate, self.audio_channels
+            decoder = Decoder(audio, rate, channels, self.limits, self.excerpt)
+            return torch.cat(list(decoder.chunks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
         if not origin.shape[-1]:
@@ -252,7 +259,7 @@ class Separator:
 
     def separate_to_files(
         self,
-        file: str | os.PathLike[str],
+        file: str | bytes | os.PathLike[str],
         out: str | os.PathLike[str] | Output = "separated",
         **options: Any,
     ) -> TrackResult:
@@ -268,7 +275,13 @@ class Separator:
         known = {option.name for option in fields(SeparationOptions)}
         changes = {name: options.pop(name) for name in known & options.keys()}
         output = replace(out, **options) if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self._changed(changes), place(file), output)
+        if hasattr(file, "read"):
+            raise OptionError(
+                "a file object cannot be separated to files, which are named after their track."
+                " Pass a path, or call separate_audio_file"
+            )
+        track = place(os.fsdecode(file) if isinstance(file, bytes) else file)
+        return separate_file(self._changed(changes), track, output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
         """This, with other options, for one call; the model is the same."""
@@ -279,10 +292,10 @@ class Separator:
         return other
 
     @property
-    def part(self) -> Part:
-        """The part of a file that is separated."""
+    def excerpt(self) -> Excerpt:
+        """The time range of a file that is separated."""
         options = self._chosen(SeparationOptions)
-        return Part(options.start, options.duration)
+        return Excerpt(options.start, options.duration)
 
     @property
     def stems(self) -> list[str]:

@@ -35,7 +35,7 @@ from .engine.source import Source, TensorChunk, tensor_chunk
 from .errors import OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
-from .io.pcm import strange_samples
+from .read.pcm import strange_samples
 from .utils import DummyPoolExecutor, center_trim
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""Reading, converting and writing audio files.
+"""Read, convert and write audio files.
 
-Shapes: `[C, T]` samples between -1 and 1, as float32. The work is done in `io`.
+Shapes: `[C, T]` samples between -1 and 1, as float32.
 """
 
-from .io.decode import AudioFile
 from .io.encode import ClipMode, encode_mp3, save_audio
-from .io.pcm import (
+from .read.decode import AudioFile
+from .read.pcm import (
     as_dtype_pcm,
     convert_audio,
     convert_audio_channels,

@@ -80,7 +80,8 @@ def _example(model: Model) -> list[Tensor]:
         return model.network(*inputs)
 
     with torch.no_grad():
-        model(torch.zeros(1, model.audio_channels, length), network=network)
+        silence = torch.zeros(1, model.audio_channels, length, dtype=torch.float32, device="cpu")
+        model(silence, network=network)
     return seen
 
 

@@ -72,16 +72,16 @@ class _Filters:
         `width` neighbours on each side of `k = floor(j old / new)`. The division makes a constant
         signal keep its level.
         """
-        taps = torch.empty(self.new, 2 * self.width + 1)
-        for outputs in torch.arange(self.new).split(self._rows):
+        taps = torch.empty(self.new, 2 * self.width + 1, dtype=torch.float32, device="cpu")
+        for outputs in torch.arange(self.new, dtype=torch.int64, device="cpu").split(self._rows):
             taps[outputs] = self._taps_of(outputs)
         return taps
 
     def _taps_of(self, outputs: Tensor) -> Tensor:
-        around = torch.arange(-self.width, self.width + 1)
+        around = torch.arange(-self.width, self.width + 1, dtype=torch.int64, device="cpu")
         positions = self._positions[outputs, None] + around
         phases = outputs.double()[:, None] / self.new
-        t = ((positions / self.old - phases) * self.cutoff).clamp(-ZEROS, ZEROS)
+        t = ((positions.float() / self.old - phases) * self.cutoff).clamp(-ZEROS, ZEROS)
         taps = torch.sinc(t) * torch.cos(t * math.pi / ZEROS / 2) ** 2
         return (taps / taps.sum(1, keepdim=True)).float()
 
@@ -93,7 +93,7 @@ class _Filters:
     @property
     def _positions(self) -> Tensor:
         """Input sample at or before each output sample of a frame."""
-        return torch.arange(self.new) * self.old // self.new
+        return torch.arange(self.new, dtype=torch.int64, device="cpu") * self.old // self.new
 
     def __call__(self, x: Tensor) -> Tensor:
         """The frames in `x` `[N, width + frames * old + width]`, as `[N, frames * new]`."""

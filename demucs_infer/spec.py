@@ -89,7 +89,7 @@ def istft_of_parts(
     Silent frames add nothing to the sum above, only to the one below, so they are never made:
     their part in the samples that are kept is in the envelope alone.
     """
-    total = window = torch.empty(0)
+    total = window = torch.empty(0, dtype=torch.float32, device="cpu")
     first = 0
     for part in parts:
         if not first:

@@ -80,8 +80,9 @@ class TransformerOptions:
 def sin_embedding(length: int, dim: int, max_period: float, device: torch.device) -> Tensor:
     """Positions in time, as `[T, C]`: cosines in the first half of the channels, then sines."""
     half = dim // 2
-    exponent = torch.arange(half, device=device) / (half - 1)
-    phase = torch.arange(length, device=device)[:, None] / max_period**exponent
+    exponent = torch.arange(half, dtype=torch.float32, device=device) / (half - 1)
+    times = torch.arange(length, dtype=torch.float32, device=device)
+    phase = times[:, None] / max_period**exponent
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
@@ -94,10 +95,12 @@ def sin_embedding_2d(
     the even channels and cosines on the odd ones.
     """
     half = dim // 2
-    rates = torch.exp(torch.arange(0, half, 2, device=device) * -(math.log(max_period) / half))
+    channels = torch.arange(0, half, 2, dtype=torch.float32, device=device)
+    rates = torch.exp(channels * -(math.log(max_period) / half))
 
     def interleaved(length: int) -> Tensor:
-        phase = torch.arange(length, device=device)[:, None] * rates
+        times = torch.arange(length, dtype=torch.float32, device=device)
+        phase = times[:, None] * rates
         return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1)
 
     time = interleaved(frames)[:, None].expand(-1, bins, -1)

@@ -61,9 +61,11 @@ def unfold(a: Tensor, kernel_size: int, stride: int) -> Tensor:
     *_, length = a.shape
     frames = -(-length // stride)
     padded = F.pad(a, (0, (frames - 1) * stride + kernel_size - length))
-    starts = torch.arange(frames, device=a.device) * stride
+    starts = torch.arange(frames, dtype=torch.int64, device=a.device) * stride
     # By indices, as OpenVINO does not convert `Tensor.unfold` here.
-    return padded[..., starts[:, None] + torch.arange(kernel_size, device=a.device)]
+    return padded[
+        ..., starts[:, None] + torch.arange(kernel_size, dtype=torch.int64, device=a.device)
+    ]
 
 
 def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import io
 import os
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from demucs_infer.errors import (
 )
 from demucs_infer.io import formats
 from demucs_infer.io.output import CLIP_MODE_NAMES
-from demucs_infer.io.pcm import CLIP_MODES
+from demucs_infer.read.pcm import CLIP_MODES
 
 from .helpers import assert_close, noise
 
@@ -169,7 +171,41 @@ def test_a_wav_without_samples(tmp_path: Path) -> None:
         AudioFile(tmp_path / "none.wav").read(streams=0)
 
 
-@pytest.mark.parametrize("rate", [1, 2**31 - 1])
+def test_file_objects_and_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    save_audio(noise(2, 1000), path, 44100)
+    expected = AudioFile(path).read()
+    buffer = io.BytesIO(path.read_bytes())
+    buffer.seek(100)
+    with path.open("rb") as file, gzip.open(tmp_path / "a.gz", "w+") as packed:
+        packed.write(path.read_bytes())
+        packed.close()
+        with gzip.open(tmp_path / "a.gz") as unpacked:
+            for given in (buffer, file, unpacked, os.fsencode(path)):
+                assert torch.equal(AudioFile(given).read(), expected)
+                assert torch.equal(AudioFile(given).read(), expected)  # again
+        assert not file.closed
+
+
+def test_file_objects_that_cannot_be_read(tmp_path: Path) -> None:
+    save_audio(noise(2, 44100), path := tmp_path / "a.wav", 44100)
+    data = gzip.compress(path.read_bytes())
+    (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
+    closed, (reader, writer) = io.BytesIO(b"RIFF"), os.pipe()
+    closed.close()
+    os.close(writer)
+    with (
+        path.open("r", encoding="latin-1") as text,
+        os.fdopen(reader, "rb") as pipe,
+        gzip.open(tmp_path / "cut.gz") as cut,
+    ):
+        for given in (closed, text, pipe, cut, io.BytesIO(), io.BytesIO(bytes(5000))):
+            with pytest.raises(LoadAudioError) as caught:
+                AudioFile(given).read()
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [1, 800_000, 2**31 - 1])
 def test_a_rate_that_is_none_of_music(rate: int, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros((10, 2)), rate)
     with pytest.raises(LoadAudioError, match=f"{rate} Hz"):
@@ -184,7 +220,7 @@ def test_a_folder_is_no_audio_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LoadAudioError, match="is no regular file"):
+    with pytest.raises(LoadAudioError, match="not a regular file"):
         AudioFile(tmp_path / "pipe").read()
 
 

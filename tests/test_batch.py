@@ -24,7 +24,7 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.io import spool
 from demucs_infer.io.formats import FORMATS
-from demucs_infer.io.pcm import prevent_clip
+from demucs_infer.read.pcm import prevent_clip
 
 from .helpers import (
     SOURCES,

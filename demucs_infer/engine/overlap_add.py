@@ -23,8 +23,8 @@ def fade(length: int, transition_power: float) -> Tensor:
     0 ┤/        \\
     """
     half = length // 2
-    up = torch.arange(1, half + 1, dtype=torch.float64)
-    down = torch.arange(length - half, 0, -1, dtype=torch.float64)
+    up = torch.arange(1, half + 1, dtype=torch.float64, device="cpu")
+    down = torch.arange(length - half, 0, -1, dtype=torch.float64, device="cpu")
     weight = torch.cat([up, down])
     smallest = torch.finfo(torch.float64).tiny  # a large power must not leave zero
     return (weight / weight.max()).pow(transition_power).clamp_min(smallest)
@@ -44,7 +44,7 @@ def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tenso
     window is weighted once, and no sum of weights is kept beside the sum of the stems.
     """
     start, stop = windows[index]
-    total = torch.zeros(stop - start, dtype=weight.dtype)
+    total = weight.new_zeros(stop - start)
     before = itertools.takewhile(lambda w: w.stop > start, reversed(windows[:index]))
     after = itertools.takewhile(lambda w: w.start < stop, windows[index:])
     for other in itertools.chain(before, after):

@@ -288,7 +288,7 @@ def stem_indices(sources: Sequence[str], stems: Sequence[str] | None) -> list[in
 
 def _gains(bag: BagOfModels, stems: Sequence[int], shifts: int) -> Tensor:
     """What a pass of each model counts for each of `stems`, `[M, S]`."""
-    weights = torch.tensor(bag.weights, dtype=torch.float64)[:, list(stems)]
+    weights = torch.tensor(bag.weights, dtype=torch.float64, device="cpu")[:, list(stems)]
     return (weights / weights.sum(0) / max(1, shifts)).float()
 
 

@@ -25,7 +25,7 @@ STEP_BYTES = 1024  # that a step of an LSTM counts for: they are taken one after
 # The device of outlines, so that no path is taken for the sake of a processor.
 HERE, NOWHERE = torch.device("cpu"), torch.device("meta")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64)
-ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+ZEROS = {dtype: torch.zeros((), dtype=dtype, device=HERE) for dtype in DTYPES}
 PLACES = frozenset(zero.data_ptr() for zero in ZEROS.values())
 
 
@@ -74,7 +74,7 @@ class _Outlines(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         args = tuple(HERE if _is_nowhere(value) else value for value in args)
-        kwargs = {name: value for name, value in (kwargs or {}).items() if not _is_nowhere(value)}
+        kwargs = {k: HERE if _is_nowhere(v) else v for k, v in (kwargs or {}).items()}
         # What does not depend on the window is real: it may be kept, as resampling filters are.
         if not _has_outlines((*args, *kwargs.values())):
             return func(*args, **kwargs)

@@ -161,7 +161,7 @@ class _Machine(pickle._Unpickler):
                 raise Refused(
                     f"a storage of {len(content)} bytes for {shortened(numel)} values of {dtype}"
                 )
-            empty = torch.empty(0, dtype=dtype)
+            empty = torch.empty(0, dtype=dtype, device="cpu")
             self.storages[key] = (
                 torch.frombuffer(bytearray(content), dtype=dtype) if numel else empty
             )

@@ -28,14 +28,13 @@ from ..engine.plan import Pass
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from ..read.decode import AudioFile
+from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
+from ..read.packets import Damage
 from .console import standard_input
 from .container import Picture, read_cover
-from .decode import AudioFile
 from .encode import encoding_errors
-from .mixture import Decoder, Limits, Mixture, Moments
 from .output import PIPE, PIPE_NAME, Output
-from .packets import Damage
-from .parts import Part
 from .player import check_length
 from .spool import Spool, Workspace
 from .storage import Place, local_copy
@@ -66,8 +65,8 @@ class StemSource(Protocol):
     def limits(self) -> Limits: ...
 
     @property
-    def part(self) -> Part:
-        """What is separated of a file."""
+    def excerpt(self) -> Excerpt:
+        """The time range of a file that is separated."""
 
     def plan(self, length: int) -> list[Pass]: ...
 
@@ -231,11 +230,15 @@ class Batch:
     def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
         separator = self.separator
         decoder = Decoder(
-            file, separator.samplerate, separator.audio_channels, separator.limits, separator.part
+            file,
+            separator.samplerate,
+            separator.audio_channels,
+            separator.limits,
+            separator.excerpt,
         )
         extras = self._extras(file, decoder, stack)
         spool, moments = self._spool(stack), Moments()
-        for block in decoder.blocks(None if extras.original is None else extras.original.write):
+        for block in decoder.chunks(None if extras.original is None else extras.original.write):
             self._check_stop()
             moments.add(block)
             spool.write(block)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from av.stream import Disposition
 from torch import Tensor
 
 from ..errors import SaveAudioError
+from ..read.decode import AudioFile
+from ..read.packets import AV_ERRORS
+from ..read.quirks import PICTURES
+from ..read.tags import clean_tags
 from .boxes import add_to_user_data, read_moov, replace_moov, skip_priming
-from .decode import AudioFile
-from .demuxers import PICTURES
 from .encode import BLOCK, PLANAR, SAMPLE_FORMATS, _quantized
 from .formats import LAYOUTS, Encoding
-from .packets import AV_ERRORS
-from .tags import clean_tags
 
 LONGEST_NAME = 32  # characters of a stem's name in it
 COLOURS = ("#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -199,10 +200,11 @@ def read_cover(audio: AudioFile) -> bytes | None:
 
 
 class Picture:
-    """The moving picture of a file, and when its sound begins: what goes with a stem into a file.
+    """The moving picture of a file, and the times at which it goes with a stem.
 
-    `first` and `last` are samples at `rate` hertz between which the stem lies in the file's sound.
-    Raises `SaveAudioError` if there is no picture, or MP4 cannot hold it.
+    `first` and `last` are the samples of the file's sound between which the stem lies. `start` is
+    the time of the first picture that is shown, and `sound` that of the stem, both in seconds on
+    the clock of the file. Raises `SaveAudioError` without a picture, or if MP4 cannot hold it.
     """
 
     def __init__(self, audio: AudioFile, first: int = 0, last: int | None = None) -> None:
@@ -212,40 +214,58 @@ class Picture:
             self._check(stream)
             self.start = Fraction(stream.start_time or 0) * stream.time_base
             sound = _first_sound(container)
-        self.sound = sound + Fraction(first, rate)  # seconds on the picture's clock
+        self.sound = sound + Fraction(first, rate)
         self.stop = None if last is None else sound + Fraction(last, rate)
         self.is_cut = bool(first)
+        self._skipped = 0  # packets before the key frame from which on the picture is copied
         if self.is_cut:
-            self.start = self._shown()
+            self._find_start()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
-        """The container and its first stream that moves."""
+        """Open the container, and yield it with its first stream that moves."""
         with self.audio._open(PICTURES) as container:
             stream = next(filter(_moves, container.streams.video), None)
             if stream is None:
                 raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
             yield container, stream
 
-    def _shown(self) -> Fraction:
-        """The time of the picture that is shown when the sound begins."""
+    def _find_start(self) -> None:
+        """Find the picture that is shown when the sound begins, and the key frame before it.
+
+        All packets are read up to there, since seeking in MPEG-TS and MPEG-PS does not lead to key
+        frames.
+        """
+        key, shown = None, None
         with self.open() as (container, stream):
-            container.seek(int(self.sound / stream.time_base), stream=stream)
-            times = []
-            for packet in _in_order(container.demux(stream)):
-                times.append(packet.pts * packet.time_base)
-                if packet.dts * packet.time_base > self.sound:
+            for number, packet in enumerate(_in_order(container.demux(stream))):
+                time = packet.pts * packet.time_base
+                if packet.is_keyframe and (key is None or time <= self.sound):
+                    key, self._skipped = time, number
+                if time <= self.sound and key is not None and time >= key:
+                    shown = time if shown is None else max(shown, time)
+                if packet.dts * packet.time_base > self.sound and key is not None:
                     break
-        return max((time for time in times if time <= self.sound), default=self.sound)
+        self.start = self.sound if shown is None else shown
 
     def packets(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The picture's packets from the one on without which the start cannot be shown."""
-        if self.is_cut:
-            container.seek(int(self.start / stream.time_base), stream=stream)
-        for packet in _in_order(container.demux(stream)):
-            if self.stop is not None and packet.dts * packet.time_base >= self.stop:
-                return
-            yield packet
+        """Yield the packets of the picture, of a cut one from a key frame on."""
+        packets = itertools.islice(_in_order(container.demux(stream)), self._skipped, None)
+        begin = None  # the time of the key frame
+        behind: list[Any] = []  # shown after the end; kept if an earlier picture may need them
+        for packet in packets:
+            time = packet.pts * packet.time_base
+            begin = time if begin is None else begin
+            # Pictures before the key frame may need the previous ones.
+            if self.is_cut and time < begin:
+                continue
+            if self.stop is not None and time >= self.stop:
+                if packet.dts * packet.time_base >= self.stop:
+                    return
+                behind.append(packet)
+                continue
+            yield from [*behind, packet]
+            behind = []
 
     def _check(self, stream: Any) -> None:
         with av.open(io.BytesIO(), "w", format="mp4") as trial:
@@ -275,34 +295,44 @@ def _first_sound(container: Any) -> Fraction:
 
 
 def _in_order(packets: Iterator[Any]) -> Iterator[Any]:
-    """`packets` with all of their times; some files do not state when the first are decoded."""
+    """Yield packets with all of their times, of which decoding times increase, as muxers demand.
+
+    Some files do not state when the first packets are decoded. In MPEG-PS not every packet has
+    times, and FFmpeg guesses some that lie before the previous ones.
+    """
     early: list[Any] = []
-    last = None
+    last, delay = None, 0
     for packet in packets:
         if not packet.size:  # the end
             continue
         if packet.dts is None and last is None and len(early) < MOST_EARLY:
             early.append(packet)
             continue
-        if packet.dts is None:
-            packet.dts = packet.pts if last is None else last + 1
+        if last is None:
+            last = (packet.pts or 0) if packet.dts is None else packet.dts
+            for number, first in enumerate(early):
+                first.dts = last - sum(other.duration or 1 for other in early[number:])
+                yield _with_pts(first)
+            packet.dts = last
+        elif packet.dts is None:
+            packet.dts = last + (packet.duration or 1)
+        elif packet.dts <= last:
+            late = last + (packet.duration or 1) - packet.dts
+            packet.dts += late
+            if packet.pts is not None and packet.pts + late - packet.dts <= delay:
+                packet.pts += late
         last = packet.dts
-        yield from map(_with_pts, [*_before(early, last), packet])
-        early = []
-    yield from map(_with_pts, _before(early, early[-1].pts + 1 if early else 0))
-
-
-def _before(packets: Sequence[Any], dts: int) -> Sequence[Any]:
-    """`packets`, which are decoded one after the other until `dts`."""
-    for packet in reversed(packets):
-        dts -= packet.duration or 1
-        packet.dts = dts
-    return packets
+        delay = max(delay, _with_pts(packet).pts - last)
+        yield packet
+    if last is None:
+        for number, packet in enumerate(early):
+            packet.dts = number if packet.pts is None else packet.pts
+            yield _with_pts(packet)
 
 
 def _with_pts(packet: Any) -> Any:
-    if packet.pts is None:
-        packet.pts = packet.dts
+    """Give a packet a time at which it is shown, not before the time at which it is decoded."""
+    packet.pts = packet.dts if packet.pts is None else max(packet.pts, packet.dts)
     return packet
 
 
@@ -325,7 +355,8 @@ class VideoEncoder:
         self._waiting: Any = next(self._packets, None)
         if picture.is_cut and self._begin:  # less than a picture, which players had to skip to
             muxer.position = 0
-            self.write(torch.zeros(request.channels, self._begin))
+            shape = request.channels, self._begin
+            self.write(torch.zeros(shape, dtype=torch.float32, device="cpu"))
 
     def write(self, wav: Tensor) -> None:
         """Encode `wav` `[C, n]`, and copy the picture to the same time."""

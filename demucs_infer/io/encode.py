@@ -20,13 +20,13 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import MissingDependencyError, OptionError, SaveAudioError
+from ..read.decode import reason
+from ..read.packets import AV_ERRORS
+from ..read.pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
+from ..read.tags import clean_tags
 from ..resample import resample
 from ..utils import appearing
-from .decode import _reason
 from .formats import DEFAULT_BITS, LAYOUTS, Encoding
-from .packets import AV_ERRORS
-from .pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
-from .tags import clean_tags
 
 ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
 VORBIS_COMPRESSION = 0.2  # of libsndfile: quality 8 of 10, about 256 kbit/s
@@ -275,4 +275,4 @@ def encoding_errors(path: object) -> Iterator[None]:
     try:
         yield
     except (*AV_ERRORS, RuntimeError) as exc:
-        raise SaveAudioError(f"{path}: cannot be written ({_reason(exc)})") from exc
+        raise SaveAudioError(f"{path}: cannot be written ({reason(exc)})") from exc

@@ -21,10 +21,10 @@ from typing import IO, NamedTuple
 from torch import Tensor
 
 from ..errors import OptionError
+from ..read.pcm import rescale_divisor
 from ..resample import Resampler
 from .encode import encoder
 from .formats import Encoding
-from .pcm import rescale_divisor
 from .spool import Spool, Workspace
 
 TEMPLATE = "player.html"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..engine.threads import worker_pool
 from ..errors import SaveAudioError
+from ..read.pcm import RESCALING, prevent_clip, rescale_divisor
 from ..resample import Resampler
 from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
@@ -28,7 +29,6 @@ from .encode import Encoder, encoder, encoding_errors
 from .formats import Encoding
 from .local import Undo, replaced_by
 from .output import MIX, PIPE, Output
-from .pcm import RESCALING, prevent_clip, rescale_divisor
 from .player import About, PlayerWriter
 from .spool import Spool, Workspace
 from .storage import Place

@@ -415,10 +415,10 @@ def _sound(folder: Path, kind: str, codec: str) -> bytes:
 
 def _read_audio(path: Path) -> None:
     from demucs_infer.audio import AudioFile
-    from demucs_infer.io.mixture import Decoder, Limits
+    from demucs_infer.read.mixture import Decoder, Limits
 
     file = AudioFile(path)
-    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).blocks():
+    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).chunks():
         pass
     _ = file.tags, file.info
 

@@ -62,7 +62,7 @@ def _best_device() -> str:
 
 def _usable(device: str) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise OptionError(f"the device {device!r} cannot be used: {reason}") from exc

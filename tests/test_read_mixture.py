@@ -9,7 +9,7 @@ import torch
 
 from demucs_infer.audio import AudioFile, convert_audio, save_audio
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.io.mixture import BLOCK, Decoder, Limits, Mixture, Moments
+from demucs_infer.read.mixture import CHUNK, Decoder, Limits, Mixture, Moments
 
 from .helpers import assert_close, noise
 
@@ -49,12 +49,12 @@ def test_a_window_is_normalized_inside_and_zero_outside() -> None:
 @pytest.mark.parametrize("channels", [1, 2, 6])
 @pytest.mark.parametrize("rate", [8000, 11_025])
 def test_decoding_equals_conversion_of_the_whole(channels: int, rate: int, tmp_path: Path) -> None:
-    wav = noise(channels, 2 * BLOCK + 321)
+    wav = noise(channels, 2 * CHUNK + 321)
     soundfile.write(tmp_path / "a.wav", wav.T.numpy(), rate, subtype="FLOAT")
     decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2)
-    blocks = list(decoder.blocks())
+    blocks = list(decoder.chunks())
     assert_close(torch.cat(blocks, dim=-1), convert_audio(wav, rate, 8000, 2), 1e-6)
-    assert (decoder.rate, decoder.length) == (rate, 2 * BLOCK + 321)
+    assert (decoder.rate, decoder.length) == (rate, 2 * CHUNK + 321)
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     wav[5] = np.inf
     soundfile.write(tmp_path / "a.wav", wav, 8000, subtype="FLOAT")
     with pytest.raises(LoadAudioError, match=r"a\.wav: has samples that are not finite"):
-        list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).blocks())
+        list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).chunks())
 
 
 @pytest.mark.parametrize("loud", [1e25, -2e6])
@@ -71,21 +71,21 @@ def test_values_that_no_music_has(loud: float, tmp_path: Path) -> None:
     wav[5] = loud
     soundfile.write(tmp_path / "a.wav", wav, 8000, subtype="FLOAT")
     with pytest.raises(LoadAudioError, match=r"a\.wav: has samples that are louder than 1e\+06"):
-        list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).blocks())
+        list(Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2).chunks())
 
 
 def test_a_limit_ends_the_reading_when_it_is_passed(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", noise(1, 100 * BLOCK)[0].numpy(), 8000)
+    soundfile.write(tmp_path / "a.wav", noise(1, 100 * CHUNK)[0].numpy(), 8000)
     decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=20))
     with pytest.raises(LoadAudioError, match=r"a\.wav: is longer than 20 s, the limit here"):
-        list(decoder.blocks())
-    assert decoder.length < 20 * 8000 + 2 * BLOCK
+        list(decoder.chunks())
+    assert decoder.length < 20 * 8000 + 2 * CHUNK
 
 
 def test_a_track_of_the_longest_duration_is_read(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1, 8000)[0].numpy(), 8000)
     decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=1))
-    assert torch.cat(list(decoder.blocks()), -1).shape == (2, 8000)
+    assert torch.cat(list(decoder.chunks()), -1).shape == (2, 8000)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
@@ -99,7 +99,7 @@ def test_strict_refuses_a_damaged_track(tmp_path: Path) -> None:
     save_audio(noise(2, 441_000), path, 44100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     decoder = Decoder(AudioFile(path), 44100, 2)
-    list(decoder.blocks())
+    list(decoder.chunks())
     assert decoder.damage.end_missing
     with pytest.raises(LoadAudioError, match=r"a\.flac: is .*cut off at the end"):
-        list(Decoder(AudioFile(path), 44100, 2, Limits(strict=True)).blocks())
+        list(Decoder(AudioFile(path), 44100, 2, Limits(strict=True)).chunks())

@@ -1,4 +1,4 @@
-"""Samples of other types, channels and rates, and what happens to those that are too loud."""
+"""Convert samples: types, channels, rates, and levels beyond full scale."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ RESCALE_MARGIN = 1.01
 I16_MAX = 2**15 - 1
 I24_MAX = 2**23 - 1
 I32_MAX = 2**31 - 1
-MAX_SAMPLE = 1e6  # of full scale: more is no music, and overflows in a model
+MAX_SAMPLE = 1e6  # of full scale: louder samples overflow in a model
 
 
 def i16_pcm(wav: Tensor) -> Tensor:
-    """`wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers are left alone."""
+    """Return `wav` as int16: clipped to ±1, times 2^15 - 1, truncated. Integers are returned."""
     return (wav.clamp(-1, 1) * I16_MAX).short() if wav.is_floating_point() else wav
 
 
 def f32_pcm(wav: Tensor) -> Tensor:
-    """`wav` as floating point between -1 and 1, from int16. Floats are left alone."""
+    """Return int16 `wav` as floating point between -1 and 1. Floats stay as they are."""
     return wav if wav.is_floating_point() else wav.float() / I16_MAX
 
 
 def as_dtype_pcm(wav: Tensor, dtype: torch.dtype) -> Tensor:
-    """`wav` as `f32_pcm` or `i16_pcm`, whichever `dtype` is."""
+    """Return `f32_pcm(wav)` if `dtype` is floating point, else `i16_pcm(wav)`."""
     return f32_pcm(wav) if dtype.is_floating_point else i16_pcm(wav)
 
 
 def i24_pcm(wav: Tensor) -> Tensor:
-    """`wav` as the upper 24 bits of int32: clipped to ±1, times 2^23 - 1, truncated."""
+    """Return the upper 24 bits of int32: `wav` clipped to ±1, times 2^23 - 1, truncated."""
     return (wav.clamp(-1, 1).double() * I24_MAX).int() * 256
 
 
 def as_samples(wav: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    """Samples of any usual kind as floating point: numpy or PyTorch, int16, int32 or float.
+    """Return samples of numpy or PyTorch, in int16, int32 or floating point, as float32.
 
-    Raises `OptionError` for another kind.
+    Raises `OptionError` for other types.
     """
     if isinstance(wav, np.ndarray):
         wav = torch.from_numpy(np.array(wav, dtype=wav.dtype.newbyteorder("="), order="C"))
@@ -57,7 +57,7 @@ def as_samples(wav: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def strange_samples(wav: Tensor) -> str | None:
-    """What no music has and `wav` does, if anything."""
+    """Return why `wav` cannot be music, or None."""
     if not wav.isfinite().all():
         return "not finite (NaN or Inf)"
     if wav.numel() and wav.abs().max() > MAX_SAMPLE:
@@ -66,7 +66,7 @@ def strange_samples(wav: Tensor) -> str | None:
 
 
 def rescale_divisor(peak: float) -> float:
-    """What samples with this peak are divided by, for a peak of 0.99 at most."""
+    """Return the divisor that brings samples with this peak to 0.99 at most."""
     return max(RESCALE_MARGIN * peak, 1)
 
 
@@ -76,7 +76,8 @@ def _rescale(wav: Tensor) -> Tensor:
 
 CLIP_MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "rescale": _rescale,
-    "rescale-all": _rescale,  # all of what is given: see `Output` for the stems of a track
+    # `Output` gives it all stems of a track at once.
+    "rescale-all": _rescale,
     "clamp": lambda wav: wav.clamp(-CLAMP_LIMIT, CLAMP_LIMIT),
     "tanh": torch.tanh,
     "none": lambda wav: wav,
@@ -87,16 +88,15 @@ RESCALING = ("rescale", "rescale-all")
 def prevent_clip(wav: Tensor, mode: str | None = "rescale") -> Tensor:
     """Bring `wav` into the range of ±1.
 
-    `rescale` divides the whole by what its peak exceeds 0.99 by, `clamp` cuts at ±0.99, `tanh`
-    bends, and `none` (or `None`) does nothing. `rescale-all` is `rescale` where there is only one
-    stem to look at.
+    `rescale` divides all samples so that the peak is 0.99 at most, `clamp` cuts at ±0.99, `tanh`
+    bends, and `none` (or `None`) does nothing. For a single stem, `rescale-all` is `rescale`.
     """
     check_clip_mode(mode)
     return CLIP_MODES[mode or "none"](wav)
 
 
 def check_clip_mode(mode: str | None) -> None:
-    """Raise `OptionError` if there is no such clip mode."""
+    """Raise `OptionError` for an unknown clip mode."""
     if mode not in CLIP_MODES and mode is not None:
         raise OptionError(f"clip mode {mode!r} is unknown: choose among {', '.join(CLIP_MODES)}")
 
@@ -104,8 +104,8 @@ def check_clip_mode(mode: str | None) -> None:
 def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
     """Convert `wav` `[*, C, T]` to `[*, channels, T]`.
 
-    One channel is repeated; more than are wanted are cut to the first ones, except that one
-    channel is the mean of all. Raises `OptionError` if there are too few otherwise.
+    Mono is repeated. Of more channels than wanted, the first ones are taken, or their mean if one
+    is wanted. Raises `OptionError` for too few channels.
     """
     *_, present, _ = wav.shape
     if present == channels:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from demucs_infer.io.pcm import MAX_SAMPLE, strange_samples
+from demucs_infer.read.pcm import MAX_SAMPLE, strange_samples
 
 
 @pytest.mark.parametrize(

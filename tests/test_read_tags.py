@@ -9,10 +9,10 @@ import av
 import pytest
 import torch
 
-from demucs_infer.io.decode import AudioFile
 from demucs_infer.io.encode import encoder
 from demucs_infer.io.formats import FORMATS, Encoding
-from demucs_infer.io.tags import MAX_TAG, MAX_TAGS, clean_tags
+from demucs_infer.read.decode import AudioFile
+from demucs_infer.read.tags import MAX_TAG, MAX_TAGS, clean_tags
 
 from .helpers import noise
 

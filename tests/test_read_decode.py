@@ -17,7 +17,7 @@ import torch
 
 from demucs_infer.audio import AudioFile
 from demucs_infer.errors import LoadAudioError
-from demucs_infer.io.packets import Damage
+from demucs_infer.read.packets import Damage
 
 FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")
@@ -86,11 +86,16 @@ HEALTHY = {
     "a.rm": "-c:a ac3",
     "a.wtv": "-c:a mp2",
 }
+# Formats that are read by default; a slow test has the others.
+USUAL = (
+    "a.wav u8.wav rf64.wav twenty-four.wav 768k.wav a.caf a.aiff a.flac a.mp3 bare.mp3 a.aac a.ac3"
+    " a.m4a alac.m4a edit.m4a pcm.mov a.ogg a.opus a.mka aac.mkv a.ts a.mpg a.wma"
+).split()
 HARMLESS = 1e-6  # between builds of FFmpeg
 ROUNDED = {"ima.wav": 0.002}  # where its releases round differently
 # Where damage leaves sound out, FFmpeg's command closes the gap: so do we without a clock.
 CLOCKLESS = ["a.mp3", "a.mp2", "a.aac", "a.ac3", "a.eac3", "a.flac", "bare.mp3", "a.dts"]
-CLOCKED = "a.m4a a.ts mp2.ts a.m2ts aac.mkv a.mka a.opus a.oga a.ogg a.mpg a.flv a.wma".split()
+TIMESTAMPED = "a.m4a a.ts mp2.ts a.m2ts aac.mkv a.mka a.opus a.oga a.ogg a.mpg a.flv a.wma".split()
 IN_PACKETS = "a.m4a a.ts mp2.ts a.m2ts a.mpg a.flv".split()  # and not in pages of a second
 PLACES = {
     "first": [0],
@@ -139,7 +144,7 @@ def made(folder: Path, name: str) -> Path:
 
 def decoded(path: Path) -> tuple[torch.Tensor, Damage]:
     damage = Damage()
-    return torch.cat(list(AudioFile(path).blocks(damage=damage)), dim=-1), damage
+    return torch.cat(list(AudioFile(path).chunks(damage=damage)), dim=-1), damage
 
 
 def lag(ours: torch.Tensor, theirs: torch.Tensor) -> int:
@@ -150,7 +155,10 @@ def lag(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     return place if place < ours.shape[-1] else place - size
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in HEALTHY],
+)
 def test_healthy_files_are_read_as_by_ffmpeg(name: str, folder: Path) -> None:
     path = made(folder, name)
     ours, damage = decoded(path)
@@ -160,19 +168,18 @@ def test_healthy_files_are_read_as_by_ffmpeg(name: str, folder: Path) -> None:
     assert not damage
 
 
-@pytest.mark.parametrize("name", HEALTHY)
-def test_a_part_is_that_of_the_whole_file(name: str, folder: Path) -> None:
-    """To the bit, whether it can be sought or all before it has to be decoded."""
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "edit.m4a", "a.opus", "a.ts", "ima.wav"])
+def test_an_excerpt_equals_that_of_the_whole_file(name: str, folder: Path) -> None:
     file = AudioFile(made(folder, name))
-    whole, rate = torch.cat(list(file.blocks()), dim=-1), file.samplerate()
+    whole, rate = torch.cat(list(file.chunks()), dim=-1), file.samplerate()
     length = whole.shape[1]
     for first in (rate // 10, length // 2, length - rate // 7, length - 1):
         for last in (None, first + rate // 20):
-            part = torch.cat(list(file.part(first, last)), dim=-1)
-            assert torch.equal(part, whole[:, first:last])
+            excerpt = torch.cat(list(file.chunks(first=first, last=last)), dim=-1)
+            assert torch.equal(excerpt, whole[:, first:last])
     for first in (length, 10**25):
         with pytest.raises(LoadAudioError, match="ends after"):
-            list(file.part(first, None))
+            list(file.chunks(first=first))
 
 
 def damaged(folder: Path, name: str, places: list[float], target: Path, size: int = 300) -> Path:
@@ -186,8 +193,11 @@ def damaged(folder: Path, name: str, places: list[float], target: Path, size: in
     return target
 
 
-@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("name", CLOCKLESS)
+@pytest.mark.parametrize(
+    "places",
+    ["middle", *(pytest.param(p, marks=pytest.mark.slow) for p in ("first", "last", "three"))],
+)
 def test_damage_in_a_raw_stream(name: str, places: str, folder: Path, tmp_path: Path) -> None:
     path = damaged(folder, name, PLACES[places], tmp_path / name)
     ours, _ = decoded(path)
@@ -198,7 +208,7 @@ def test_damage_in_a_raw_stream(name: str, places: str, folder: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "places"),
-    [*((name, "middle") for name in CLOCKED), *((name, "three") for name in IN_PACKETS)],
+    [*((name, "middle") for name in TIMESTAMPED), *((name, "three") for name in IN_PACKETS)],
 )
 def test_damage_where_there_is_a_clock(
     name: str, places: str, folder: Path, tmp_path: Path
@@ -255,7 +265,7 @@ def test_the_end_is_missing(name: str, folder: Path, tmp_path: Path) -> None:
         ("-ar 48000", "-ar 32000"),
     ],
 )
-@pytest.mark.parametrize("suffix", ["mp3", "ac3", "mp2", "aac"])
+@pytest.mark.parametrize("suffix", ["mp3", "ac3"])
 def test_a_change_in_mid_stream(
     first: str, second: str, suffix: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -274,7 +284,7 @@ def test_a_change_in_mid_stream(
     assert not damage
 
 
-@pytest.mark.parametrize("second", ["-ar 48000", "-ar 44100", "-ac 1", "-ar 22050 -ac 1"])
+@pytest.mark.parametrize("second", ["-ar 48000", "-ac 1"])
 @pytest.mark.parametrize("codec", ["libvorbis", "flac", "libopus"])
 def test_links_of_a_chained_ogg_file(second: str, codec: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ogg"
@@ -296,7 +306,7 @@ def test_links_of_a_chained_ogg_file(second: str, codec: str, folder: Path, tmp_
     assert AudioFile(path).duration == pytest.approx(3 * SECONDS, abs=0.1)
 
 
-@pytest.mark.parametrize("suffix", ["mp3", "aac", "ac3", "flac", "wav", "dts", "m4a", "ogg", "ts"])
+@pytest.mark.parametrize("suffix", ["mp3", "flac", "m4a", "ts"])
 def test_noise_is_no_audio_file(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"noise.{suffix}"
     path.write_bytes(random.Random(1).randbytes(300_000))
@@ -352,3 +362,15 @@ def test_names_of_every_kind(name: str, folder: Path, tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system has no such names")
     assert torch.equal(decoded(path)[0], decoded(source)[0])
+
+
+def test_opus_of_one_short_packet(folder: Path, tmp_path: Path) -> None:
+    """The decoder returns its only frame when it is flushed, without a time base."""
+    path = tmp_path / "a.opus"
+    sine = "sine=d=0.02:r=48000"
+    ffmpeg("-f", "lavfi", "-i", sine, "-c:a", "libopus", "-b:a", "6k", path)
+    if not path.exists():
+        pytest.skip("this FFmpeg has no libopus")
+    ours, damage = decoded(path)
+    assert ours.shape == (1, 960)
+    assert not damage

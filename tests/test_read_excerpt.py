@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.options import parse_time
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.io.packets import Damage
-from demucs_infer.io.parts import Part
+from demucs_infer.read.mixture import Excerpt
+from demucs_infer.read.packets import Damage
 from demucs_infer.separate import main
 
 from .helpers import noise
@@ -52,7 +51,7 @@ def test_what_is_no_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("part", [{"start": -1}, {"duration": 0}, {"start": float("nan")}])
 def test_parts_that_there_are_not(part: dict[str, Any], repo: Path, track: Path) -> None:
     with pytest.raises(OptionError, match=next(iter(part))):
-        Part(**part)
+        Excerpt(**part)
     with pytest.raises(OptionError):
         Separator("tiny", repo, device="cpu").separate_audio_file(track, **part)
 
@@ -81,38 +80,11 @@ def test_a_part_is_what_a_file_cut_there_would_be(
 ) -> None:
     """To the sample, whether the format can be sought in or not."""
     file = AudioFile(encoded(tmp_path / f"a.{suffix}"))
-    whole, rate = torch.cat(list(file.blocks()), dim=-1), file.samplerate()
+    whole, rate = torch.cat(list(file.chunks()), dim=-1), file.samplerate()
     first = round((start or 0) * rate)
     last = None if duration is None else first + round(duration * rate)
-    part = torch.cat(list(file.part(*Part(start, duration).samples(rate))), dim=-1)
+    part = torch.cat(list(file.chunks(0, *Excerpt(start, duration).samples(rate))), dim=-1)
     assert torch.equal(part, whole[:, first:last])
-
-
-def test_what_lies_before_a_part_is_not_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of two minutes, only what the last second needs is read; damage before it is not noticed."""
-    path, wav = tmp_path / "a.flac", noise(2, 120 * RATE)
-    soundfile.write(path, wav.T.numpy(), RATE)
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.seek(size // 2)
-        file.write(b"damage " * 1000)
-    read = 0
-
-    class Counting(io.BufferedReader):
-        def read(self, count: int | None = -1) -> bytes:
-            nonlocal read
-            data = super().read(count)
-            read += len(data)
-            return data
-
-    monkeypatch.setattr(Path, "open", lambda self, mode: Counting(io.FileIO(self, mode)))
-    damage = Damage()
-    part = torch.cat(list(AudioFile(path).part(119 * RATE, None, damage)), dim=-1)
-    assert (part - wav[:, 119 * RATE :]).abs().max() <= 2**-15
-    assert not damage
-    assert read < size / 4
 
 
 def test_damage_counts_within_a_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,9 +97,9 @@ def test_damage_counts_within_a_part(tmp_path: Path, caplog: pytest.LogCaptureFi
     file = AudioFile(path)
     for start, stop, places in ((0, 0.3, 0), (0.5, 1.5, 1), (1.7, None, 0)):
         caplog.clear()
-        first, last = Part(start, stop and stop - start).samples(RATE)
+        first, last = Excerpt(start, stop and stop - start).samples(RATE)
         damage = Damage()
-        assert sum(block.shape[1] for block in file.part(first, last, damage)) > RATE / 4
+        assert sum(block.shape[1] for block in file.chunks(0, first, last, damage)) > RATE / 4
         assert (damage.places, len(caplog.messages)) == (places, places)
 
 
@@ -141,7 +113,7 @@ def test_the_stems_of_a_part(
     expected = separator.separate_audio_file(cut).stems
     stems = separator.separate_audio_file(track, start=0.5, duration=1).stems
     assert all(torch.equal(stems[name], expected[name]) for name in expected)
-    assert separator.part == Part()
+    assert separator.excerpt == Excerpt()
     common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--float32"]
     options = ["--clip-mode", "none", "--start", "0:00.5", "--duration", "1", "--json"]
     main([*common, *options, "-o", str(tmp_path), str(track)])

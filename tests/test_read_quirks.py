@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from demucs_infer.audio import AudioFile, save_audio
-from demucs_infer.io.mending import Part
+from demucs_infer.read.quirks import Link
 
 from .helpers import noise
 
@@ -96,10 +96,12 @@ def test_a_wav_file_that_breaks_off(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("start", [0, 3, 8, 10])
 @pytest.mark.parametrize("size", [1, 4, -1])
-def test_a_part_with_a_patch(start: int, size: int) -> None:
-    part = Part(io.BytesIO(bytes(range(20))), 2, 16, {4: b"abc"})
-    whole = bytes([2, 3, 4, 5]) + b"abc" + bytes(range(9, 16))
-    part.seek(start)
-    assert part.read(size) == whole[start : None if size < 0 else start + size]
-    assert part.seek(0, 2) == 14
-    assert part.read(5) == b""
+def test_a_link_with_a_patch(start: int, size: int) -> None:
+    link = Link(io.BytesIO(bytes(range(20))), 2, 16, "a.wav")
+    link.patch = 4, 255
+    whole = bytes([2, 3, 4, 5, 255, *range(7, 16)])
+    link.seek(start)
+    assert link.read(size) == whole[start : None if size < 0 else start + size]
+    assert link.seek(0, 2) == 14
+    assert link.read(5) == b""
+    assert link.seek(-1) < 0  # an error, for FFmpeg

@@ -1,0 +1,1 @@
+"""From files to samples: decoding, conversion, and the tags of a track."""

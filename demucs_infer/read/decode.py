@@ -1,0 +1,272 @@
+"""Read audio files.
+
+Shapes: `[C, T]` samples between -1 and 1, as float32. FFmpeg's libraries, which PyAV brings along,
+decode the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import torch
+from torch import Tensor
+
+from ..errors import LoadAudioError
+from ..log import logger
+from .packets import AV_ERRORS, MAX_CHANNELS, SAMPLE_RATES, Damage, TrackDecoder
+from .pcm import convert_audio
+from .quirks import Link, find_links, open_container
+from .tags import clean_tags
+
+# Bits by FFmpeg's sample format, of codecs that lose none: more than 24 are written as 24.
+SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}
+
+AudioInput = str | bytes | os.PathLike[str] | BinaryIO
+
+
+class AudioFile:
+    """The audio streams of a file: a path, or a binary file object that can seek.
+
+    A file object is read from its beginning, and stays open. `name` stands for the file in
+    messages. Methods raise `LoadAudioError` if the file cannot be read or has no audio.
+    """
+
+    def __init__(self, path: AudioInput, *, name: str | None = None) -> None:
+        self._file: BinaryIO | None = None
+        if isinstance(path, (str, bytes, os.PathLike)):
+            self.path = Path(os.fsdecode(path))
+        else:
+            self._file = path
+            known = getattr(path, "name", None)
+            self.path = Path(known if isinstance(known, str) and known else "<file object>")
+        self.name = name or str(self.path)
+
+    def __repr__(self) -> str:
+        return f"AudioFile({str(self.path)!r})"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The file's `format` (with `duration`) and `streams`, as ffprobe names them."""
+        with self._links() as links:
+            durations = []
+            for link in links[1:]:
+                with self._container(link) as container:
+                    durations.append(container.duration)
+            with self._container(links[0]) as container:
+                durations.append(container.duration)
+                seconds = None if None in durations else sum(durations) / av.time_base
+                return {
+                    "format": {
+                        "filename": str(self.path),
+                        "format_name": container.format.name,
+                        "duration": seconds,
+                        "tags": dict(container.metadata),
+                    },
+                    "streams": [
+                        {
+                            "index": stream.index,
+                            "codec_type": stream.type,
+                            "codec_name": getattr(stream.codec_context, "name", None),
+                            "sample_rate": getattr(stream, "rate", None),
+                            "channels": getattr(stream, "channels", None),
+                        }
+                        for stream in container.streams
+                    ],
+                }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags that describe the music, such as `title` and `artist`, under FFmpeg's names."""
+        with self._open() as container:
+            # Ogg keeps tags in its streams.
+            streams = container.streams.audio[:1]
+            metadata = [stream.metadata for stream in streams] + [container.metadata]
+            return clean_tags({name: text for tags in metadata for name, text in tags.items()})
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sample in lossless formats: 16, 24, or 32 for float. 0 in lossy formats."""
+        with self._open() as container:
+            if not container.streams.audio:
+                return 0
+            context = container.streams.audio[0].codec_context
+            kind = context.format.name.removesuffix("p") if context.codec.lossless else ""
+        return SAMPLE_BITS.get(kind, 0)
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds that the file states."""
+        return float(self.info["format"]["duration"] or 0.0)
+
+    def _audio_streams(self) -> list[dict[str, Any]]:
+        return [stream for stream in self.info["streams"] if stream["codec_type"] == "audio"]
+
+    def __len__(self) -> int:
+        """Return the number of audio streams."""
+        return len(self._audio_streams())
+
+    def channels(self, stream: int = 0) -> int:
+        """Return the number of channels of an audio stream."""
+        return int(self._stream_info(stream)["channels"])
+
+    def samplerate(self, stream: int = 0) -> int:
+        """Return the sample rate of an audio stream, in hertz."""
+        return int(self._stream_info(stream)["sample_rate"])
+
+    def _stream_info(self, stream: int) -> dict[str, Any]:
+        streams = self._audio_streams()
+        if not 0 <= stream < len(streams):
+            raise LoadAudioError(f"{self.name}: there is no audio stream {stream}")
+        rate = streams[stream]["sample_rate"]
+        if rate not in SAMPLE_RATES:
+            raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not one of music")
+        return streams[stream]
+
+    def read(
+        self,
+        seek_time: float | None = None,
+        duration: float | None = None,
+        streams: int | slice | Sequence[int] = slice(None),
+        samplerate: int | None = None,
+        channels: int | None = None,
+    ) -> Tensor:
+        """Decode audio, as `[C, T]` for a stream given by its number, else `[S, C, T]`.
+
+        Args:
+            seek_time: start here, in seconds.
+            duration: stop after this many seconds.
+            streams: number of one audio stream, several numbers, or a slice (default: all).
+            samplerate: convert to this rate, in hertz.
+            channels: convert to this many channels (see `convert_audio_channels`).
+
+        Damaged and truncated files are read as far as possible, with a warning.
+        """
+        if isinstance(streams, int):
+            rate = self.samplerate(streams)
+            first = round((seek_time or 0.0) * rate)
+            last = None if duration is None else first + round(duration * rate)
+            wav = torch.cat(list(self.chunks(streams, first, last)), dim=-1)
+            if not wav.shape[-1]:
+                raise LoadAudioError(f"{self.name}: there are no samples in this time range")
+            return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
+        numbers = range(len(self))[streams] if isinstance(streams, slice) else streams
+        waves = [self.read(seek_time, duration, n, samplerate, channels) for n in numbers]
+        if not waves:
+            raise LoadAudioError(f"{self.name}: there is no audio in this file")
+        shortest = min(wave.shape[-1] for wave in waves)
+        return torch.stack([wave[..., :shortest] for wave in waves])
+
+    def chunks(
+        self,
+        stream: int = 0,
+        first: int = 0,
+        last: int | None = None,
+        damage: Damage | None = None,
+    ) -> Iterator[Tensor]:
+        """Decode an audio stream packet by packet, as float32 `[C, n]`.
+
+        Yields the samples from number `first` on, up to `last` if given. Decoding starts at the
+        beginning of the file, so that they are those of the whole file to the bit. Damaged packets
+        are skipped, and replaced by silence if the file has timestamps. If the rate or the channels
+        change, they are converted to the first ones. Damage in this range is added to `damage`.
+
+        Raises `LoadAudioError` if less than half of the packets can be decoded.
+        """
+        decoder = TrackDecoder(max(0, first), Damage() if damage is None else damage)
+        position = first
+        try:
+            with closing(self._decode(decoder, stream)) as chunks:
+                for chunk in chunks:
+                    yield chunk if last is None else chunk[:, : last - position]
+                    position += chunk.shape[-1]
+                    if last is not None and position >= last:
+                        break
+        except AV_ERRORS as exc:
+            raise LoadAudioError(f"{self.name}: cannot be decoded ({reason(exc)})") from exc
+
+        converter, packets = decoder.converter, decoder.good + decoder.bad
+        if decoder.good < decoder.bad:
+            raise LoadAudioError(
+                f"{self.name}: cannot be decoded as audio ({decoder.bad} of its {packets} packets"
+                " cannot be decoded)"
+            )
+        if not converter.samples:
+            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+        if not converter.reaches(0):
+            seconds = converter.samples / converter.rate
+            raise LoadAudioError(f"{self.name}: ends after {seconds:.2f} s, before the start")
+        if decoder.damage:
+            logger.warning("%s: is %s", self.name, decoder.damage)
+
+    def _decode(self, decoder: TrackDecoder, number: int) -> Generator[Tensor, None, None]:
+        with self._links() as links:
+            for link in links:
+                with self._container(link) as container:
+                    if not 0 <= number < len(container.streams.audio):
+                        raise LoadAudioError(f"{self.name}: there is no audio in this file")
+                    stream = container.streams.audio[number]
+                    yield from decoder.chunks(container, stream)
+                    if link.missing and stream.codec_context.bit_rate:
+                        seconds = 8 * link.missing / stream.codec_context.bit_rate
+                        decoder.damage.add_missing(seconds)
+        yield from decoder.converter.flush()
+
+    @contextmanager
+    def _open(self, pictures: Sequence[str] = ()) -> Iterator[Any]:
+        """Open the container, of a chained stream the first one."""
+        with self._links() as links, self._container(links[0], pictures) as container:
+            yield container
+
+    @contextmanager
+    def _links(self) -> Iterator[list[Link]]:
+        """Open the file, or the file object."""
+        with ExitStack() as stack:
+            # A file object may raise anything: it is closed, holds text, or cannot seek.
+            try:
+                file = self._file
+                if file is None:
+                    self._check_path()
+                    file = stack.enter_context(self.path.open("rb"))
+                if not isinstance(file.read(0), bytes):
+                    raise TypeError("it is not open in binary mode")
+                if not file.seek(0, os.SEEK_END):
+                    raise LoadAudioError(f"{self.name}: the file is empty")
+                links = find_links(file, self.path.name)
+            except LoadAudioError:
+                raise
+            except Exception as exc:
+                raise LoadAudioError(f"{self.name}: cannot be read ({reason(exc)})") from exc
+            yield links
+
+    def _check_path(self) -> None:
+        if not self.path.exists():
+            raise LoadAudioError(f"{self.name}: no such file")
+        if self.path.is_dir():
+            raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
+        if not self.path.is_file():
+            raise LoadAudioError(f"{self.name}: is not a regular file. Copy its content to one")
+
+    @contextmanager
+    def _container(self, link: Link, pictures: Sequence[str] = ()) -> Iterator[Any]:
+        try:
+            container = open_container(link, pictures)
+        except AV_ERRORS as exc:
+            message = f"{self.name}: cannot be decoded as audio ({reason(exc)})"
+            raise LoadAudioError(message) from exc
+        with container:
+            channels = max((getattr(s, "channels", 0) for s in container.streams.audio), default=0)
+            if channels > MAX_CHANNELS:
+                raise LoadAudioError(
+                    f"{self.name}: has {channels} channels. At most {MAX_CHANNELS} are supported"
+                )
+            yield container
+
+
+def reason(exc: BaseException) -> str:
+    """Return the message of FFmpeg or the system, without the error number and the path."""
+    return str(getattr(exc, "strerror", None) or exc)
