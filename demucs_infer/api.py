@@ -42,9 +42,9 @@ from .io.output import Output
 from .io.parts import Part
 from .io.pcm import as_samples, strange_samples
 from .io.stems import mixed, needed_sources, parse_stems
-from .io.storage import local_copy, place
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
+from .storage.locations import local_copy, location
 
 __all__ = [
     "LoadAudioError",
@@ -112,9 +112,14 @@ class Separator:
         """Load the model `_name`, and set `_model`, `_samplerate` and `_audio_channels`."""
         source = self._chosen(ModelOptions)
         repo = None if source.repo is None else Path(source.repo)
-        model: Any = get_model(
-            source.model, repo, cache_dir=source.cache_dir, offline=source.offline
-        )
+        options: dict[str, Any] = {
+            "repo": repo,
+            "cache_dir": source.cache_dir,
+            "offline": source.offline,
+        }
+        # Programs replace `get_model` by functions that know only the older options.
+        given = {name: value for name, value in options.items() if value is not None}
+        model: Any = get_model(source.model, **given)
         self._model = model
         self._samplerate, self._audio_channels = model.samplerate, model.audio_channels
 
@@ -234,7 +239,7 @@ class Separator:
 
     def _load_audio(self, track: str | os.PathLike[str]) -> Tensor:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
-        with local_copy(place(track)) as path:
+        with local_copy(track) as path:
             audio = AudioFile(path, name=str(track))
             decoder = Decoder(audio, self.samplerate, self.audio_channels, self.limits, self.part)
             return torch.cat(list(decoder.blocks()), dim=-1)
@@ -268,7 +273,7 @@ class Separator:
         known = {option.name for option in fields(SeparationOptions)}
         changes = {name: options.pop(name) for name in known & options.keys()}
         output = replace(out, **options) if isinstance(out, Output) else Output(out, **options)
-        return separate_file(self._changed(changes), place(file), output)
+        return separate_file(self._changed(changes), location(file), output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
         """This, with other options, for one call; the model is the same."""

@@ -12,9 +12,9 @@ import soundfile
 import torch
 
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub import download, registry
-from demucs_infer.hub.http import Patience
+from demucs_infer.hub import registry
 from demucs_infer.log import logger
+from demucs_infer.storage import http
 
 from .helpers import TINY, noise, publish, save_package, shake
 from .web import Web, serving
@@ -118,7 +118,7 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # the second host is down
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
-        monkeypatch.setattr(download, "PATIENCE", Patience(attempts=2, backoff=0))
+        monkeypatch.setattr(http, "LIMITS", http.Limits(attempts=2, backoff=0))
         registry.registry.cache_clear()
         yield web
     registry.registry.cache_clear()

@@ -14,7 +14,7 @@ import torch
 from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
-from demucs_infer.io.spool import Workspace
+from demucs_infer.storage.spool import Workspace
 from demucs_infer.separate import main
 
 from .helpers import SOURCES

@@ -24,7 +24,7 @@ from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.packages import read_state
+from demucs_infer.hub.checkpoints import read_state
 from demucs_infer.hub.registry import Checkpoint
 from demucs_infer.pretrained import (
     add_model_flags,

@@ -10,7 +10,7 @@ import torch
 
 from demucs_infer.errors import SaveAudioError
 from demucs_infer.io import spool
-from demucs_infer.io.spool import Spool, Workspace
+from demucs_infer.storage.spool import Spool, Workspace
 
 from .helpers import noise
 
@@ -48,7 +48,7 @@ def test_a_file_has_the_rights_of_any_file(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     tmp_path: Path,
 ) -> None:
-    code = "import os, sys; from pathlib import Path; from demucs_infer.io.spool import Workspace;"
+    code = "import os, sys; from pathlib import Path; from demucs_infer.storage.spool import Workspace;"
     code += "space = Workspace(Path(sys.argv[1])); space.__enter__(); space.file();"
     code += "print(flush=True); sys.stdin.read()"
     process = subprocess.Popen(

@@ -28,6 +28,8 @@ from ..engine.plan import Pass
 from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
+from ..storage.locations import Location, full_text, local_copy
+from ..storage.spool import Spool, Workspace
 from .console import standard_input
 from .container import Picture, read_cover
 from .decode import AudioFile
@@ -37,8 +39,6 @@ from .output import PIPE, PIPE_NAME, Output
 from .packets import Damage
 from .parts import Part
 from .player import check_length
-from .spool import Spool, Workspace
-from .storage import Place, local_copy
 from .tracks import TrackJob, plan_jobs
 from .writer import Extras, StemFile, Target, TrackWriter
 
@@ -85,7 +85,7 @@ class TrackResult:
     `error` what went wrong, if anything did; `player` is the page to listen with.
     """
 
-    input: Place
+    input: Location
     model: str
     stems: Mapping[str, StemFile] = field(default_factory=dict)
     seconds: float | None = None
@@ -94,7 +94,7 @@ class TrackResult:
     skipped: bool = False
     damaged: Damage | None = None
     error: Exception | None = None
-    player: Place | None = None
+    player: Location | None = None
     version: str = __version__
 
     @property
@@ -107,16 +107,16 @@ class TrackResult:
     def as_json(self) -> dict[str, Any]:
         """The result as plain values."""
         stems = {
-            name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
+            name: {"path": full_text(stem.path), "peak": stem.peak, "gain": stem.gain}
             for name, stem in self.stems.items()
         }
         changed = {
-            "input": str(self.input),
+            "input": full_text(self.input),
             "stems": stems,
             "offsets": list(self.offsets),
             "damaged": None if self.damaged is None else self.damaged.as_json(),
             "error": self.message or None,
-            "player": None if self.player is None else str(self.player),
+            "player": None if self.player is None else full_text(self.player),
         }
         return {**vars(self), **changed}
 
@@ -155,7 +155,7 @@ class Batch:
         output: Output,
         space: Workspace,
         *,
-        announce: Callable[[Place], str | None] = lambda track: None,
+        announce: Callable[[Location], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
@@ -220,7 +220,7 @@ class Batch:
         job.check_targets()
         return self._decode(job.track)
 
-    def _decode(self, track: Place) -> _Decoded:
+    def _decode(self, track: Location) -> _Decoded:
         if track == PIPE:
             with contextlib.ExitStack() as stack:
                 return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME), stack)
@@ -228,7 +228,9 @@ class Batch:
             file = stack.enter_context(local_copy(track, self.space.path))
             return self._decode_file(track, AudioFile(file, name=str(track)), stack)
 
-    def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
+    def _decode_file(
+        self, track: Location, file: AudioFile, stack: contextlib.ExitStack
+    ) -> _Decoded:
         separator = self.separator
         decoder = Decoder(
             file, separator.samplerate, separator.audio_channels, separator.limits, separator.part
@@ -356,7 +358,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: StemSource, track: Place, output: Output) -> TrackResult:
+def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
     """Separate one track, and raise what goes wrong with it."""
     (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
     results: list[TrackResult] = []

@@ -17,19 +17,27 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError, SaveAudioError
 from ..log import logger
+from ..storage.locations import (
+    TEMPORARY,
+    Location,
+    Named,
+    Url,
+    below,
+    check,
+    check_folder,
+    location,
+    parent_name,
+)
 from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
-from .local import LocalPath
 from .stems import Stem, mix
-from .storage import Named, Place, place
-from .url import Url
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .spool import Workspace
+    from ..storage.spool import Workspace
 
-PIPE = LocalPath("-")  # stands for standard input or standard output
+PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
@@ -49,7 +57,7 @@ BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 class _Track(NamedTuple):
     """A track, and its folder below the one that was named."""
 
-    place: Place
+    place: Location
     folder: str
 
 
@@ -65,7 +73,7 @@ class Output:
         "--out",
         section=WHERE,
         dest="out",
-        type=place,
+        type=location,
         metavar="DIR",
     )
     filename: str = option(
@@ -164,9 +172,9 @@ class Output:
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoding", self._encoding())
         self._check_choices()
-        self._place.check()
-        if self._place.is_web:
-            raise OptionError(f"{self.folder}: addresses of the web can only be read")
+        check(self._folder)
+        if isinstance(self._folder, Url) and self._folder.is_web:
+            raise OptionError(f"{self._folder}: URLs of the web can only be read")
         if self.is_together and "{stem}" in self._template:
             raise OptionError(
                 f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
@@ -176,9 +184,7 @@ class Output:
             check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        self._path(
-            _Track(LocalPath("track.wav"), "folder"), "model", "stem"
-        )  # the template makes sense
+        self._path(_Track(Path("track.wav"), "folder"), "model", "stem")  # the template makes sense
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(self.encoding)
@@ -228,25 +234,25 @@ class Output:
         return self.filename
 
     @property
-    def _place(self) -> Place:
-        return place(self.folder)
+    def _folder(self) -> Location:
+        return location(self.folder)
 
     @property
     def is_pipe(self) -> bool:
         """Whether the stem goes to standard output."""
-        return self._place == PIPE
+        return self._folder == PIPE
 
     def workspace(self, patience: float = 0) -> Workspace:
         """Room for what is not finished: among the stems if they are local, to be renamed there.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
         """
-        from .spool import Workspace
+        from ..storage.spool import Workspace
 
-        folder = self._place
-        if isinstance(folder, LocalPath) and not self.is_pipe:
+        folder = self._folder
+        if isinstance(folder, Path) and not self.is_pipe:
             return Workspace(folder, patience)
-        folder.check_writable()
+        check_folder(folder)
         return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
@@ -323,13 +329,13 @@ class Output:
         track: Named,
         model: str,
         stems: Sequence[str],
-        folder_of: Callable[[Place], str] = lambda track: "",
-    ) -> dict[str, Place]:
+        folder_of: Callable[[Location], str] = lambda track: "",
+    ) -> dict[str, Location]:
         """The file of each stem of `track`; all are within the folder, whatever the names are.
 
         `folder_of` gives the track's folder below the one that was named.
         """
-        track = place(track)
+        track = location(track)
         if self.is_pipe:
             if len(stems) != 1 and not self.is_together:
                 raise OptionError(
@@ -345,8 +351,8 @@ class Output:
         return paths
 
     def page(
-        self, track: Place, model: str, folder_of: Callable[[Place], str] = lambda track: ""
-    ) -> Place | None:
+        self, track: Location, model: str, folder_of: Callable[[Location], str] = lambda track: ""
+    ) -> Location | None:
         """The page to listen to `track` with, if one is wanted: beside the stems."""
         if not self.player:
             return None
@@ -362,20 +368,20 @@ class Output:
         folder = template.removesuffix(".{ext}")
         return folder + ("." if folder == template else "/") + "{stem}.{ext}"
 
-    def track_name(self, track: Place) -> str:
+    def track_name(self, track: Location) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: _Track, model: str, stem: str) -> Place:
+    def _path(self, track: _Track, model: str, stem: str) -> Location:
         return self._file(self._template, track, model, stem, self.format)
 
-    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
+    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Location:
         """The file in the output folder that a template means."""
         track = found.place
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
-            "parent": _safe(track.parent_name),
+            "parent": _safe(parent_name(track)),
             "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
             "model": model,
             "stem": stem,
@@ -386,7 +392,10 @@ class Output:
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        return self._place.below(relative if found.folder else relative.lstrip("/"))
+        relative = relative if found.folder else relative.lstrip("/")
+        # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
+        relative = re.sub(rf"(^|[/\\])(?={re.escape(TEMPORARY)})", r"\1_", relative, flags=re.I)
+        return below(self._folder, relative)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
@@ -409,7 +418,7 @@ def _temporary_folder() -> Path:
         raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
-def _split(track: Place) -> tuple[str, str]:
+def _split(track: Location) -> tuple[str, str]:
     """Name and suffix of a track; ".name" has no suffix, and "..." is no more than a name."""
     name, _, suffix = track.name.rpartition(".")
     return (name, suffix) if name.strip(".") else (track.name, "")

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..resample import Resampler
+from ..storage.spool import Spool, Workspace
 from .encode import encoder
 from .formats import Encoding
 from .pcm import rescale_divisor
-from .spool import Spool, Workspace
 
 TEMPLATE = "player.html"
 LONGEST = 20 * 60  # seconds

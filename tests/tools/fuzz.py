@@ -279,7 +279,7 @@ def _run_checkpoint(path: Path) -> None:
 
 
 def _safetensors(folder: Path) -> Sequence[bytes]:
-    from demucs_infer.hub.packages import write_safetensors
+    from demucs_infer.hub.checkpoints import write_safetensors
     from demucs_infer.hub.pickles import ClassName
 
     contents = []
