@@ -142,7 +142,7 @@ def _check_window(model: nn.Module) -> None:
     length = float(options.segment) * options.samplerate * (1 + getattr(options, "resample", False))
     nfft = getattr(options, "nfft", 0)
     # A spectrogram has twice as many complex values as its signal.
-    channels = options.audio_channels * (1 + len(options.sources))
+    channels = options.audio_channels * len(options.sources)
     largest = (4 if nfft else 1) * channels * length
     steps, bins = length, nfft / 2
     for level in range(options.depth):

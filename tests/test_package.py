@@ -136,5 +136,5 @@ def test_the_wheel(tmp_path: Path) -> None:
     assert wheel.stat().st_size < 4_000_000
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"demucs_infer"}
-    for file in ("remote/registry.yaml", "remote/demo.safetensors", "py.typed"):
+    for file in ("remote/registry.yml", "remote/demo.safetensors", "py.typed"):
         assert f"demucs_infer/{file}" in names

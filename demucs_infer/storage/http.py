@@ -9,6 +9,7 @@ slow or too long, sizes are limited, and credentials go to the URL's own host on
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import socket
@@ -196,13 +197,31 @@ def request(
     """
     watchdog = _Watchdog(limits)
     try:
-        with _session(watchdog) as session:
+        with _session(watchdog) as session, _silent_urllib3():
             with _failures(url, watchdog):
                 response = _send(session, url, dict(headers or {}), method, stop_at, limits.timeout)
             with response:
                 yield Answer(url, response, watchdog)
     finally:
         watchdog.stop()
+
+
+@contextmanager
+def _silent_urllib3() -> Iterator[None]:
+    """Drop this thread's log records of urllib3, which contain URLs with their queries."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(f"urllib3.{name}") for name in ("connection", "connectionpool")]
+    for each in loggers:
+        each.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(is_of_others)
 
 
 def _send(
@@ -289,8 +308,9 @@ class Answer:
         from urllib3.exceptions import InvalidHeader
         from urllib3.util import Retry
 
+        text = self.headers.get("Retry-After", "")
         with suppress(InvalidHeader, ValueError, TypeError, OverflowError):
-            return min(1e9, Retry().parse_retry_after(self.headers.get("Retry-After", "")[:40]))
+            return Retry().parse_retry_after(text if len(text) < 40 else "")
         return None
 
     def blocks(self, most: int, start: int = 0, total: int | None = None) -> Iterator[bytes]:

@@ -347,7 +347,7 @@ def _read_bag(path: Path) -> None:
 
 def _registries(folder: Path) -> Sequence[bytes]:
     publish(folder, "http://127.0.0.1:9", b"", b"")
-    return [(folder / "registry.yaml").read_bytes()]
+    return [(folder / "registry.yml").read_bytes()]
 
 
 def _read_registry(path: Path) -> None:
@@ -430,7 +430,7 @@ TARGETS = {
     "th": Target(_archives, _mutate_archive, _run_checkpoint, "input.th"),
     "safetensors": Target(_safetensors, _mutate_safetensors, _run_checkpoint, "input.safetensors"),
     "bags": Target(_bags, mutate_words(YAML_WORDS), _read_bag, "bag.yaml"),
-    "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yaml"),
+    "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yml"),
     "audio": Target(_sounds, mutate_bytes, _read_audio),
     "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
     "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),

@@ -160,8 +160,8 @@ def test_offline(value: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
-    text = (folder / "registry.yaml").read_text()
-    (folder / "registry.yaml").write_text(text.replace("htdemucs_6s", "renamed"))
+    text = (folder / "registry.yml").read_text()
+    (folder / "registry.yml").write_text(text.replace("htdemucs_6s", "renamed"))
     (folder / "htdemucs_6s.yaml").rename(folder / "renamed.yaml")
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
     registry.registry.cache_clear()

@@ -272,9 +272,9 @@ def test_a_digest_in_the_registry_goes_before_the_announced_one(
     second: Hub, published: Web, tmp_path: Path
 ) -> None:
     published.always = answers.status(404)
-    text = (tmp_path / "registry.yaml").read_text()
+    text = (tmp_path / "registry.yml").read_text()
     addition = f"    safetensors_sha256: '{'0' * 64}'\n    megabytes: 1"
-    (tmp_path / "registry.yaml").write_text(text.replace("    megabytes: 1", addition))
+    (tmp_path / "registry.yml").write_text(text.replace("    megabytes: 1", addition))
     registry.registry.cache_clear()
     with pytest.raises(DownloadError, match=f"should be {'0' * 64}"):
         get_model("first")

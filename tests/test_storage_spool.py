@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from demucs_infer.errors import SaveAudioError
-from demucs_infer.io import spool
+from demucs_infer.storage import spool
 from demucs_infer.storage.spool import Spool, Workspace
 
 from .helpers import noise
