@@ -19,9 +19,8 @@ from safetensors.torch import save
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import checkpoints, pickles
-from demucs_infer.hub.pickles import MAX_VALUES
 from demucs_infer.hub.checkpoints import read_package, read_state, read_weights, write_safetensors
-from demucs_infer.hub.pickles import ClassName
+from demucs_infer.hub.pickles import MAX_VALUES, ClassName
 from demucs_infer.states import load_model, serialize_model
 
 from .helpers import TINY, archive

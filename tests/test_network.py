@@ -12,13 +12,13 @@ import demucs.repo
 import pytest
 import torch
 import yaml
+from demucs_infer.hub.sources import OnHub, Published, sources_of
 from torch import Tensor
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.audio import AudioFile
 from demucs_infer.hub import download, registry
 from demucs_infer.hub.download import Patience, file_digest
-from demucs_infer.hub.sources import OnHub, Published, sources_of
 from demucs_infer.states import load_model, save_model
 
 from .helpers import noise

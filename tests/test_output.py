@@ -12,9 +12,9 @@ import soundfile
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.local import LocalPath
-from demucs_infer.io.url import Url
+from demucs_infer.io import writer
 from demucs_infer.separate import main
+from demucs_infer.storage.locations import Url, publish
 
 from .helpers import SOURCES, assert_one_line, noise, run, stems_of
 
@@ -113,20 +113,19 @@ def test_a_stem_that_fails_takes_back_the_others(
         for name in SOURCES:
             (tmp_path / "out/a" / f"{name}.wav").write_text(name)
     before = tree(tmp_path)
-    publish = LocalPath.publish
 
-    def failing(path: LocalPath, file: Path) -> object:
+    def failing(file: Path, path: Path) -> object:
         if path.stem == SOURCES[-1]:
             raise OSError("disk on fire")
-        return publish(path, file)
+        return publish(file, path)
 
-    monkeypatch.setattr(LocalPath, "publish", failing)
+    monkeypatch.setattr(writer, "publish", failing)
     with pytest.raises(SaveAudioError, match="disk on fire"):
         separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
     assert tree(tmp_path) - {"out"} == before - {"out"}
     for name in SOURCES if replaced else []:
         assert (tmp_path / "out/a" / f"{name}.wav").read_text() == name
-    monkeypatch.setattr(LocalPath, "publish", publish)
+    monkeypatch.setattr(writer, "publish", publish)
     separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
     assert stems_of(tmp_path / "out") == {f"a/{name}.wav" for name in SOURCES}
 
@@ -137,14 +136,13 @@ def test_a_stem_that_fails_takes_back_the_others_in_a_store(
     memory = fsspec.filesystem("memory")
     separator = Separator("tiny", repo, device="cpu", shifts=0)
     write(tmp_path / "a.wav")
-    publish = Url.publish
 
-    def failing(path: Url, file: Path) -> object:
+    def failing(file: Path, path: Url) -> object:
         if SOURCES[-1] in path.name:
             raise SaveAudioError("no more")
-        return publish(path, file)
+        return publish(file, path)
 
-    monkeypatch.setattr(Url, "publish", failing)
+    monkeypatch.setattr(writer, "publish", failing)
     with pytest.raises(SaveAudioError, match="no more"):
         separator.separate_to_files(tmp_path / "a.wav", "memory://taken-back")
     assert not memory.find("/taken-back")

@@ -14,8 +14,8 @@ import torch
 from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.io.player import LONGEST, About, PlayerWriter, check_length
-from demucs_infer.storage.spool import Workspace
 from demucs_infer.separate import main
+from demucs_infer.storage.spool import Workspace
 
 from .helpers import SOURCES
 from .tools.browser import Listener, chromium

@@ -158,9 +158,11 @@ def _checkpoint(
 @_intact
 def bags() -> dict[str, dict[str, Any]]:
     """Return every published bag by name, the community's last: its entry and its definition."""
-    found = {}
+    found, known = {}, checkpoints()
     for name, entry in {**registry()["bags"], **registry()[COMMUNITY]["bags"]}.items():
         bag = _published_bag(REMOTE_ROOT / f"{name}.yaml")
+        if unknown := set(bag.models) - set(known):
+            raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
         values = {"models": list(bag.models), "weights": bag.weights, "segment": bag.segment}
         found[name] = {
             "description": str(entry["description"]),

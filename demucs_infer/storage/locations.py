@@ -149,7 +149,8 @@ class Url:
                 store, path = url_to_fs("file://")[0], str(self.local)
             else:
                 store, base = url_to_fs(self.root)
-                path = base.rstrip("/") + self.path
+                # Without a host, some stores add the current folder.
+                path = ("" if self.root.endswith("://") else base.rstrip("/")) + self.path
             # Others may have changed the store since it was listed.
             store.invalidate_cache()
             yield store, path

@@ -271,11 +271,12 @@ def _run_checkpoint(path: Path) -> None:
     """Load a model, and run a window of it."""
     import torch
 
+    from demucs_infer.apply import apply_model
     from demucs_infer.states import load_model
 
     model = load_model(path)
-    with torch.no_grad():
-        model(torch.zeros(1, model.audio_channels, int(model.segment * model.samplerate)))
+    length = max(1, int(model.segment * model.samplerate))
+    apply_model(model, torch.zeros(1, model.audio_channels, length), shifts=0)
 
 
 def _safetensors(folder: Path) -> Sequence[bytes]:
