@@ -174,5 +174,5 @@ def test_a_bag_of_what_the_registry_does_not_know(
     folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
     (folder / "htdemucs.yaml").write_text("models: ['12345678']\n")
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
-    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: .* no checkpoint 12345678"):
+    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: no checkpoint 12345678"):
         registry.bags()

@@ -164,7 +164,8 @@ def test_no_folder(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("models: [", "not valid YAML"),
-        ("- tiny", "does not list its models"),
+        ("- tiny", "is not a bag"),
+        ("models: tiny", "does not list its models"),
         ("models: [tinny]", "Did you mean tiny"),
         ("models: [tiny]\nweights: [[1, 2]]", "weights"),
         ("models: []", "at least one"),
@@ -217,7 +218,7 @@ def test_a_damaged_file_is_fetched_anew_once(
     with pytest.raises(DownloadError, match=rf"{name}: is damaged.*offline.*--repo"):
         get_model("first", offline=True)
     get_model("first")
-    assert f"moved to {name}.corrupt, and fetched anew" in caplog.text
+    assert f"moved to {name}.corrupt" in caplog.text
     assert cached(tmp_path) == {name: checkpoint, f"{name}.corrupt": checkpoint + b"x"}
     published.always = answers.wrong
     path.write_bytes(b"")
@@ -335,7 +336,7 @@ def test_addresses_without_a_registry(published: Web, checkpoint: bytes, tmp_pat
     assert isinstance(models.get_model("good"), HTDemucs)
     with pytest.raises(DownloadError, match="should be 01234567"):
         models.get_model("bad")
-    with pytest.raises(DownloadError, match="no known SHA-256"):
+    with pytest.raises(DownloadError, match="SHA-256 is not known"):
         models.get_model("plain")
     (tmp_path / "cache" / "plain.th").write_bytes(checkpoint)
     assert isinstance(models.get_model("plain"), HTDemucs)

@@ -125,10 +125,12 @@ class Bag:
         content = Content.read(path, "bag", MAX_YAML).yaml()
         try:
             signatures, weights, segment = map(content.get, ("models", "weights", "segment"))
-            if not isinstance(signatures, list) or len(signatures) > MAX_MODELS:
-                raise TypeError(f"must list at most {MAX_MODELS} models")
+            if not isinstance(signatures, list):
+                raise TypeError("it does not list its models")
+            if len(signatures) > MAX_MODELS:
+                raise TypeError(f"it lists {len(signatures)} models, and may list {MAX_MODELS}")
             if not all(isinstance(signature, (str, int)) for signature in signatures):
-                raise TypeError("lists models that are not signatures")
+                raise TypeError("it lists models that are not signatures")
             rows = None if weights is None else [list(map(_number, row)) for row in weights]
             seconds = None if segment is None else _number(segment)
         except (AttributeError, TypeError, ValueError, OverflowError) as exc:

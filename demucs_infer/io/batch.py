@@ -10,6 +10,7 @@ What goes wrong with a track is reported, and the others go on.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -174,7 +176,8 @@ class Batch:
         """
         if any(job.track == PIPE for job in jobs):
             self._keep_standard_input()
-        wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
+        left = (job for job in jobs if not (skip_existing and self._skipped(job)))
+        wanted = (job for job in left if not self._is_missing(job))
         with kept_memory(), worker_pool(1) as reader, worker_pool(1) as writer:
             behind: Future[None] | None = None
             try:
@@ -199,6 +202,15 @@ class Batch:
             name = self.separator.name
             self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
         return True
+
+    def _is_missing(self, job: TrackJob) -> bool:
+        """Return True, and report it at once, if there is no such file."""
+        missing = (
+            isinstance(job.track, Path) and job.track != PIPE and not os.path.lexists(job.track)
+        )
+        if missing:
+            self._fail(job, LoadAudioError(f"{job.track}: no such file"))
+        return missing
 
     def _read_ahead(
         self, reader: Executor, jobs: Iterable[TrackJob]

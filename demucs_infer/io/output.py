@@ -9,10 +9,11 @@ import os
 import re
 import string
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError, SaveAudioError
@@ -52,13 +53,6 @@ STANDARD = ("drums", "bass", "other", "vocals")  # in the order of a stem file
 REST = ("guitar", "piano")  # which such a file has no room for: they go to "other"
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
-
-
-class _Track(NamedTuple):
-    """A track, and its folder below the one that was named."""
-
-    place: Location
-    folder: str
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,8 @@ class Output:
             check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        self._path(_Track(Path("track.wav"), "folder"), "model", "stem")  # the template makes sense
+        values = self._values(Path("track.wav"), "model", str)
+        self._file(self._template, {**values, "folder": "folder"}, "stem", self.format)
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(self.encoding)
@@ -342,8 +337,8 @@ class Output:
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        found = _Track(track, folder_of(track))
-        paths = {stem: self._path(found, model, stem) for stem in stems}
+        values = self._values(track, model, folder_of)
+        paths = {stem: self._file(self._template, values, stem, self.format) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
@@ -356,8 +351,8 @@ class Output:
         """The page to listen to `track` with, if one is wanted: beside the stems."""
         if not self.player:
             return None
-        found = _Track(track, folder_of(track))
-        return self._file(self._page_template, found, model, PAGE, "html")
+        values = self._values(track, model, folder_of)
+        return self._file(self._page_template, values, PAGE, "html")
 
     @property
     def _page_template(self) -> str:
@@ -372,43 +367,45 @@ class Output:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: _Track, model: str, stem: str) -> Location:
-        return self._file(self._template, track, model, stem, self.format)
-
-    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Location:
-        """The file in the output folder that a template means."""
-        track = found.place
-        values = {
+    def _values(
+        self, track: Location, model: str, folder_of: Callable[[Location], str]
+    ) -> dict[str, str]:
+        """What the fields of a template stand for, but for the stem."""
+        # Looked up only where it is wanted: it takes long, for a million tracks.
+        folder = folder_of(track) if "{folder" in self._template else ""
+        return {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
             "parent": _safe(parent_name(track)),
-            "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
+            "folder": "/".join(_safe(name) for name in folder.split("/") if name),
             "model": model,
-            "stem": stem,
-            "ext": ext,
         }
+
+    def _file(self, template: str, values: dict[str, str], stem: str, ext: str) -> Location:
+        """Return the file in the output folder that a template means."""
+        values = {**values, "stem": stem, "ext": ext}
         try:
-            relative = _filled(template, values)
+            _check_template(template)
+            relative = template.format(**values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        relative = relative if found.folder else relative.lstrip("/")
+        relative = relative if values["folder"] else relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
-        relative = re.sub(rf"(^|[/\\])(?={re.escape(TEMPORARY)})", r"\1_", relative, flags=re.I)
+        if TEMPORARY in relative.lower():
+            pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
+            relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
         return below(self._folder, relative)
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    """`template.format(**values)`, but for what reaches into Python or makes much of little.
-
-    Raises `ValueError` or `LookupError` for no template.
-    """
+@lru_cache(maxsize=16)
+def _check_template(template: str) -> None:
+    """Raise `ValueError` for a template that reaches into Python, or makes much of little."""
     if "\0" in template:
         raise ValueError("a NUL is in it")
     for _, name, width, conversion in string.Formatter().parse(template):
         if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
             raise ValueError(f"{name} is no field")
-    return template.format(**values)
 
 
 def _temporary_folder() -> Path:
