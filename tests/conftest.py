@@ -122,3 +122,11 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         registry.registry.cache_clear()
         yield web
     registry.registry.cache_clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with an S3 server as slow."""
+    for item in items:
+        if "bucket" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")

@@ -257,6 +257,7 @@ def test_the_second_host_when_the_first_fails(
     get_model("first")
 
 
+@pytest.mark.slow
 def test_first_no_route_then_separated(second: Hub, published: Web, track: Path) -> None:
     published.always = answers.status(503)
     code = f"{published.code}{MAIN}"

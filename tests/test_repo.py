@@ -281,6 +281,7 @@ sys.addaudithook(watch)
 """
 
 
+@pytest.mark.slow
 def test_cached_models_need_no_connection(published: Web) -> None:
     code = f"{NO_CONNECTION}{published.code}"
     code += "from demucs_infer.pretrained import get_model; get_model('both')"
@@ -292,6 +293,7 @@ def test_cached_models_need_no_connection(published: Web) -> None:
     assert len(published.paths) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the permissions of POSIX")
 def test_a_read_only_cache(published: Web, tmp_path: Path) -> None:
     code = f"""

@@ -256,6 +256,7 @@ def test_a_killed_process_is_followed_by_one_that_resumes(web: Web, target: Path
     assert names(target) == {"file.th"}
 
 
+@pytest.mark.slow
 @posix
 def test_an_interrupted_download_is_kept(web: Web, target: Path) -> None:
     web.answers = [stalls_at(99)]  # fewer than a buffer holds

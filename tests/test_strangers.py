@@ -357,6 +357,7 @@ def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptu
             assert f"music/{name}" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_named_pipes(repo: Path, tmp_path: Path) -> None:
     """A FIFO, the device of standard input, and a shell's process substitution."""
