@@ -66,18 +66,13 @@ class ClassName:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An object that is not part of a model's weights and is left out."""
-
-
-@dataclass(frozen=True)
 class _StorageType:
     """The type of a storage, by the name of its `torch.dtype`."""
 
     dtype: str
 
 
-SKIPPED = Skipped()
+SKIPPED = ClassName("an object that is not part of a model's weights")
 
 
 def _short(value: Any) -> str:
@@ -126,11 +121,11 @@ def _make_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
     """Return a view within `storage`, as `torch._utils._rebuild_tensor_v2` does without checks."""
-    sizes = isinstance(size, tuple) and isinstance(stride, tuple)
-    if not (
-        sizes
-        and len(size) == len(stride) <= MAX_DIMS
-        and all(isinstance(n, int) and 0 <= n <= MAX_SIZE for n in (offset, *size, *stride))
+    tuples = isinstance(size, tuple) and isinstance(stride, tuple)
+    if (
+        not tuples
+        or not len(size) == len(stride) <= MAX_DIMS
+        or not all(isinstance(n, int) and 0 <= n <= MAX_SIZE for n in (offset, *size, *stride))
     ):
         raise Refused(f"a tensor of shape {_short(size)}, stride {_short(stride)}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
@@ -197,10 +192,9 @@ class _Unpickler(pickle._Unpickler):
                 raise Refused(
                     f"a storage of {len(content)} bytes for {_short(numel)} values of {dtype}"
                 )
-            empty = torch.empty(0, dtype=dtype)
-            self.storages[key] = (
-                torch.frombuffer(bytearray(content), dtype=dtype) if numel else empty
-            )
+            # `frombuffer` refuses an empty buffer.
+            make = torch.frombuffer if numel else torch.tensor
+            self.storages[key] = make(bytearray(content), dtype=dtype)
         return self.storages[key]
 
     def call(self) -> None:
@@ -216,30 +210,21 @@ class _Unpickler(pickle._Unpickler):
     def build(self) -> None:
         # The attributes of a dictionary of weights, which are versions, are left out.
         self.stack.pop()
-        if not isinstance(self.stack[-1], (OrderedDict, Skipped)):
+        if not (isinstance(self.stack[-1], OrderedDict) or self.stack[-1] is SKIPPED):
             raise Refused(f"attributes of {_short(self.stack[-1])}")
 
-    def append_one(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def append_many(self) -> None:
-        self._extend(self.pop_mark())
-
-    def _extend(self, values: list[Any]) -> None:
+    def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
         elif target is not SKIPPED:
             raise Refused(f"items of {_short(target)}")
 
-    def set_one(self) -> None:
+    def pop_pair(self) -> list[Any]:
         value = self.stack.pop()
-        self._set([self.stack.pop(), value])
+        return [self.stack.pop(), value]
 
-    def set_many(self) -> None:
-        self._set(self.pop_mark())
-
-    def _set(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if target is SKIPPED:
             return
@@ -254,10 +239,10 @@ class _Unpickler(pickle._Unpickler):
             pickle.REDUCE[0]: call,
             pickle.NEWOBJ[0]: call,
             pickle.BUILD[0]: build,
-            pickle.APPEND[0]: append_one,
-            pickle.APPENDS[0]: append_many,
-            pickle.SETITEM[0]: set_one,
-            pickle.SETITEMS[0]: set_many,
+            pickle.APPEND[0]: lambda self: self.extend([self.stack.pop()]),
+            pickle.APPENDS[0]: lambda self: self.extend(self.pop_mark()),
+            pickle.SETITEM[0]: lambda self: self.set_items(self.pop_pair()),
+            pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
         }
     )
 

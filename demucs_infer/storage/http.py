@@ -63,26 +63,18 @@ LIMITS = Limits()
 
 
 class HostError(DownloadError):
-    """A host does not deliver a file.
+    """A host does not deliver a file."""
 
-    `temporary`: it may do so later, after `wait` seconds if it asks for that. `answered`: there is
-    a server. `wrong`: what came is not the file.
-    """
+    temporary = False  # it may deliver the file later
+    wait: float | None = None  # seconds that it asks to wait
+    answered = True  # there is a server
+    wrong = False  # the content is not that of the file
+    status = 0
 
-    def __init__(
-        self,
-        url: str,
-        reason: str,
-        *,
-        temporary: bool = False,
-        wait: float | None = None,
-        answered: bool = True,
-        wrong: bool = False,
-        status: int = 0,
-    ) -> None:
+    def __init__(self, url: str, reason: str, **facts: Any) -> None:
         super().__init__(f"{redact(url)}: {reason}")
-        self.url, self.reason, self.temporary, self.wait = url, reason, temporary, wait
-        self.answered, self.wrong, self.status = answered, wrong, status
+        self.reason = reason
+        vars(self).update(facts)
 
 
 def redact(url: str) -> str:
@@ -95,8 +87,7 @@ def redact(url: str) -> str:
 class _Watchdog:
     """Shuts connections down from a timer thread when a transfer exceeds its limits.
 
-    Checks between blocks do not end a blocking read, which slow headers, slow chunk sizes and
-    endless trailers can prolong for as long as a server likes.
+    Checks between blocks would not end a read that slow headers, chunk sizes or trailers prolong.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -142,15 +133,27 @@ def _session(watchdog: _Watchdog) -> Session:
     import requests
     from requests.adapters import HTTPAdapter
 
+    def watched(pool: Any) -> Any:
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            def _new_conn(self) -> socket.socket:
+                connection: socket.socket = super()._new_conn()
+                watchdog.add(connection)
+                return connection
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+
+    def watching(manager: Any) -> Any:
+        pools = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
+        return manager
+
     class Adapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **options: Any) -> None:
             super().init_poolmanager(*args, **options)
-            _watch_pools(self.poolmanager, watchdog)
+            watching(self.poolmanager)
 
         def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-            manager = super().proxy_manager_for(proxy, **options)
-            _watch_pools(manager, watchdog)
-            return manager
+            return watching(super().proxy_manager_for(proxy, **options))
 
     class Session(requests.Session):
         def get_redirect_target(self, resp: Any) -> None:
@@ -165,22 +168,6 @@ def _session(watchdog: _Watchdog) -> Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, Adapter())
     return session
-
-
-def _watch_pools(manager: Any, watchdog: _Watchdog) -> None:
-    """Let `watchdog` know each connection that the pools of `manager` open."""
-
-    def watched(pool: Any) -> Any:
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
-            def _new_conn(self) -> socket.socket:
-                connection: socket.socket = super()._new_conn()
-                watchdog.add(connection)
-                return connection
-
-        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
-
-    pools = manager.pool_classes_by_scheme
-    manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
 
 
 @contextmanager
@@ -388,16 +375,9 @@ class Download:
     """The download of a file that is renamed to `target` once it is whole and right.
 
     Of several processes one downloads and the others wait. What came before a connection or the
-    process broke stays in `TARGET.part`, and only the rest is requested.
-
-    Args:
-        url: an http or https address. The environment can name proxies and certificates.
-        target: the file. Its folder is made.
-        sha256: the digest of the file in hex, or its leading digits.
-        length: the exact number of bytes. Without a digest, this alone is verified.
-        most: bytes that the file may have (default: `length`, or `MAX_MODEL`).
-        headers: headers of the request, for the URL's own host.
-        limits: times and attempts (default: `LIMITS`).
+    process broke stays in `TARGET.part`, and only the rest is requested. The content is verified by
+    `sha256`, in hex or its leading digits, or else by `length`. It may have `most` bytes (default:
+    `length`, or `MAX_MODEL`). `headers` are for the URL's own host.
     """
 
     url: str

@@ -63,11 +63,9 @@ class Url:
     text: str
 
     def __str__(self) -> str:
-        if self.is_web:
-            return http.redact(self.text)
-        scheme, separator, rest = self.text.partition("://")
-        host, slash, path = rest.partition("/")
-        return scheme + separator + host.rpartition("@")[2] + slash + path
+        # In the names of stores, question marks are characters like others.
+        shown = http.redact(self.text if self.is_web else self.root)
+        return shown if self.is_web else shown + self.path
 
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.text}/{name}")
