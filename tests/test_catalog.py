@@ -101,7 +101,7 @@ def test_download(published: Web, tmp_path: Path) -> None:
     assert "is damaged" in again.stderr
     again = command(published, "--download", "both")
     assert (again.returncode, again.stdout.count("\n")) == (0, 2)
-    assert "fetched anew" in again.stderr
+    assert "downloaded again" in again.stderr
     assert len(published.paths) == 4
 
 

@@ -11,7 +11,7 @@ import string
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,7 +228,7 @@ class Output:
             return TOGETHER_FILENAME
         return self.filename
 
-    @property
+    @cached_property
     def _folder(self) -> Location:
         return location(self.folder)
 

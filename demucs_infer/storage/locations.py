@@ -46,6 +46,7 @@ MORE_PROTOCOLS = "DEMUCS_INFER_PROTOCOLS"  # names of others that an operator al
 ATOMIC = {scheme: {"chunksize": 2**23} for scheme in S3 | GS}
 # Stores read these characters as something else than parts of a name.
 AMBIGUOUS = {**dict.fromkeys(S3, ("?versionId=",)), **dict.fromkeys(AZURE, ("?", "#"))}
+MAX_FOLDERS = 10_000  # that are remembered while locations are compared
 LONGEST_KEY = 1024  # bytes of an object's name
 LONGEST_NAME = 255  # bytes of a file's name, where the system does not say
 TEMPORARY = ".demucs-infer-"  # begins the names of unfinished files and of their folders
@@ -241,15 +242,19 @@ class Identities:
         if isinstance(place, Url) or str(place) == "-":
             return full_text(place)
         # `Path` would take several times as long, for each of a million tracks.
-        path = os.path.normcase(self._real(*os.path.split(os.path.abspath(place))))  # noqa: PTH100
+        folder, name = os.path.split(str(place))
+        if name in ("", ".", ".."):
+            folder, name = os.path.split(os.path.abspath(place))  # noqa: PTH100
+        path = os.path.normcase(self._real(folder, name))
         return path.casefold() if sys.platform == "darwin" else path
 
     def _real(self, folder: str, name: str) -> str:
         """Resolve the links in a path, as `os.path.realpath` does."""
-        if not name:
-            return folder
         if folder not in self._folders:
-            self._folders[folder] = self._real(*os.path.split(folder))
+            if len(self._folders) > MAX_FOLDERS:
+                self._folders.clear()
+            parent, last = os.path.split(os.path.abspath(folder))  # noqa: PTH100
+            self._folders[folder] = self._real(parent, last) if last else parent
         path = os.path.join(self._folders[folder], name)  # noqa: PTH118
         return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
 
