@@ -147,7 +147,7 @@ def test_nothing_is_asked_for_twice_when_connections_break(
             r"only \d+ bytes came in",
             2,
             True,
-            {"limits": Limits(attempts=2, backoff=0, span=0.1, slowest=100_000)},
+            {"limits": Limits(attempts=2, backoff=0, span=0.5, slowest=100_000)},
         ),
     ],
 )
