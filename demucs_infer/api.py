@@ -40,12 +40,12 @@ from .hub.registry import cache_folder
 from .io.batch import TrackResult, separate_file
 from .io.output import Output
 from .io.stems import mixed, needed_sources, parse_stems
-from .io.storage import local_copy, place
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
 from .read.decode import AudioInput
 from .read.mixture import Decoder, Excerpt, Limits, Mixture
 from .read.pcm import as_samples, strange_samples
+from .storage.locations import local_copy, location
 
 __all__ = [
     "LoadAudioError",
@@ -113,9 +113,14 @@ class Separator:
         """Load the model `_name`, and set `_model`, `_samplerate` and `_audio_channels`."""
         source = self._chosen(ModelOptions)
         repo = None if source.repo is None else Path(source.repo)
-        model: Any = get_model(
-            source.model, repo, cache_dir=source.cache_dir, offline=source.offline
-        )
+        options: dict[str, Any] = {
+            "repo": repo,
+            "cache_dir": source.cache_dir,
+            "offline": source.offline,
+        }
+        # Programs replace `get_model` by functions that know only the older options.
+        given = {name: value for name, value in options.items() if value is not None}
+        model: Any = get_model(source.model, **given)
         self._model = model
         self._samplerate, self._audio_channels = model.samplerate, model.audio_channels
 
@@ -238,8 +243,8 @@ class Separator:
         """Decode `track` at the model's rate and with its channels, as `[C, T]`."""
         with ExitStack() as stack:
             if isinstance(track, (str, bytes, os.PathLike)):
-                location = place(os.fsdecode(track) if isinstance(track, bytes) else track)
-                audio = AudioFile(stack.enter_context(local_copy(location)), name=str(location))
+                place = location(os.fsdecode(track) if isinstance(track, bytes) else track)
+                audio = AudioFile(stack.enter_context(local_copy(place)), name=str(place))
             else:
                 audio = AudioFile(track)
             rate, channels = self.samplerate, self.audio_channels
@@ -280,7 +285,7 @@ class Separator:
                 "a file object cannot be separated to files, which are named after their track."
                 " Pass a path, or call separate_audio_file"
             )
-        track = place(os.fsdecode(file) if isinstance(file, bytes) else file)
+        track = location(os.fsdecode(file) if isinstance(file, bytes) else file)
         return separate_file(self._changed(changes), track, output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:

@@ -23,7 +23,7 @@ from .hub.registry import (
     is_community,
 )
 from .io.console import json_text, put
-from .pretrained import find_model, open_remote, open_repo
+from .pretrained import find_model, open_repo
 from .repo import RemoteRepo
 
 # The sections of the listing, by group and kind.
@@ -101,7 +101,7 @@ def catalog(
 
 
 def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
-    remote = open_remote(cache_dir=cache_dir)
+    remote = RemoteRepo.released(cache_dir=cache_dir)
     files = {sig: _cached_file(remote, sig) for sig in remote.list_model()}
     stems: dict[str, list[str]] = {}
     for name, bag in bags().items():

@@ -28,10 +28,9 @@ from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.batch import Batch, TrackResult, checked_stems
 from .io.console import signals_kept
 from .io.folders import Folders
-from .io.local import LocalPath
 from .io.output import Output
-from .io.storage import Place, place
 from .io.tracks import plan_jobs
+from .storage.locations import Location, location
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
 RETRIES = 1  # of a track whose worker dies, among others and then alone
@@ -96,13 +95,13 @@ class SeparateTracks:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            track = place(str(row["input"]))
+            track = location(str(row["input"]))
         except DemucsInferError as exc:
-            nowhere = TrackResult(LocalPath(), self.separator.name, error=exc)
+            nowhere = TrackResult(Path(), self.separator.name, error=exc)
             return {**nowhere.as_json(), **row, "error": str(exc)}
         return {**row, **self._separate(track).as_json()}
 
-    def _separate(self, track: Place) -> TrackResult:
+    def _separate(self, track: Location) -> TrackResult:
         name, results = self.separator.name, list[TrackResult]()
         batch = Batch(
             self.separator, self.output, self._space, report=results.append, call=self._in_turn
@@ -204,7 +203,7 @@ def _cleared(output: Output) -> Iterator[None]:
 
 def _given_up(track: str, model: str) -> dict[str, Any]:
     error = DemucsInferError(f"{track}: its worker died {DEATHS} times: given up")
-    return TrackResult(place(track), model, error=error).as_json()
+    return TrackResult(location(track), model, error=error).as_json()
 
 
 def _results(

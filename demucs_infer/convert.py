@@ -62,7 +62,7 @@ def convert(
         raise OptionError(f"{target}: the name must end in {' or '.join(WRITERS)}")
     if target.suffix != ".onnx" and graph != PLAIN:
         raise OptionError(f"{target}: precision and dynamic are for a name that ends in .onnx")
-    from .hub.packages import read_package
+    from .hub.checkpoints import read_package
     from .states import build_model
 
     package = read_package(checkpoint) if config is None else read_trained(checkpoint, config)
@@ -72,7 +72,7 @@ def convert(
 def _write_safetensors(
     model: nn.Module, package: Mapping[str, Any], target: Path, graph: GraphOptions
 ) -> None:
-    from .hub.packages import write_safetensors
+    from .hub.checkpoints import write_safetensors
 
     write_safetensors(package, target)
 
@@ -93,14 +93,13 @@ def read_trained(checkpoint: Path, config: Path) -> dict[str, Any]:
 
     Raises `ModelLoadingError` for a model type that is not ours, or a file that cannot be read.
     """
-    from .hub.content import Content
-    from .hub.packages import read_weights
+    from .hub.checkpoints import Content, read_weights
 
-    values = Content.read(config, "configuration").yaml(LARGEST_CONFIG)
+    values = Content.read(config, "configuration", LARGEST_CONFIG).yaml()
     try:
         klass, kwargs = _described(values)
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ModelLoadingError(f"{config}: is no configuration of a model ({exc!r})") from exc
+    except (ArithmeticError, LookupError, TypeError, ValueError) as exc:
+        raise ModelLoadingError(f"{config}: is not a configuration of a model ({exc!r})") from exc
     except ModelLoadingError as exc:
         raise ModelLoadingError(f"{config}: {exc}") from exc
     return {"klass": klass, "args": (), "kwargs": kwargs, "state": read_weights(checkpoint)}

@@ -23,5 +23,5 @@ def load_safetensors_model(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def get_hf_model(name: str) -> Any:
-    """Build the bag `[NAMESPACE/]NAME[@REVISION]` of the hub. Raises `ModelLoadingError`."""
+    """Build the bag `[NAMESPACE/]NAME[@REVISION]` on the hub. Raises `ModelLoadingError`."""
     return get_model(f"{SCHEME}{name}")

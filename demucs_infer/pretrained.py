@@ -1,4 +1,4 @@
-"""A name becomes a model."""
+"""Load pretrained models by name."""
 
 from __future__ import annotations
 
@@ -10,25 +10,8 @@ from typing import TYPE_CHECKING
 from .engine.options import DEFAULT_MODEL, ModelOptions, add_flags
 from .errors import ModelLoadingError
 from .hub import hf
-from .hub.bags import Bag
-from .hub.registry import (
-    REMOTE_ROOT,
-    bag_files,
-    checkpoint_urls,
-    checkpoints,
-    is_offline,
-    released_files,
-)
-from .repo import (
-    CHECKPOINT_SUFFIXES,
-    AnyModelRepo,
-    BagOnlyRepo,
-    HubRepo,
-    LocalRepo,
-    LoneFile,
-    NamedBags,
-    RemoteRepo,
-)
+from .hub.registry import REMOTE_ROOT, bag_files, is_offline, released_files
+from .repo import CHECKPOINT_SUFFIXES, AnyModelRepo, BagOnlyRepo, LocalRepo, RemoteRepo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +31,6 @@ __all__ = [
     "get_model_from_args",
     "list_models",
     "model_label",
-    "open_remote",
     "open_repo",
 ]
 
@@ -59,7 +41,7 @@ BAG_SUFFIX = ".yaml"
 
 
 def demucs_unittest() -> HDemucs:
-    """A tiny model with random weights, for tests."""
+    """Build a tiny model with random weights, for tests."""
     from .hdemucs import HDemucs
 
     return HDemucs(channels=4, sources=SOURCES)
@@ -86,10 +68,10 @@ def open_repo(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
 ) -> AnyModelRepo:
-    """The published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
+    """Open the published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
     if repo is None:
-        remote = open_remote(cache_dir=cache_dir, offline=offline)
-        return AnyModelRepo(remote, NamedBags(bag_files(), remote))
+        remote = RemoteRepo.released(cache_dir=cache_dir, offline=offline)
+        return AnyModelRepo(remote, BagOnlyRepo.of_files(bag_files(), remote))
     if not repo.is_dir():
         raise ModelLoadingError(f"{repo}: is not a folder of models")
     local = LocalRepo(repo)
@@ -103,29 +85,24 @@ def find_model(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
 ) -> tuple[AnyModelRepo, str]:
-    """Find what has the model `name`, and the model's name there. Raises `ModelLoadingError`.
+    """Return a repository that has the model `name`, and the model's name there.
 
-    A name on the hub and a file are what they say; other names are those of `open_repo`.
+    Names that are neither a file nor on the hub are those of `open_repo`. Raises
+    `ModelLoadingError`.
     """
     name = os.fspath(name)
     if name.startswith(hf.SCHEME):
-        return _open_hub(hf.HubModel.parse(name), is_offline(offline))
+        model = hf.HubModel.parse(name)
+        return AnyModelRepo.of_hub(model, is_offline(offline)), model.name
     if file := _file_of(name):
-        return _open_file(file)
+        return AnyModelRepo.of_file(file), file.stem
     return open_repo(repo, cache_dir=cache_dir, offline=offline), name
 
 
-def _open_hub(model: hf.HubModel, offline: bool) -> tuple[AnyModelRepo, str]:
-    bag = hf.hub_file(model, model.bag_file, offline=offline)
-    # All of its files are of one revision, also if there is a new one by now.
-    members = HubRepo(model.pinned(bag), offline=offline)
-    return AnyModelRepo(members, NamedBags({model.name: bag}, members)), model.name
-
-
 def _file_of(name: str) -> Path | None:
-    """The file that a model's name is, if it is one. Raises `ModelLoadingError` for a path to none.
+    """Return the file that a model's name is, or None. Raises `ModelLoadingError` for a lost path.
 
-    What has no folder in it and is no file may still be a model's name.
+    A name without a folder that is not a file may still be a model's name.
     """
     path = Path(name)
     if path.suffix not in (*CHECKPOINT_SUFFIXES, BAG_SUFFIX):
@@ -137,15 +114,6 @@ def _file_of(name: str) -> Path | None:
     return None
 
 
-def _open_file(path: Path) -> tuple[AnyModelRepo, str]:
-    if path.suffix != BAG_SUFFIX:
-        model = LoneFile(path)
-        return AnyModelRepo(model, NamedBags({}, model)), path.stem
-    members = LocalRepo(path.parent, only=Bag.read(path).models)
-    no_model = LocalRepo(path.parent, only=())  # as the bag is meant, and not one of its name
-    return AnyModelRepo(no_model, NamedBags({path.stem: path}, members)), path.stem
-
-
 def model_label(name: str | os.PathLike[str]) -> str:
     """Name a model in the paths of its stems: without the folder, suffix or host of its file."""
     name = os.fspath(name)
@@ -155,15 +123,6 @@ def model_label(name: str | os.PathLike[str]) -> str:
     return file.stem if file else name
 
 
-def open_remote(
-    *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
-) -> RemoteRepo:
-    """The published checkpoints."""
-    return RemoteRepo(
-        checkpoint_urls(), checkpoints=checkpoints(), cache_dir=cache_dir, offline=offline
-    )
-
-
 def get_model(
     name: str | os.PathLike[str],
     repo: Path | None = None,
@@ -171,7 +130,7 @@ def get_model(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
 ) -> nn.Module:
-    """Build a model or a bag in evaluation mode, from files that are fetched if need be.
+    """Build a model or a bag in evaluation mode. Files that are not cached are fetched.
 
     Args:
         name: a bag (`htdemucs`), a signature (`955717e8`), or `demucs_unittest`; a file (`mine.th`,
@@ -180,11 +139,11 @@ def get_model(
         repo: a folder of checkpoints and bags, instead of the published ones.
         cache_dir: the folder to keep published checkpoints in (default: `DEMUCS_INFER_CACHE`, else
             that of PyTorch's hub, where `demucs` keeps them).
-        offline: never fetch (default: what `DEMUCS_INFER_OFFLINE` says). What is in the cache
-            needs no connection anyway.
+        offline: never fetch models (default: the variable `DEMUCS_INFER_OFFLINE`). Cached models
+            need no connection anyway.
 
-    Raises `ModelLoadingError` (a `RuntimeError`) if there is none, or it cannot be read; its
-    subclass `DownloadError` if it is not there and cannot be fetched.
+    Raises `ModelLoadingError` (a `RuntimeError`) for an unknown model or one that cannot be read,
+    its subclass `DownloadError` for one that is not cached and cannot be fetched.
     """
     if name == UNITTEST_MODEL:
         return demucs_unittest().eval()
@@ -195,10 +154,11 @@ def get_model(
 
 def get_model_from_args(args: argparse.Namespace) -> nn.Module:
     """Build the model that options ask for: those of `add_model_flags`, or some of them."""
+    # Programs replace `get_model` by functions that know only the older options.
     given = {name: getattr(args, name, None) for name in ("repo", "cache_dir", "offline")}
-    return get_model(
-        getattr(args, "sig", None) or getattr(args, "name", None) or DEFAULT_MODEL, **given
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    name = getattr(args, "sig", None) or getattr(args, "name", None) or DEFAULT_MODEL
+    return get_model(name, **given)
 
 
 def _parse_remote_files(remote_file_list: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Homes of checkpoints and bags: a local folder, or the web and a cache of what was fetched.
+"""Repositories of models and bags: a folder, the published checkpoints with a cache, or the hub.
 
-Looking up and listing needs no PyTorch: it is imported when a model is built.
+Looking up and listing needs no PyTorch, which is imported when a model is built.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf
-from .hub.bags import Bag
-from .hub.content import Content
-from .hub.http import shown
-from .hub.registry import (
-    Checkpoint,
-    bags_with,
-    cache_folder,
-    checkpoints,
-    is_offline,
-    is_registry,
-)
-from .hub.sources import fetch_any, sources_of
+from .hub.checkpoints import Bag, Content, read_package, read_state
+from .hub.download import Source, fetch_any, sources_of
+from .hub.pickles import ClassName
+from .hub.registry import Checkpoint, bags_with, cache_folder, checkpoints, is_offline
 from .log import logger
+from .storage.http import redact
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .engine.bag import BagOfModels
 
+    AnyModel = nn.Module | BagOfModels
+
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
-MANY = 20  # names, more than which are not spelled out in a message
+MANY = 20  # names that a message lists at most
 NO_NETWORK = "and nothing is fetched offline"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AnyModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch import nn
+
+    from .engine.bag import BagOfModels
+
+    return nn.Module | BagOfModels
 
 
 def check_checksum(path: Path, checksum: str) -> None:
@@ -44,36 +49,52 @@ def check_checksum(path: Path, checksum: str) -> None:
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
     folded = {candidate.casefold(): candidate for candidate in sorted(known)}
-    if near := difflib.get_close_matches(name.casefold(), folded, n=1):
+    if near := difflib.get_close_matches(name[:100].casefold(), folded, n=1):
         hint = f"Did you mean {folded[near[0]]}?"
     elif len(folded) > MANY:
         hint = "See demucs-infer --list-models."
     else:
         hint = f"There is: {', '.join(folded.values()) or 'none'}."
-    raise ModelLoadingError(f"no {kind} is named {name!r}. {hint}")
+    raise ModelLoadingError(f"no {kind} is named {name[:100]!r}. {hint}")
+
+
+def _build(read: Callable[[], Content], architecture: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build the model of a checkpoint, or of a file of weights with a known architecture."""
+    from .states import build_model
+
+    # The bytes of the file are freed before the model is built.
+    content = read()
+    path = str(content.path)
+    if architecture is None:
+        package = read_package(content)
+    else:
+        klass = ClassName(architecture["klass"])
+        package = {**architecture, "klass": klass, "state": read_state(content)}
+    del content
+    return build_model(package, path)
 
 
 class ModelOnlyRepo:
     """A source of single models, by signature."""
 
     def has_model(self, sig: str) -> bool:
-        """Tell whether there is a model with this signature."""
+        """Return True if there is a model with this signature."""
         return sig in self.list_model()
 
     def get_model(self, sig: str) -> nn.Module:
         """Build the model with this signature. Raises `ModelLoadingError`."""
-        raise NotImplementedError
+        return _build(lambda: self.read(sig))
 
     def list_model(self) -> Mapping[str, str | Path]:
-        """The origin of each model, by signature."""
+        """Return the origin of each model, by signature."""
         raise NotImplementedError
 
     def fetch(self, sig: str) -> Path:
-        """The verified file of the model with this signature. Raises `ModelLoadingError`."""
+        """Return the verified file of a model. Raises `ModelLoadingError`."""
         return self.read(sig).path
 
     def read(self, sig: str) -> Content:
-        """The verified bytes of the model's file. Raises `ModelLoadingError`."""
+        """Return the verified bytes of a model's file. Raises `ModelLoadingError`."""
         raise NotImplementedError
 
     def require(self, signatures: Iterable[str]) -> None:
@@ -81,17 +102,17 @@ class ModelOnlyRepo:
 
 
 class RemoteRepo(ModelOnlyRepo):
-    """Published checkpoints, by signature and address, which are fetched into a cache.
+    """Published checkpoints, by signature and URL, which are downloaded into a cache.
 
-    One that is released is also looked for in the cache of the hub of Hugging Face, and fetched
-    from there if its own host fails.
+    A released one is also looked for in the cache of the hub of Hugging Face, and downloaded from
+    there if its own host fails.
 
     Args:
-        models: the address of each checkpoint, by signature.
-        checkpoints: what else is known of them (default: the registry). A file that is not known
-            is verified by the checksum in its name, and not fetched if there is none.
+        models: the URL of each checkpoint, by signature.
+        checkpoints: further facts about them (default: the registry). An unknown file is verified
+            by the checksum in its name, and not downloaded if there is none.
         cache_dir: the folder to keep them in (default: see `registry.cache_folder`).
-        offline: never fetch (default: what `DEMUCS_INFER_OFFLINE` says).
+        offline: never download (default: the variable `DEMUCS_INFER_OFFLINE`).
     """
 
     def __init__(
@@ -102,22 +123,34 @@ class RemoteRepo(ModelOnlyRepo):
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
-        self._models = dict(models)
         known = _published() if checkpoints is None else checkpoints
-        self._checkpoints = {sig: _checkpoint(sig, url, known) for sig, url in models.items()}
-        self._cache_dir = cache_dir
-        self._offline = offline
+        self._models, self._checkpoints = dict(models), {}
+        for sig, url in models.items():
+            found = known.get(sig)
+            same = found is not None and url in (found.url, *found.others)
+            self._checkpoints[sig] = found if found and same else Checkpoint.at(url)
+        self._cache_dir, self._offline = cache_dir, offline
+
+    @classmethod
+    def released(
+        cls, *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
+    ) -> RemoteRepo:
+        """Open the checkpoints of the registry."""
+        known = checkpoints()
+        urls = {sig: checkpoint.url for sig, checkpoint in known.items()}
+        return cls(urls, checkpoints=known, cache_dir=cache_dir, offline=offline)
+
+    def list_model(self) -> Mapping[str, str]:
+        return self._models
 
     def get_model(self, sig: str) -> nn.Module:
-        if sig not in self._models:
-            _unknown("model", sig, self._models)
-        return _build(lambda: self.read(sig), self._checkpoints[sig].architecture)
+        return _build(lambda: self.read(sig), self._checkpoint(sig).architecture)
 
     def read(self, sig: str) -> Content:
-        """The bytes of a checkpoint, verified, of a file that is fetched if it is not here.
+        """Return the verified bytes of a checkpoint, which is downloaded if it is not there.
 
-        Raises `DownloadError` if it is not there and does not come, `ModelLoadingError` if it
-        cannot be read or there is none of this signature.
+        Raises `DownloadError` if it cannot be downloaded, `ModelLoadingError` if it cannot be read
+        or the signature is unknown.
         """
         problems: list[str] = []
         for path, digest in self._files(sig):
@@ -130,28 +163,7 @@ class RemoteRepo(ModelOnlyRepo):
                 if problems:
                     logger.warning("%s: %s is used", "; ".join(problems), path)
                 return content
-        path, digest = self._fetch(sig, "; ".join(problems) or _absence([self.path(sig)]))
-        content = Content.read(path)
-        content.check(digest)
-        return content
-
-    def _files(self, sig: str) -> Iterator[tuple[Path, str]]:
-        """The files on this machine that may be a checkpoint, each with the digest it must have."""
-        own, checkpoint = self._own_path(sig), self._checkpoints[sig]
-        if _exists(own):
-            yield own, checkpoint.sha256
-        if checkpoint.embedded or not (bags := bags_with(sig)):
-            return
-        for path in _others(own.parent, sig):
-            yield path, _digest_of(path, checkpoint)
-        for bag in bags:
-            file = hf.cached_file(hf.HubModel(bag), f"{sig}{hf.SUFFIX}", any_revision=True)
-            if file:
-                yield file, checkpoint.safetensors_sha256 or hf.known_digest(file)
-
-    def _fetch(self, sig: str, problem: str) -> tuple[Path, str]:
-        """Fetch a checkpoint, with whose file there is a `problem`. Raises as `read` does."""
-        checkpoint = self._checkpoints[sig]
+        checkpoint, problem = self._checkpoints[sig], "; ".join(problems) or self._absence([sig])
         if checkpoint.embedded:
             raise ModelLoadingError(f"{problem}: install this package again")
         if is_offline(self._offline):
@@ -160,82 +172,77 @@ class RemoteRepo(ModelOnlyRepo):
             path = fetch_any(sources_of(sig, checkpoint), self._own_path(sig).parent)
         except DownloadError as exc:
             raise DownloadError(f"{problem}: {exc}: {self._by_hand([sig])}") from exc
-        return path, _digest_of(path, checkpoint)
+        content = Content.read(path)
+        content.check(_digest_of(path, checkpoint))
+        return content
 
-    def path(self, sig: str) -> Path:
-        """The file of a checkpoint, or the one that it would be: in a cache, or in the package."""
-        return next((path for path, _ in self._files(sig)), self._own_path(sig))
-
-    def _own_path(self, sig: str) -> Path:
+    def _checkpoint(self, sig: str) -> Checkpoint:
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        checkpoint = self._checkpoints[sig]
+        return self._checkpoints[sig]
+
+    def _own_path(self, sig: str) -> Path:
+        checkpoint = self._checkpoint(sig)
         return checkpoint.embedded or cache_folder(self._cache_dir) / checkpoint.file
 
+    def _files(self, sig: str) -> Iterator[tuple[Path, str]]:
+        """Yield the files here that may be a checkpoint, each with the digest it must have."""
+        own, checkpoint = self._own_path(sig), self._checkpoints[sig]
+        folder: list[Path] = []
+        # The folder may be unreadable, or not exist.
+        try:
+            if own.exists():
+                yield own, checkpoint.sha256
+            folder = sorted(own.parent.iterdir())
+        except OSError:
+            pass
+        if checkpoint.embedded or not (bags := bags_with(sig)):
+            return
+        for path in folder:
+            if path.suffix == hf.SUFFIX and _signature(path) == sig:
+                yield path, _digest_of(path, checkpoint)
+        for bag in bags:
+            file = hf.cached_file(hf.HubModel(bag), f"{sig}{hf.SUFFIX}", any_revision=True)
+            if file:
+                yield file, checkpoint.safetensors_sha256 or hf.known_digest(file)
+
+    def path(self, sig: str) -> Path:
+        """Return the file of a checkpoint, or the one that it would be."""
+        return next((path for path, _ in self._files(sig)), self._own_path(sig))
+
     def has_file(self, sig: str) -> bool:
-        """Tell whether there is a file for a checkpoint, right or wrong."""
+        """Return True if there is a file for a checkpoint, right or wrong."""
         return any(True for _ in self._files(sig))
 
     def require(self, signatures: Iterable[str]) -> None:
-        published = (sig for sig in signatures if not self._checkpoints[sig].embedded)
+        published = (sig for sig in signatures if not self._checkpoint(sig).embedded)
         absent = [sig for sig in dict.fromkeys(published) if not self.has_file(sig)]
         if absent and is_offline(self._offline):
-            problem = _absence([self.path(sig) for sig in absent])
-            raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand(absent)}")
+            raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}: {self._by_hand(absent)}")
+
+    def _absence(self, signatures: Sequence[str]) -> str:
+        names = ", ".join(self.path(sig).name for sig in signatures)
+        return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
         """Describe how to do without a download."""
+
+        def described(source: Source) -> str:
+            digest = f" (SHA-256 {source.sha256})" if source.sha256 else ""
+            return redact(source.url) + digest
+
         files = ", ".join(
-            " or ".join(self._described(source.url, sig) for source in sources)
+            " or ".join(map(described, sources_of(sig, self._checkpoints[sig])))
             for sig in signatures
-            for sources in [sources_of(sig, self._checkpoints[sig])]
         )
         return (
             f"fetch {files} into {self._own_path(signatures[0]).parent}, or pass a folder that has"
             " it as --cache-dir (or as --repo, with a NAME.yaml for a bag)"
         )
 
-    def _described(self, url: str, sig: str) -> str:
-        checkpoint = self._checkpoints[sig]
-        same = url in (checkpoint.url, *checkpoint.others)
-        digest = checkpoint.sha256 if same else checkpoint.safetensors_sha256
-        return f"{shown(url)} (SHA-256 {digest})" if digest else shown(url)
-
-    def list_model(self) -> Mapping[str, str]:
-        return self._models
-
 
 def _published() -> Mapping[str, Checkpoint]:
-    return checkpoints()  # under a name that no parameter has
-
-
-def _checkpoint(sig: str, url: str, known: Mapping[str, Checkpoint]) -> Checkpoint:
-    """Look up the checkpoint at `url`; of another, its name alone tells something."""
-    found = known.get(sig)
-    return found if found and url in (found.url, *found.others) else Checkpoint.at(url)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # its folder may not be looked at
-        return False
-
-
-def _others(folder: Path, sig: str) -> list[Path]:
-    """The files of the hub of Hugging Face that were fetched into our cache."""
-    try:
-        names = [path for path in folder.iterdir() if path.suffix == hf.SUFFIX]
-    except OSError:
-        return []
-    return sorted(path for path in names if _signature(path) == sig)
-
-
-def _digest_of(path: Path, checkpoint: Checkpoint) -> str:
-    """The digest that a file in our cache must have, as far as it is known."""
-    if path.name == checkpoint.file:
-        return checkpoint.sha256
-    return checkpoint.safetensors_sha256 or _checksum(path)
+    return checkpoints()  # by a name that is not one of a parameter
 
 
 def _signature(path: Path) -> str:
@@ -246,55 +253,32 @@ def _checksum(path: Path) -> str:
     return path.stem.partition("-")[2]
 
 
-def _absence(paths: Sequence[Path]) -> str:
-    names = ", ".join(path.name for path in paths)
-    return f"{names} {'is' if len(paths) == 1 else 'are'} not on this machine"
+def _digest_of(path: Path, checkpoint: Checkpoint) -> str:
+    """Return the digest that a file in our cache must have, as far as it is known."""
+    if path.name == checkpoint.file:
+        return checkpoint.sha256
+    return checkpoint.safetensors_sha256 or _checksum(path)
 
 
-def _build(read: Callable[[], Content], architecture: Mapping[str, Any] | None = None) -> nn.Module:
-    """Build the model of a checkpoint, or of a file of weights whose architecture is told.
+class _HubModels(ModelOnlyRepo):
+    """The checkpoints of a model on the hub of Hugging Face, in the hub's cache."""
 
-    The file is read here, so that its bytes are not kept while the model is built.
-    """
-    from .hub.packages import read_package, read_state
-    from .hub.pickles import ClassName
-    from .states import build_model
+    def __init__(self, model: hf.HubModel, offline: bool) -> None:
+        self.model, self._offline = model, offline
 
-    content = read()
-    path = str(content.path)
-    if architecture is None:
-        package = read_package(content)
-    else:
-        klass = ClassName(architecture["klass"])
-        package = {**architecture, "klass": klass, "state": read_state(content)}
-    del content
-    return build_model(package, path)
-
-
-class HubRepo(ModelOnlyRepo):
-    """The checkpoints of a model on the hub of Hugging Face, in the hub's own cache."""
-
-    def __init__(self, model: hf.HubModel, *, offline: bool | None = None) -> None:
-        self.model = model
-        self._offline = offline
-
-    def get_model(self, sig: str) -> nn.Module:
-        return _build(lambda: self.read(sig))
+    def list_model(self) -> Mapping[str, str]:
+        return {}
 
     def read(self, sig: str) -> Content:
-        file = hf.checkpoint_file(sig)
-        path = hf.hub_file(self.model, file, offline=is_offline(self._offline))
+        path = hf.hub_file(self.model, hf.checkpoint_file(sig), offline=self._offline)
         content = Content.read(path)
         if damage := content.damage(hf.known_digest(path)):
-            raise ModelLoadingError(f"{damage}: delete {path.resolve()}, and it is fetched anew")
+            raise ModelLoadingError(f"{damage}: delete {path.resolve()} to download it again")
         return content
 
     def require(self, signatures: Iterable[str]) -> None:
         for sig in signatures:
             hf.checkpoint_file(sig)
-
-    def list_model(self) -> Mapping[str, str]:
-        return {}
 
 
 class LocalRepo(ModelOnlyRepo):
@@ -309,6 +293,7 @@ class LocalRepo(ModelOnlyRepo):
     def scan(self) -> None:
         """Look at the folder again. Raises `ModelLoadingError` if two files claim one signature."""
         self._models: dict[str, Path] = {}
+        self._checksums: dict[str, str] = {}
         for path in sorted(self.root.iterdir()):
             signature = _signature(path)
             wanted = self._only is None or signature in self._only
@@ -320,33 +305,28 @@ class LocalRepo(ModelOnlyRepo):
                     f" {self._models[signature].name} and {path.name}"
                 )
             self._models[signature] = path
+            self._checksums[signature] = _checksum(path)
 
-    def get_model(self, sig: str) -> nn.Module:
-        return _build(lambda: self.read(sig))
+    @classmethod
+    def of_file(cls, path: Path) -> LocalRepo:
+        """Open one checkpoint, whose signature is the stem of its name: that has no checksum."""
+        repo = cls(path.parent, only=())
+        repo._models, repo._checksums = {path.stem: path}, {path.stem: ""}
+        return repo
+
+    def list_model(self) -> Mapping[str, Path]:
+        return self._models
 
     def path(self, sig: str) -> Path:
-        """The file of a checkpoint. Raises `ModelLoadingError` if there is none."""
+        """Return the file of a checkpoint. Raises `ModelLoadingError` if there is none."""
         if sig not in self._models:
             _unknown("model", sig, self._models)
         return self._models[sig]
 
     def read(self, sig: str) -> Content:
         content = Content.read(self.path(sig))
-        content.check(_checksum(content.path))
+        content.check(self._checksums[sig])
         return content
-
-    def list_model(self) -> Mapping[str, Path]:
-        return self._models
-
-
-class LoneFile(LocalRepo):
-    """One checkpoint, whose signature is the stem of its name: no checksum is looked for in it."""
-
-    def __init__(self, path: Path) -> None:
-        self._models = {path.stem: path}
-
-    def read(self, sig: str) -> Content:
-        return Content.read(self.path(sig))
 
 
 class BagOnlyRepo:
@@ -355,11 +335,17 @@ class BagOnlyRepo:
     def __init__(self, root: Path, model_repo: ModelOnlyRepo) -> None:
         self.root = Path(root)
         self.model_repo = model_repo
-        files = [path for path in sorted(self.root.glob("*.yaml")) if not is_registry(path)]
-        self._bags = {path.stem: path for path in files}
+        self._bags = {path.stem: path for path in sorted(self.root.glob("*.yaml"))}
+
+    @classmethod
+    def of_files(cls, bags: Mapping[str, Path], model_repo: ModelOnlyRepo) -> BagOnlyRepo:
+        """Open bags by their names and files."""
+        repo = cls.__new__(cls)
+        repo.model_repo, repo._bags = model_repo, dict(bags)
+        return repo
 
     def has_model(self, name: str) -> bool:
-        """Tell whether there is a bag of this name."""
+        """Return True if there is a bag of this name."""
         return name in self.list_model()
 
     def get_model(self, name: str) -> BagOfModels:
@@ -368,11 +354,11 @@ class BagOnlyRepo:
         from .engine.bag import BagOfModels
 
         self.model_repo.require(bag.models)
-        models = {sig: self.model_repo.get_model(sig) for sig in bag.models}
+        models = {sig: self.model_repo.get_model(sig) for sig in dict.fromkeys(bag.models)}
         return BagOfModels([models[sig] for sig in bag.models], bag.weights, bag.segment)
 
     def members(self, name: str) -> list[str]:
-        """The signatures of a bag's models. Raises `ModelLoadingError` if it does not list them."""
+        """Return the signatures of a bag's models. Raises `ModelLoadingError`."""
         return list(self._read(name).models)
 
     def _read(self, name: str) -> Bag:
@@ -381,58 +367,68 @@ class BagOnlyRepo:
         return Bag.read(self._bags[name])
 
     def list_model(self) -> Mapping[str, Path]:
-        """The file of each bag, by name."""
+        """Return the file of each bag, by name."""
         return self._bags
 
 
-class NamedBags(BagOnlyRepo):
-    """Bags in files that are known by name."""
-
-    def __init__(self, bags: Mapping[str, Path], model_repo: ModelOnlyRepo) -> None:
-        self.model_repo = model_repo
-        self._bags = dict(bags)
-
-
 class AnyModelRepo:
-    """Bags and single models under one roof; where both have a name, the model is meant."""
+    """Bags and single models in one repository. A name of both is that of the model."""
 
     def __init__(self, model_repo: ModelOnlyRepo, bag_repo: BagOnlyRepo) -> None:
         self.model_repo = model_repo
         self.bag_repo = bag_repo
 
+    @classmethod
+    def of_file(cls, path: Path) -> AnyModelRepo:
+        """Open one checkpoint, or one bag `NAME.yaml` whose models lie beside it."""
+        if path.suffix in CHECKPOINT_SUFFIXES:
+            model = LocalRepo.of_file(path)
+            return cls(model, BagOnlyRepo.of_files({}, model))
+        members = LocalRepo(path.parent, only=Bag.read(path).models)
+        # The bag is meant, and not a model of its name.
+        no_model = LocalRepo(path.parent, only=())
+        return cls(no_model, BagOnlyRepo.of_files({path.stem: path}, members))
+
+    @classmethod
+    def of_hub(cls, model: hf.HubModel, offline: bool) -> AnyModelRepo:
+        """Open a model on the hub of Hugging Face. Raises `DownloadError`."""
+        bag = hf.hub_file(model, model.bag_file, offline=offline)
+        # All files are of one revision, also if there is a new one by now.
+        members = _HubModels(model.pinned(bag), offline)
+        return cls(members, BagOnlyRepo.of_files({model.name: bag}, members))
+
     def has_model(self, name_or_sig: str) -> bool:
-        """Tell whether there is a model or a bag of this name."""
+        """Return True if there is a model or a bag of this name."""
         return self.model_repo.has_model(name_or_sig) or self.bag_repo.has_model(name_or_sig)
+
+    def _home(self, name_or_sig: str) -> Any:
+        """Return the repository that has a model or a bag. Raises `ModelLoadingError`."""
+        for repo in (self.model_repo, self.bag_repo):
+            if repo.has_model(name_or_sig):
+                return repo
+        _unknown("model", name_or_sig, self.list_model())
 
     def get_model(self, name_or_sig: str) -> nn.Module:
         """Build the model or the bag. Raises `ModelLoadingError`."""
-        if self.model_repo.has_model(name_or_sig):
-            return self.model_repo.get_model(name_or_sig)
-        if self.bag_repo.has_model(name_or_sig):
-            return self.bag_repo.get_model(name_or_sig)
-        _unknown("model", name_or_sig, self.list_model())
+        model: nn.Module = self._home(name_or_sig).get_model(name_or_sig)
+        return model
 
-    def members(self, name_or_sig: str) -> list[str]:
-        """The signatures that a name stands for. Raises `ModelLoadingError`."""
-        if self.model_repo.has_model(name_or_sig):
-            return [name_or_sig]
-        if self.bag_repo.has_model(name_or_sig):
-            return self.bag_repo.members(name_or_sig)
-        _unknown("model", name_or_sig, self.list_model())
+    def members(self, name_or_sig: str) -> tuple[ModelOnlyRepo, list[str]]:
+        """Return the models that a name stands for. Raises `ModelLoadingError`."""
+        if self._home(name_or_sig) is self.model_repo:
+            return self.model_repo, [name_or_sig]
+        return self.bag_repo.model_repo, self.bag_repo.members(name_or_sig)
 
     def require(self, name_or_sig: str) -> None:
-        """Raise `ModelLoadingError` if a file that the name stands for is known not to be had."""
-        self._members_repo(name_or_sig).require(self.members(name_or_sig))
+        """Raise `ModelLoadingError` if a file that the name stands for is known to be missing."""
+        repo, signatures = self.members(name_or_sig)
+        repo.require(signatures)
 
     def fetch(self, name_or_sig: str) -> list[Path]:
-        """The verified files that a name stands for. Raises `ModelLoadingError`."""
-        repo = self._members_repo(name_or_sig)
-        return [repo.fetch(sig) for sig in dict.fromkeys(self.members(name_or_sig))]
-
-    def _members_repo(self, name_or_sig: str) -> ModelOnlyRepo:
-        single = self.model_repo.has_model(name_or_sig)
-        return self.model_repo if single else self.bag_repo.model_repo
+        """Return the verified files that a name stands for. Raises `ModelLoadingError`."""
+        repo, signatures = self.members(name_or_sig)
+        return [repo.fetch(sig) for sig in dict.fromkeys(signatures)]
 
     def list_model(self) -> Mapping[str, Any]:
-        """Everything there is, by name."""
+        """Return the origin of each model and bag, by name."""
         return {**self.model_repo.list_model(), **self.bag_repo.list_model()}

@@ -33,9 +33,9 @@ from .errors import DemucsInferError, OptionError
 from .io.console import Console, command, put
 from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
-from .io.storage import Place, place
 from .log import fatal, log_to_stderr, logger
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
+from .storage.locations import Location, full_text, location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,14 +144,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "tracks",
         nargs="*",
-        type=place,
+        type=location,
         metavar="TRACK",
         help="audio files, folders of them, URLs of either (s3://, gs://, https:// …, patterns,"
         " too), or - for standard input",
     )
     parser.add_argument(
         "--from-file",
-        type=place,
+        type=location,
         metavar="LIST",
         help="a text file of tracks, one path or URL a line, # for comments; - for standard input",
     )
@@ -224,7 +224,7 @@ def _leave_room() -> None:
 def _take_address(args: argparse.Namespace) -> None:
     """What stands behind --ray is a track if it is no address."""
     if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
-        args.tracks.insert(0, place(args.ray))
+        args.tracks.insert(0, location(args.ray))
         args.ray = ""
 
 
@@ -238,7 +238,7 @@ def _separate_tracks(args: argparse.Namespace) -> int:
     options = _separator_options(args, output)
     separator = Separator(**options if args.ray is None else _without_device(options))
     stems = checked_stems(separator, output)
-    faults: list[tuple[Place, DemucsInferError]] = []
+    faults: list[tuple[Location, DemucsInferError]] = []
     folders = Folders()
     tracks = _find_tracks(args, faults, folders)
     jobs = plan_jobs(tracks, output, separator.name, stems, folders)
@@ -297,7 +297,7 @@ def _separate_on_ray(
     if output.is_pipe or any(job.track == PIPE for job in jobs):
         raise OptionError("--ray takes no standard input and no standard output")
     separate_on_ray(
-        [str(job.track) for job in jobs],
+        [full_text(job.track) for job in jobs],
         {**options, "output": output, "skip_existing": args.skip_existing},
         console.report_progress,
         address=args.ray,
@@ -307,15 +307,15 @@ def _separate_on_ray(
 
 
 def _find_tracks(
-    args: argparse.Namespace, faults: list[tuple[Place, DemucsInferError]], folders: Folders
-) -> Iterator[Place]:
+    args: argparse.Namespace, faults: list[tuple[Location, DemucsInferError]], folders: Folders
+) -> Iterator[Location]:
     """The tracks that the command line and its list name, which `folders` notes.
 
     `faults` takes what goes wrong. Raises `OptionError` if there is neither.
     """
     from .io.tracks import find_tracks, read_list
 
-    def report(name: Place, error: DemucsInferError) -> None:
+    def report(name: Location, error: DemucsInferError) -> None:
         faults.append((name, error))
 
     listed = () if args.from_file is None else read_list(args.from_file, report)

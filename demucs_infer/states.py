@@ -23,8 +23,7 @@ from .demucs import Demucs
 from .errors import MissingDependencyError, ModelLoadingError, OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
-from .hub.outline import check_window
-from .hub.packages import read_package, write_safetensors
+from .hub.checkpoints import read_package, write_safetensors
 from .hub.pickles import ClassName
 from .log import logger
 from .utils import Uninitialized, appearing, capture_init, shortened
@@ -57,6 +56,9 @@ MODEL_CLASSES: dict[str, type[nn.Module]] = {
 PACKAGES = ("demucs", "demucs_infer")  # that checkpoints are from
 
 MORE_WEIGHTS, MORE_VALUES = 5000, 10**8  # than its state holds, which a model is built for
+# Values that the largest tensor of a window may have: of any model, and for each of its weights.
+FREE_VALUES, VALUES_PER_WEIGHT = 25 * 10**6, 4
+STEP_VALUES = 256  # that a step of an LSTM counts for
 
 # Names that a quantized state has for the class of diffq that unpacks it.
 QUANTIZERS = {
@@ -86,9 +88,15 @@ def load_model(
 
 
 def build_model(package: Mapping[str, Any], label: str, strict: bool = False) -> nn.Module:
-    """Build the model of a package that was read, as `load_model` does; `label` is for errors."""
+    """Build the model of a package as `load_model` does. Errors begin with `label`.
+
+    A package that contradicts itself may still fail in its first window.
+    """
     try:
-        return _build(package, strict).eval()
+        model: Any = _build(package, strict).eval()
+        # The engine reports an error in the first window as one of the file.
+        model.unproven = label
+        return model
     except MissingDependencyError:
         raise
     except ModelLoadingError as exc:
@@ -118,8 +126,38 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     else:
         _assign_state(model, state)
     _check_finite(model)
-    check_window(model)
+    _check_window(model)
     return model
+
+
+def _check_window(model: nn.Module) -> None:
+    """Raise `ModelLoadingError` for a model whose window is too large for its number of weights.
+
+    A small file should not ask for a large machine. The widths, lengths and numbers of bins of the
+    levels, and the tokens of a transformer, tell the size of the largest tensor.
+    """
+    options: Any = model.options
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    limit = FREE_VALUES + VALUES_PER_WEIGHT * weights
+    length = float(options.segment) * options.samplerate * (1 + getattr(options, "resample", False))
+    nfft = getattr(options, "nfft", 0)
+    # A spectrogram has twice as many complex values as its signal.
+    channels = options.audio_channels * len(options.sources)
+    largest = (4 if nfft else 1) * channels * length
+    steps, bins = length, nfft / 2
+    for level in range(options.depth):
+        steps, bins = steps / options.stride, max(1.0, bins / options.stride)
+        columns = max(steps, bins * length * 4 / nfft) if nfft else steps
+        # Gated units have twice the width.
+        largest = max(largest, 2 * options.channels * options.growth**level * columns)
+    tokens = bins * length * 4 / nfft if getattr(options, "t_layers", 0) else 0
+    # The steps of an LSTM are run one after the other.
+    recurrent = STEP_VALUES * steps if getattr(options, "lstm_layers", 0) else 0
+    if max(largest, tokens**2, recurrent) > limit:
+        raise ModelLoadingError(
+            f"a window takes {max(largest, tokens**2, recurrent):.0f} values, more than the"
+            f" {limit} that a model of its size may take: its segment is too long"
+        )
 
 
 def _room(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:

@@ -14,9 +14,9 @@ import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub import download, registry
-from demucs_infer.hub.http import Patience
+from demucs_infer.hub import registry
 from demucs_infer.log import logger
+from demucs_infer.storage import http
 
 from .helpers import TINY, Command, fast_model, noise, publish, save_package, separate, shake
 from .web import Web, serving
@@ -141,7 +141,15 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # the second host is down
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(registry, "REMOTE_ROOT", tmp_path)
-        monkeypatch.setattr(download, "PATIENCE", Patience(attempts=2, backoff=0))
+        monkeypatch.setattr(http, "LIMITS", http.Limits(attempts=2, backoff=0))
         registry.registry.cache_clear()
         yield web
     registry.registry.cache_clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with an S3 server as slow."""
+    for item in items:
+        if "bucket" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")

@@ -362,4 +362,4 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
             "bags": community,
         },
     }
-    (folder / "registry.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))
+    (folder / "registry.yml").write_text(yaml.safe_dump(registry, sort_keys=False))

@@ -26,6 +26,9 @@ class Hub:
     breaks: list[int] = field(default_factory=list)  # bytes after which the next bodies break off
     failing: int = 0  # status of all answers, if any
     asked: list[str] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)  # headers that replace the right ones
+    sent: int = 0
+    tokens: set[str] = field(default_factory=set)  # that came to the host of the content
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -46,6 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.failing:
             return self.head(hub.failing)
         if parts[0] == "cdn":
+            hub.tokens.add(self.headers.get("Authorization", ""))
             return self.send(next(c for c in hub.files.values() if digest(c) == parts[1]), body)
         if len(parts) < 5 or parts[2] != "resolve":
             return self.head(404)
@@ -73,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def head(self, status: int, **headers: object) -> None:
         self.send_response(status)
-        for name, value in {"Content_Length": 0, **headers}.items():
+        for name, value in {"Content_Length": 0, **headers, **self.hub.facts}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
 
@@ -87,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             stop = self.hub.breaks.pop(0) if self.hub.breaks else None
             content = content[::-1] if self.hub.wrong else content
-            self.wfile.write(content[start:stop])
+            for at in range(start, len(content) if stop is None else stop, 2**16):
+                self.wfile.write(content[at : at + 2**16][: None if stop is None else stop - at])
+                self.hub.sent += 2**16
             self.close_connection = stop is not None
 
     def log_message(self, *_: object) -> None:

@@ -5,6 +5,7 @@ The same comparison runs against servers on loopback without a network.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import demucs.apply
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.audio import AudioFile
-from demucs_infer.hub import download, registry
-from demucs_infer.hub.download import Patience, file_digest
-from demucs_infer.hub.sources import OnHub, Published, sources_of
+from demucs_infer.hub import registry
+from demucs_infer.hub.download import sources_of
 from demucs_infer.states import load_model, save_model
+from demucs_infer.storage import http
 
 from .helpers import noise
 from .hub import Hub, serving_hub
@@ -33,16 +34,16 @@ LONGEST = 1e-5  # difference of stems, of the reference's peak
 def compare(name: str, folder: Path, mix: Tensor) -> str:
     """Fetch a bag from both hosts into `folder` and compare all of it; returns a row of a table."""
     bag, known = registry.bags()[name], registry.checkpoints()
-    patience, sizes = download.PATIENCE, []
+    limits, sizes = http.LIMITS, []
     models: dict[str, torch.nn.Module] = {}
     for sig in dict.fromkeys(bag["models"]):
         first, *_, second = sources_of(sig, known[sig])
-        assert isinstance(first, Published)
-        assert isinstance(second, OnHub)
-        pickled = first.fetch(folder, patience)
-        assert file_digest(pickled) == known[sig].sha256
-        twin = second.fetch(folder / "hub", patience)
-        assert file_digest(twin).startswith(twin.stem.partition("-")[2])
+        assert first.twin is None
+        assert second.twin
+        pickled = first.fetch(folder, limits)
+        assert sha256(pickled.read_bytes()).hexdigest() == known[sig].sha256
+        twin = second.fetch(folder / "hub", limits)
+        assert sha256(twin.read_bytes()).hexdigest().startswith(twin.stem.partition("-")[2])
         models[sig], other = load_model(pickled), load_model(twin).state_dict()
         for key, value in models[sig].state_dict().items():
             assert torch.equal(value, other[key]), (sig, key)
@@ -73,7 +74,7 @@ def test_released_bags_on_both_hosts(
 def test_the_comparison_on_loopback(
     published: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "PATIENCE", Patience(attempts=1, backoff=0))
+    monkeypatch.setattr(http, "LIMITS", http.Limits(attempts=1, backoff=0))
     (tmp_path / "a.th").write_bytes(published.content)
     model = load_model(tmp_path / "a.th")
     hub: Hub

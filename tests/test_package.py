@@ -136,5 +136,5 @@ def test_distributions_have_the_registry_and_the_demonstration(tmp_path: Path) -
         assert any(name.endswith("/remote/registry.yaml") for name in archive.getnames())
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"demucs_infer"}
-    for file in ("remote/registry.yaml", "remote/demo.safetensors", "py.typed"):
+    for file in ("remote/registry.yml", "remote/demo.safetensors", "py.typed"):
         assert f"demucs_infer/{file}" in names

@@ -19,7 +19,7 @@ import torch
 from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
 from demucs_infer.io.player import LONGEST, About, PlayerWriter
-from demucs_infer.io.spool import Workspace
+from demucs_infer.storage.spool import Workspace
 
 from .helpers import SOURCES, Command, json_lines, lag
 from .tools.browser import Listener, chromium

@@ -28,7 +28,7 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub.packages import read_package
+from demucs_infer.hub.checkpoints import read_package
 from demucs_infer.states import (
     copy_state,
     get_quantizer,

@@ -20,10 +20,9 @@ import soundfile
 from demucs_infer.api import Output, Separator
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import DemucsInferError, LoadAudioError
-from demucs_infer.io.storage import Place, place
 from demucs_infer.io.tracks import find_tracks
-from demucs_infer.io.url import Url
 from demucs_infer.separate import main
+from demucs_infer.storage.locations import Location, Url, exists, location, reading
 
 from .helpers import SOURCES, assert_one_line, environment, separate, stems_of, wav
 from .web import serving
@@ -64,7 +63,7 @@ def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*_: object, **__: object) -> None:
         raise AssertionError("a file system was built")
 
-    monkeypatch.setattr(fsspec, "get_filesystem_class", built)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", built)
     monkeypatch.setattr(fsspec.AbstractFileSystem, "__init__", built)
 
 
@@ -200,7 +199,7 @@ def test_letters_that_mean_something_in_addresses(
             for stem in separator.separate_to_files(track, outputs[kind]).stems.values()
         }
         assert len(stems) == len(SOURCES) * len(NAMES)
-        assert all(path.exists_whole() for path in stems.values())
+        assert all(map(exists, stems.values()))
 
 
 def test_double_slashes(memory: fsspec.AbstractFileSystem) -> None:
@@ -208,7 +207,7 @@ def test_double_slashes(memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe_file("/in/a.wav", b"y")
     read = []
     for url in ("memory://in//a.wav", "memory://in/a.wav"):
-        with place(url).reading() as file:
+        with reading(location(url)) as file:
             read.append(file.read())
     assert read == [b"x", b"y"]
     stems = Output("memory://out", "{track}//{stem}").paths(
@@ -307,7 +306,7 @@ def test_a_folder_that_cannot_be_read_is_told(rights: int, anyone: Path) -> None
         (anyone / name).touch()
     (anyone / "shut").chmod(rights)
     for names in ([anyone], [anyone / "shut/inner", anyone / "shut", anyone / "open"]):
-        faults: dict[Place, DemucsInferError] = {}
+        faults: dict[Location, DemucsInferError] = {}
         found = find_tracks(names, report=faults.__setitem__)
         assert anyone / "open/a.wav" in list(found)
         assert any("shut: cannot be read" in str(fault) for fault in faults.values())
@@ -324,12 +323,41 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
     (tmp_path / "other/back").symlink_to(tmp_path / "album/disc")
     (tmp_path / "album/link").symlink_to(tmp_path / "other")
     (tmp_path / "album/link2").symlink_to(tmp_path / "other")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_tracks([tmp_path / "album"])]
+    found = [path.relative_to(tmp_path).as_posix() for path in find_tracks([tmp_path])]
     assert found == ["album/disc/a.wav", "album/link/b.TS", "album/link/c.flv"]
-    apart = find_tracks([tmp_path / "album"], leave_out=tmp_path / "other")
+    apart = find_tracks([tmp_path], leave_out=tmp_path / "other")
     assert [path.name for path in apart] == ["a.wav"]
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs devices and named pipes")
+def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not what is waited for without end, and nothing that lies elsewhere."""
+    (tmp_path / "music/deep").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    for name in ("music/a.wav", "music/deep/b.wav", "secret/c.wav", "secret/d.wav"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "music/x.wav")
+    links = {
+        "zero.wav": "/dev/zero",
+        "fifo.wav": "x.wav",
+        "lost.wav": "nowhere.wav",
+        "out.wav": tmp_path / "secret/c.wav",
+        "up.wav": "../secret/d.wav",
+        "folder": tmp_path / "secret",
+        "within.wav": "deep/b.wav",
+        "all": "/",
+    }
+    for name, target in links.items():
+        (tmp_path / "music" / name).symlink_to(target)
+    for folder in (tmp_path / "music", Url(f"file://{tmp_path}/music")):
+        caplog.clear()
+        found = {track.name for track in find_tracks([folder])}
+        assert found in ({"a.wav", "b.wav"}, {"a.wav", "within.wav", "b.wav"})
+        for name in ("out.wav", "up.wav", "folder", "all"):
+            assert f"music/{name}" in caplog.text
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_named_pipes(repo: Path, tmp_path: Path) -> None:
     """A FIFO, the device of standard input, and a shell's process substitution."""

@@ -30,6 +30,7 @@ class Web:
     always: Answer | None = None
     paths: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    secrets: list[str] = field(default_factory=list)  # that each request brought
     sent: int = 0
     code: str = ""  # with which another process uses the registry of the server
     gate: threading.Event = field(default_factory=threading.Event)
@@ -43,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.web.paths.append(self.path)
         self.web.starts.append(start)
+        self.web.secrets.append(self.headers.get("Authorization", ""))
         answer = self.web.answers.pop(0) if self.web.answers else self.web.always or well
         name = self.path.rpartition("/")[2]
         with suppress(ConnectionError):
@@ -144,6 +146,52 @@ def stalls_at(stop: int) -> Answer:
 def status(code: int, **headers: object) -> Answer:
     def answer(handler: Handler, content: bytes, start: int) -> None:
         handler.head(code, Content_Length=0, **headers)
+
+    return answer
+
+
+def to(location: str, body: bool = False) -> Answer:
+    """A redirect, if wanted with a body that does not end."""
+
+    def answer(handler: Handler, content: bytes, start: int) -> None:
+        handler.close_connection = True
+        handler.head(302, Location=location, **({} if body else {"Content_Length": 0}))
+        while body:
+            handler.send(content)
+
+    return answer
+
+
+def slowly(head: bytes, line: bytes) -> Answer:
+    """The start of an answer, and then one line after the other until the gate opens."""
+
+    def answer(handler: Handler, content: bytes, start: int) -> None:
+        handler.close_connection = True
+        handler.wfile.write(head)
+        while not handler.web.gate.wait(0.02):
+            handler.wfile.write(line)
+
+    return answer
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+# Each brings bytes all the time, and never a block of the body.
+SLOW = {
+    "headers": slowly(OK, b"X-More: 1\r\n"),
+    "a status line": slowly(b"HTTP/1.1 200 ", b"O"),
+    "chunk sizes": slowly(CHUNKED, b"0"),
+    "chunk extensions": slowly(CHUNKED + b"5;", b"x"),
+    "trailers": slowly(CHUNKED + b"1\r\nx\r\n0\r\n", b"X-More: 1\r\n"),
+}
+
+
+def raw(head: bytes) -> Answer:
+    """An answer that the standard library would not write."""
+
+    def answer(handler: Handler, content: bytes, start: int) -> None:
+        handler.close_connection = True
+        handler.wfile.write(head + b"\r\n\r\n" + content)
 
     return answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..utils import pick_sources
+from ..errors import ModelLoadingError
+from ..utils import pick_sources, shortened
 
 
 class Network(Protocol):
@@ -108,6 +110,28 @@ class Member:
 
     def __call__(self, windows: Tensor, stems: Sequence[int]) -> Tensor:
         """The sources `stems` of `windows` `[B, C, T]`, as `[B, S, C, T]`."""
-        if self.takes_stems:
-            return self.module(windows, stems)
-        return pick_sources(self.module(windows), stems)
+        unproven = getattr(self.module, "unproven", None)
+        try:
+            if self.takes_stems:
+                output: Tensor = self.module(windows, stems)
+            else:
+                output = pick_sources(self.module(windows), stems)
+            if unproven and output.shape[-1] != windows.shape[-1]:
+                raise ValueError(f"{list(windows.shape)} becomes {list(output.shape)}")
+        except (
+            ArithmeticError,
+            AssertionError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as exc:
+            # Memory and devices are not the checkpoint's fault.
+            if not unproven or re.search("memory|CUDA|MPS", str(exc)):
+                raise
+            raise ModelLoadingError(
+                f"{unproven}: describes a model that cannot run ({shortened(exc)})"
+            ) from exc
+        if unproven:
+            self.module.unproven = None  # type: ignore[assignment]
+        return output

@@ -112,8 +112,8 @@ class ModelOptions:
     )
     offline: bool | None = option(
         None,
-        "never download; models that are on this machine need no network anyway (also:"
-        " DEMUCS_INFER_OFFLINE=1)",
+        "never download models; those on this machine need no network anyway (also:"
+        " DEMUCS_INFER_OFFLINE=1). Tracks by URL are still read",
         action="store_true",
     )
 

@@ -1,7 +1,7 @@
-"""The hub of Hugging Face: names of models there, its cache on this machine, and its files.
+"""The hub of Hugging Face: names of models, its cache on this machine, and its files.
 
-A model is a repository with `NAME.yaml`, a bag, and `SIGNATURE.safetensors` for each of its models;
-no other file is ever asked for. Reading the cache needs no package: it is plain folders,
+A model is a repository with `NAME.yaml`, a bag, and `SIGNATURE.safetensors` for each of its models.
+No other file is requested. The cache is the one that the package huggingface_hub uses:
 
     models--NAMESPACE--REPOSITORY/refs/REVISION               holds the name of a snapshot
     models--NAMESPACE--REPOSITORY/snapshots/SNAPSHOT/FILE     links to ../../blobs/DIGEST
@@ -15,21 +15,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..errors import DownloadError, MissingDependencyError, ModelLoadingError
+from ..errors import DownloadError, ModelLoadingError
+from ..storage import http
+from .checkpoints import MAX_YAML
 
 SCHEME = "hf://"
 DEFAULT_NAMESPACE = "adefossez"
 DEFAULT_REVISION = "main"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 SUFFIX = ".safetensors"
-YES = ("1", "on", "yes", "true")
-
+OTHER_FORMATS = (".th", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".yaml", SUFFIX)
 # A name that is one part of a path, on every system and on the hub.
 PART = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-OTHER_FORMATS = (".th", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".yaml", SUFFIX)
+SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+COMMIT_HEADER = "X-Repo-Commit"
+ERRORS = {
+    "GatedRepo": "is for users with access: set HF_TOKEN to the token of one",
+    "RepoNotFound": "there is no repository {0.repository}, or HF_TOKEN does not open it",
+    "RevisionNotFound": "there is no revision {0.revision}",
+    "EntryNotFound": "the repository has no {1} (only a .yaml and .safetensors are taken)",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class HubModel:
 
     @classmethod
     def parse(cls, text: str) -> HubModel:
-        """Read the address. Raises `ModelLoadingError` for what is no name on the hub."""
+        """Read the address. Raises `ModelLoadingError` if it is not one."""
         path, at, revision = text.removeprefix(SCHEME).partition("@")
         *namespaces, name = path.split("/")
         namespace = namespaces[0] if namespaces else DEFAULT_NAMESPACE
@@ -67,65 +73,60 @@ class HubModel:
         return f"{self.name}.yaml"
 
     def url(self, file: str) -> str:
-        """The address of a file of the repository."""
-        return f"{endpoint()}/{self.repository}/resolve/{self.revision}/{file}"
+        """Return the address of a file of the repository."""
+        endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        return f"{endpoint}/{self.repository}/resolve/{self.revision}/{file}"
 
     def pinned(self, file: Path) -> HubModel:
-        """The model at the revision that `file` in the hub's cache belongs to."""
+        """Return the model at the revision that `file` in the hub's cache belongs to."""
         return replace(self, revision=file.parent.name)
 
-
-def endpoint() -> str:
-    """The address of the hub."""
-    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    def folder(self) -> Path:
+        """Return the folder of the repository in the cache. Raises `DownloadError` without one."""
+        try:
+            return cache_folder() / f"models--{self.repository.replace('/', '--')}"
+        except RuntimeError as exc:
+            raise DownloadError(f"{self}: there is no home folder: set HF_HUB_CACHE") from exc
 
 
 def repository_name(name: str) -> str:
-    """The repository of the model `name`, without its namespace."""
+    """Return the repository of the model `name`, without its namespace."""
     first, separator, rest = name.partition("_")
-    if first == "htdemucs":
-        return f"HTDemucs{separator and '-'}{rest}"
-    return f"Demucs-{name}"
+    return f"HTDemucs{separator and '-'}{rest}" if first == "htdemucs" else f"Demucs-{name}"
 
 
 def checkpoint_file(signature: str) -> str:
-    """The file of a model. Raises `ModelLoadingError` for a path, an address or another format."""
+    """Return the file of a model. Raises `ModelLoadingError` for a path, URL or another format."""
     if not PART.fullmatch(signature) or signature.lower().endswith(OTHER_FORMATS):
         raise ModelLoadingError(
-            f"{signature!r} is no signature of a model on the hub, of which only SIGNATURE{SUFFIX}"
-            " is taken"
+            f"{signature[:100]!r} is not a signature of a model on the hub, of which only"
+            f" SIGNATURE{SUFFIX} is taken"
         )
     return f"{signature}{SUFFIX}"
 
 
-# The cache.
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
 
 
-def cache_folder() -> Path | None:
-    """The folder of the hub's cache, or None for a user without a home."""
-    home = os.environ.get("HF_HOME") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
+def cache_folder() -> Path:
+    """Return the folder of the hub's cache. Raises `RuntimeError` for a user without a home."""
     chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    try:
-        return Path(os.path.expandvars(chosen or Path(home, "hub"))).expanduser()
-    except RuntimeError:
-        return None
+    return Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
 
 
 def is_offline() -> bool:
-    """Tell whether the hub's own variables keep its programs off the network."""
+    """Return True if the hub's variables keep its programs off the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.lower() in YES
+    return value.lower() in ("1", "on", "yes", "true")
 
 
 def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Path | None:
-    """A file in the hub's cache, of the model's revision or of the newest that has it."""
-    cache = cache_folder()
-    if cache is None:
-        return None
-    folder = cache / f"models--{model.repository.replace('/', '--')}"
-    with suppress(OSError, ValueError):  # what may not be looked at, or is no text
+    """Find a file in the hub's cache, of the model's revision or of the newest that has it."""
+    # The cache may be unreadable, or hold a reference that is not text.
+    with suppress(OSError, ValueError, DownloadError):
+        folder = model.folder()
         for snapshot in _snapshots(folder, model.revision, any_revision):
             path = folder / "snapshots" / snapshot / file
             if path.is_file():
@@ -148,72 +149,104 @@ def _snapshots(folder: Path, revision: str, any_revision: bool) -> Iterator[str]
 
 
 def known_digest(path: Path) -> str:
-    """The SHA-256 under which the hub's cache keeps a file, or "" where it has no such name."""
-    try:
+    """Return the SHA-256 under which the cache keeps a file, or "" if its name does not tell it."""
+    with suppress(OSError):
         target = path.readlink()
-    except OSError:  # no link: on Windows, files may be copied
-        return ""
-    return target.name if target.parent.name == "blobs" and DIGEST.fullmatch(target.name) else ""
+        if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
+            return target.name
+    return ""
 
 
-# The network.
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the hub. `etag` is a SHA-1 or a SHA-256, or "" if the hub sends neither."""
+
+    commit: str
+    etag: str
+    length: int | None
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the content, or "" if it is not known."""
+        return self.etag if SHA256.fullmatch(self.etag) else ""
+
+    @classmethod
+    def ask(cls, model: HubModel, file: str) -> RemoteFile:
+        """Ask the hub about a file. Raises `HostError`."""
+        url = model.url(file)
+        limits = replace(http.LIMITS, longest=http.LIMITS.span)
+        with http.request(url, limits, token_header(), "HEAD", stop_at=COMMIT_HEADER) as answer:
+            reason = ERRORS.get(answer.headers.get("X-Error-Code", ""))
+            if reason:
+                raise http.HostError(url, reason.format(model, file), status=answer.status)
+            if answer.status >= 400:
+                answer.check()
+            etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
+            etag = etag.removeprefix("W/").strip('"').lower()
+            commit = answer.headers.get(COMMIT_HEADER, "")
+            # The length of a redirect is not that of the file.
+            own = None if "Location" in answer.headers else answer.number()
+            length = answer.number("X-Linked-Size")
+        return cls(
+            commit if SHA1.fullmatch(commit) else "",
+            etag if SHA1.fullmatch(etag) or SHA256.fullmatch(etag) else "",
+            own if length is None else length,
+        )
+
+
+def token_header() -> dict[str, str]:
+    """Return the header with the user's token: of `HF_TOKEN`, or of its file, if there is one."""
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
+    if not token:
+        with suppress(OSError, ValueError, RuntimeError):
+            path = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token").expanduser()
+            token = path.read_text(encoding="ascii").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def hub_file(model: HubModel, file: str, *, offline: bool) -> Path:
-    """A file of a model in the hub's cache, up to date unless `offline`.
+    """Return a file of a model in the hub's cache, up to date unless `offline`.
 
-    Raises `DownloadError` if it is not to be had, `MissingDependencyError` if it is not there and
-    the package that would fetch it neither.
+    Raises `DownloadError` if it is not there and cannot be fetched.
     """
-    if offline or is_offline():
-        if path := cached_file(model, file):
-            return path
+    cached = cached_file(model, file)
+    if not (offline or is_offline()):
+        try:
+            return _fetch(model, file)
+        except http.HostError as exc:
+            if not exc.temporary or not cached:
+                raise
+    if not cached:
         raise DownloadError(
-            f"{model}: {file} is not in the hub's cache ({cache_folder()}), and nothing is fetched"
-            f" offline: leave that out once, or copy the cache of a machine that has it"
+            f"{model}: {file} is not in the hub's cache, and nothing is fetched offline: leave that"
+            " out once, or copy the cache of a machine that has it"
         )
+    return cached
+
+
+def _fetch(model: HubModel, file: str) -> Path:
+    """Download the current version of a file into the hub's cache, unless it is there."""
+    from ..utils import appearing
+
+    url, found, folder = model.url(file), RemoteFile.ask(model, file), model.folder()
+    if not (found.commit and found.etag):
+        # Both become names of files.
+        raise http.HostError(url, "the hub does not send a valid revision and digest")
+    most = MAX_YAML if file.endswith(".yaml") else http.MAX_MODEL
+    if (found.length or 0) > most:
+        raise http.HostError(url, f"has {found.length} bytes, and may have {most}")
+    path, blob = folder / "snapshots" / found.commit / file, folder / "blobs" / found.etag
+    reference = folder / "refs" / model.revision
+    if not path.is_file():
+        http.Download(url, blob, found.sha256, found.length, most, token_header()).run()
     try:
-        import huggingface_hub
-    except ImportError as exc:
-        if path := cached_file(model, file):
-            return path
-        raise MissingDependencyError("huggingface_hub", str(model)) from exc
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                *(model.repository, file),
-                revision=model.revision,
-                cache_dir=cache_folder(),
-                endpoint=endpoint(),
-            )
-        )
-    except Exception as exc:  # of several libraries below it, too
-        raise DownloadError(f"{model.url(file)}: {_reason(exc, model, file)}") from exc
-
-
-def _reason(exc: Exception, model: HubModel, file: str) -> str:
-    """An exception of the hub's package as part of a line."""
-    from huggingface_hub import errors
-
-    if isinstance(exc, errors.LocalEntryNotFoundError):
-        cause = _line(exc.__cause__ or exc)
-        return f"the hub does not answer ({cause}), and its cache has no {file}"
-    reasons: list[tuple[type[Exception], str]] = [
-        (errors.GatedRepoError, "is for users with access: set HF_TOKEN to the token of one"),
-        (
-            errors.RepositoryNotFoundError,
-            f"there is no repository {model.repository}, or HF_TOKEN does not open it",
-        ),
-        (errors.RevisionNotFoundError, f"there is no revision {model.revision}"),
-        (
-            errors.EntryNotFoundError,
-            f"the repository has no {file} (nothing but NAME.yaml and SIGNATURE{SUFFIX} is taken)",
-        ),
-    ]
-    return next((text for kind, text in reasons if isinstance(exc, kind)), _line(exc))
-
-
-def _line(exc: Any) -> str:
-    """The beginning of what an exception says."""
-    text = str(exc).strip() or type(exc).__name__
-    return " ".join(text.partition("\n\n")[0].split())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.symlink_to(Path("..", "..", "blobs", found.etag))
+        if model.revision != found.commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            with appearing(reference) as temporary:
+                temporary.write_text(found.commit, encoding="ascii")
+    except OSError as exc:
+        raise DownloadError(f"{path}: cannot be written ({exc.strerror or exc})") from exc
+    return path

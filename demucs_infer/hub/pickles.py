@@ -1,7 +1,8 @@
-"""A PyTorch archive, read by a machine that knows the few things that a checkpoint needs.
+"""A reader of PyTorch archives that knows the few instructions that a checkpoint needs.
 
-It is the standard library's reader in Python with most of its instructions taken out. The one in C
-has memory for as many values as the largest number in the file says.
+It is the standard library's unpickler in Python with most instructions taken out. The one in C
+allocates memory for as many values as the largest number in the file. `torch.load` with
+`weights_only` refuses the model's class, and PyTorch before 2.5 cannot be told otherwise.
 """
 
 from __future__ import annotations
@@ -12,40 +13,36 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ..utils import shortened
-from .content import Refused, check_size
-
-MAX_PICKLE = 2**21  # bytes; a released checkpoint has 10**5
+MAX_PICKLE = 2**21  # bytes; a released checkpoint has 1e5
 MAX_ENTRIES = 50_000  # of an archive, one for each tensor
-MAX_TERM = 10**18  # of a fraction
-MAX_SIZE = 2**62  # of one dimension
-MAX_DIMS = 8  # of a tensor; the product of a million sizes takes hours
+MAX_SIZE = 2**62  # of one dimension of a tensor
+MAX_DIMS = 8  # of a tensor; the product of a million sizes would take hours
+MAX_VALUES = 10**6  # in containers, counted as often as they are reached
+MAX_DEPTH = 32  # of containers
 
-# The classes that may be named; which of them are models, `states` knows.
+# The classes that may be named. `states` knows which of them are models.
 CLASS_NAME = re.compile(r"(demucs|demucs_infer|diffq)(\.\w+)+")
-
-STORAGE_DTYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+DTYPES = {
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
 }
-
-# What the reader in Python does for these instructions is safe, whatever their operands.
+# The unpickler's code for these instructions is safe, whatever their operands are.
 PLAIN_INSTRUCTIONS = [
     getattr(pickle, name)[0]
     for name in (
@@ -57,6 +54,10 @@ PLAIN_INSTRUCTIONS = [
 ]
 
 
+class Refused(Exception):
+    """A file holds something that no checkpoint needs."""
+
+
 @dataclass(frozen=True)
 class ClassName:
     """A class that a checkpoint names: it can be neither called nor built."""
@@ -65,22 +66,49 @@ class ClassName:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An object that is no part of a model's weights, left out; nothing can be done with it."""
+class _StorageType:
+    """The type of a storage, by the name of its `torch.dtype`."""
+
+    dtype: str
 
 
-SKIPPED = Skipped()
+SKIPPED = ClassName("an object that is not part of a model's weights")
 
 
-def make_fraction(*args: Any) -> Fraction:
-    """A fraction of plain integers (as text, an exponent could make it arbitrarily large)."""
-    if len(args) == 1 and isinstance(args[0], str):
-        found = re.fullmatch(r"(-?\d{1,18})(?:/(\d{1,18}))?", args[0])
-        args = tuple(int(term) for term in found.groups("1")) if found else ()
-    whole = all(isinstance(term, int) and abs(term) <= MAX_TERM for term in args)
-    if 1 <= len(args) <= 2 and whole and args[1:] != (0,):
-        return Fraction(*args)
-    raise Refused(f"a fraction of {shortened(args)}")
+def _short(value: Any) -> str:
+    from ..utils import shortened
+
+    return shortened(value)
+
+
+def check_size(value: Any) -> None:
+    """Raise `Refused` for containers that hold themselves, or each other too often to be walked."""
+    _count(value, {}, 0)
+
+
+def _count(value: Any, known: dict[int, int], depth: int) -> int:
+    """Count the values in nested containers, each as often as it is reached."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return 1
+    if depth > MAX_DEPTH:
+        raise Refused(f"containers in each other, more than {MAX_DEPTH} deep")
+    if id(value) not in known:
+        items = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_count(item, known, depth + 1) for item in items)
+    if known[id(value)] > MAX_VALUES:
+        raise Refused(f"more than {MAX_VALUES} values")
+    return known[id(value)]
+
+
+def make_fraction(*terms: Any) -> Fraction:
+    """Make a fraction of whole numbers. In a text, an exponent could make it arbitrarily large."""
+    if len(terms) == 1 and isinstance(terms[0], str):
+        found = re.fullmatch(r"(-?[0-9]{1,18})(?:/([0-9]{1,18}))?", terms[0])
+        terms = tuple(int(term) for term in found.groups("1")) if found else ()
+    whole = all(isinstance(term, int) and abs(term) <= 10**18 for term in terms)
+    if 1 <= len(terms) <= 2 and whole and terms[1:] != (0,):
+        return Fraction(*terms)
+    raise Refused(f"a fraction of {_short(terms)}")
 
 
 def _make_dict(*args: Any) -> OrderedDict[Any, Any]:
@@ -92,19 +120,17 @@ def _make_dict(*args: Any) -> OrderedDict[Any, Any]:
 def _make_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
-    """A view of `storage` that stays within it; stands in for `torch._utils._rebuild_tensor_v2`."""
-    sizes = isinstance(size, tuple) and isinstance(stride, tuple)
-    if not (
-        sizes
-        and len(size) == len(stride) <= MAX_DIMS
-        and all(isinstance(n, int) and 0 <= n <= MAX_SIZE for n in (offset, *size, *stride))
+    """Return a view within `storage`, as `torch._utils._rebuild_tensor_v2` does without checks."""
+    tuples = isinstance(size, tuple) and isinstance(stride, tuple)
+    if (
+        not tuples
+        or not len(size) == len(stride) <= MAX_DIMS
+        or not all(isinstance(n, int) and 0 <= n <= MAX_SIZE for n in (offset, *size, *stride))
     ):
-        raise Refused(f"a tensor of shape {shortened(size)}, stride {shortened(stride)}")
+        raise Refused(f"a tensor of shape {_short(size)}, stride {_short(stride)}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if math.prod(size) and (last >= storage.numel() or math.prod(size) > storage.numel()):
-        raise Refused(
-            f"a tensor of shape {shortened(size)} in a storage of {storage.numel()} values"
-        )
+        raise Refused(f"a tensor of shape {_short(size)} in a storage of {storage.numel()} values")
     return storage.as_strided(size, stride, offset)
 
 
@@ -125,8 +151,8 @@ class _Instructions(dict[int, Callable[[Any], None]]):
         raise Refused(f"the pickle instruction {key}")
 
 
-class _Machine(pickle._Unpickler):
-    """Reads `data.pkl` of an archive; with `skip`, objects of unknown classes are left out."""
+class _Unpickler(pickle._Unpickler):
+    """Reads `data.pkl` of an archive. With `skip`, objects of unknown classes are left out."""
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
@@ -143,27 +169,34 @@ class _Machine(pickle._Unpickler):
         dotted = f"{module}.{name}"
         if dotted in FUNCTIONS:
             return FUNCTIONS[dotted]
-        if dotted in STORAGE_DTYPES:
-            return STORAGE_DTYPES[dotted]
+        if dotted in DTYPES:
+            return _StorageType(DTYPES[dotted])
         if CLASS_NAME.fullmatch(dotted):
             return ClassName(dotted)
         if self.skip:
             return SKIPPED
-        raise Refused(shortened(dotted))
+        raise Refused(_short(dotted))
 
     def persistent_load(self, pid: Any) -> Tensor:
-        kind, dtype, key, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise Refused(f"a persistent {shortened(kind)}")
+        import torch
+
+        kind, storage, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage, _StorageType) or not isinstance(key, str):
+            raise Refused(f"a persistent {_short(kind)}")
         if key not in self.storages:
-            content = self.archive.read(f"{self.root}/data/{key}")
+            content, dtype = (
+                self.archive.read(f"{self.root}/data/{key}"),
+                getattr(torch, storage.dtype),
+            )
             if len(content) != numel * dtype.itemsize:
                 raise Refused(
-                    f"a storage of {len(content)} bytes for {shortened(numel)} values of {dtype}"
+                    f"a storage of {len(content)} bytes for {_short(numel)} values of {dtype}"
                 )
-            empty = torch.empty(0, dtype=dtype, device="cpu")
+            # `frombuffer` refuses an empty buffer.
             self.storages[key] = (
-                torch.frombuffer(bytearray(content), dtype=dtype) if numel else empty
+                torch.frombuffer(bytearray(content), dtype=dtype)
+                if numel
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
         return self.storages[key]
 
@@ -175,41 +208,32 @@ class _Machine(pickle._Unpickler):
         elif any(function is known for known in FUNCTIONS.values()):
             self.stack.append(function(*arguments))
         else:
-            raise Refused(f"a call of {shortened(function)}")
+            raise Refused(f"a call of {_short(function)}")
 
     def build(self) -> None:
-        """Leave out the attributes of a dictionary of weights: their versions."""
+        # The attributes of a dictionary of weights, which are versions, are left out.
         self.stack.pop()
-        if not isinstance(self.stack[-1], (OrderedDict, Skipped)):
-            raise Refused(f"attributes of {shortened(self.stack[-1])}")
+        if not (isinstance(self.stack[-1], OrderedDict) or self.stack[-1] is SKIPPED):
+            raise Refused(f"attributes of {_short(self.stack[-1])}")
 
-    def append_one(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def append_many(self) -> None:
-        self._extend(self.pop_mark())
-
-    def _extend(self, values: list[Any]) -> None:
+    def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
         elif target is not SKIPPED:
-            raise Refused(f"items of {shortened(target)}")
+            raise Refused(f"items of {_short(target)}")
 
-    def set_one(self) -> None:
+    def pop_pair(self) -> list[Any]:
         value = self.stack.pop()
-        self._set([self.stack.pop(), value])
+        return [self.stack.pop(), value]
 
-    def set_many(self) -> None:
-        self._set(self.pop_mark())
-
-    def _set(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if target is SKIPPED:
             return
-        # The hash of a tuple that holds itself twice, and so on, takes forever.
+        # The hash of a tuple that holds itself twice, and so on, would never be done.
         if not isinstance(target, dict) or not all(isinstance(k, (str, int)) for k in items[::2]):
-            raise Refused(f"keys of {shortened(target)}")
+            raise Refused(f"keys of {_short(target)}")
         target.update(zip(items[::2], items[1::2]))
 
     dispatch = _Instructions(
@@ -218,39 +242,36 @@ class _Machine(pickle._Unpickler):
             pickle.REDUCE[0]: call,
             pickle.NEWOBJ[0]: call,
             pickle.BUILD[0]: build,
-            pickle.APPEND[0]: append_one,
-            pickle.APPENDS[0]: append_many,
-            pickle.SETITEM[0]: set_one,
-            pickle.SETITEMS[0]: set_many,
+            pickle.APPEND[0]: lambda self: self.extend([self.stack.pop()]),
+            pickle.APPENDS[0]: lambda self: self.extend(self.pop_mark()),
+            pickle.SETITEM[0]: lambda self: self.set_items(self.pop_pair()),
+            pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
         }
     )
 
 
 def read_pickled(data: bytes, skip: bool = False) -> Any:
-    """What the archive `data` holds. Raises `Refused`, or what the damage brings about.
+    """Return the object in the archive `data`. Raises `Refused`, or another error for damage.
 
-    With `skip`, objects that are no part of a model's weights are `SKIPPED`.
+    With `skip`, objects that are not part of a model's weights are `SKIPPED`.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        root = _check_archive(archive, len(data))
-        value = _Machine(archive, root, skip).load()
+        entries = archive.infolist()
+        # PyTorch does not compress: no entry can be larger than the file.
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        total = sum(entry.file_size for entry in entries)
+        if packed or total > len(data) or len(entries) > MAX_ENTRIES:
+            raise Refused("compressed, overlapping or too many entries")
+        names = {entry.filename for entry in entries}
+        # Of two entries of one name, each reader would take another.
+        if len(names) < len(entries):
+            raise Refused("entries of one name")
+        roots = [name[: -len("/data.pkl")] for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise Refused("an archive that PyTorch did not write")
+        order = f"{roots[0]}/byteorder"
+        if order in names and archive.read(order) != b"little":
+            raise Refused("numbers in big-endian order")
+        value = _Unpickler(archive, roots[0], skip).load()
     check_size(value)
     return value
-
-
-def _check_archive(archive: zipfile.ZipFile, size: int) -> str:
-    """The folder of an archive of `size` bytes that its entries are in."""
-    entries = archive.infolist()
-    # What PyTorch writes is not compressed: no entry can be larger than the file.
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > size or len(entries) > MAX_ENTRIES:
-        raise Refused("compressed, overlapping or too many entries")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise Refused("entries of one name")  # of which each reader takes another
-    roots = [e.filename[: -len("/data.pkl")] for e in entries if e.filename.endswith("/data.pkl")]
-    if len(roots) != 1:
-        raise Refused("an archive that PyTorch did not write")
-    order = f"{roots[0]}/byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
-        raise Refused("numbers in big-endian order")
-    return roots[0]

@@ -10,6 +10,7 @@ What goes wrong with a track is reported, and the others go on.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,13 +33,13 @@ from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
 from ..read.packets import Damage
+from ..storage.locations import Location, full_text, local_copy
+from ..storage.spool import Spool, Workspace
 from .console import standard_input
 from .container import Picture, read_cover
 from .encode import encoding_errors
 from .output import PIPE, PIPE_NAME, Output
 from .player import check_length
-from .spool import Spool, Workspace
-from .storage import Place, local_copy
 from .tracks import TrackJob, plan_jobs
 from .writer import Extras, StemFile, Target, TrackWriter
 
@@ -84,7 +86,7 @@ class TrackResult:
     `error` what went wrong, if anything did; `player` is the page to listen with.
     """
 
-    input: Place
+    input: Location
     model: str
     stems: Mapping[str, StemFile] = field(default_factory=dict)
     seconds: float | None = None
@@ -93,7 +95,7 @@ class TrackResult:
     skipped: bool = False
     damaged: Damage | None = None
     error: Exception | None = None
-    player: Place | None = None
+    player: Location | None = None
     version: str = __version__
 
     @property
@@ -106,16 +108,16 @@ class TrackResult:
     def as_json(self) -> dict[str, Any]:
         """The result as plain values."""
         stems = {
-            name: {"path": str(stem.path), "peak": stem.peak, "gain": stem.gain}
+            name: {"path": full_text(stem.path), "peak": stem.peak, "gain": stem.gain}
             for name, stem in self.stems.items()
         }
         changed = {
-            "input": str(self.input),
+            "input": full_text(self.input),
             "stems": stems,
             "offsets": list(self.offsets),
             "damaged": None if self.damaged is None else self.damaged.as_json(),
             "error": self.message or None,
-            "player": None if self.player is None else str(self.player),
+            "player": None if self.player is None else full_text(self.player),
         }
         return {**vars(self), **changed}
 
@@ -154,7 +156,7 @@ class Batch:
         output: Output,
         space: Workspace,
         *,
-        announce: Callable[[Place], str | None] = lambda track: None,
+        announce: Callable[[Location], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
@@ -173,7 +175,8 @@ class Batch:
         """
         if any(job.track == PIPE for job in jobs):
             self._keep_standard_input()
-        wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
+        left = (job for job in jobs if not (skip_existing and self._skipped(job)))
+        wanted = (job for job in left if not self._is_missing(job))
         with kept_memory(), worker_pool(1) as reader, worker_pool(1) as writer:
             behind: Future[None] | None = None
             try:
@@ -199,6 +202,15 @@ class Batch:
             self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
         return True
 
+    def _is_missing(self, job: TrackJob) -> bool:
+        """Return True, and report it at once, if there is no such file."""
+        missing = (
+            isinstance(job.track, Path) and job.track != PIPE and not os.path.lexists(job.track)
+        )
+        if missing:
+            self._fail(job, LoadAudioError(f"{job.track}: no such file"))
+        return missing
+
     def _read_ahead(
         self, reader: Executor, jobs: Iterable[TrackJob]
     ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
@@ -219,7 +231,7 @@ class Batch:
         job.check_targets()
         return self._decode(job.track)
 
-    def _decode(self, track: Place) -> _Decoded:
+    def _decode(self, track: Location) -> _Decoded:
         if track == PIPE:
             with contextlib.ExitStack() as stack:
                 return self._decode_file(track, AudioFile(self._input, name=PIPE_NAME), stack)
@@ -227,7 +239,9 @@ class Batch:
             file = stack.enter_context(local_copy(track, self.space.path))
             return self._decode_file(track, AudioFile(file, name=str(track)), stack)
 
-    def _decode_file(self, track: Place, file: AudioFile, stack: contextlib.ExitStack) -> _Decoded:
+    def _decode_file(
+        self, track: Location, file: AudioFile, stack: contextlib.ExitStack
+    ) -> _Decoded:
         separator = self.separator
         decoder = Decoder(
             file,
@@ -359,7 +373,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: StemSource, track: Place, output: Output) -> TrackResult:
+def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
     """Separate one track, and raise what goes wrong with it."""
     (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
     results: list[TrackResult] = []

@@ -39,7 +39,9 @@ class Folders:
 
 
 def _root(name: str) -> str:
-    """`name`, or of a pattern the folder before its first sign that is none of a name."""
+    """Return `name`, or of a pattern the folder before its first wildcard."""
+    if not glob.has_magic(name):
+        return name
     plain = itertools.takewhile(lambda part: not glob.has_magic(part), _parts(name))
     return _joined(name, list(plain))
 

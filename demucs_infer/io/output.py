@@ -9,27 +9,36 @@ import os
 import re
 import string
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..engine.options import STEMS, number, option
 from ..errors import OptionError, SaveAudioError
 from ..log import logger
+from ..storage.locations import (
+    TEMPORARY,
+    Location,
+    Named,
+    Url,
+    below,
+    check,
+    check_folder,
+    location,
+    parent_name,
+)
 from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
-from .local import LocalPath
 from .stems import Stem, mix
-from .storage import Named, Place, place
-from .url import Url
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .spool import Workspace
+    from ..storage.spool import Workspace
 
-PIPE = LocalPath("-")  # stands for standard input or standard output
+PIPE = Path("-")  # stands for standard input or standard output
 PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
@@ -46,13 +55,6 @@ CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
-class _Track(NamedTuple):
-    """A track, and its folder below the one that was named."""
-
-    place: Place
-    folder: str
-
-
 @dataclass(frozen=True)
 class Output:
     """What is written of a track, where and how. Raises `OptionError` for what cannot be."""
@@ -65,7 +67,7 @@ class Output:
         "--out",
         section=WHERE,
         dest="out",
-        type=place,
+        type=location,
         metavar="DIR",
     )
     filename: str = option(
@@ -164,9 +166,9 @@ class Output:
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoding", self._encoding())
         self._check_choices()
-        self._place.check()
-        if self._place.is_web:
-            raise OptionError(f"{self.folder}: addresses of the web can only be read")
+        check(self._folder)
+        if isinstance(self._folder, Url) and self._folder.is_web:
+            raise OptionError(f"{self._folder}: URLs of the web can only be read")
         if self.is_together and "{stem}" in self._template:
             raise OptionError(
                 f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
@@ -176,9 +178,8 @@ class Output:
             check_standard_output()
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        self._path(
-            _Track(LocalPath("track.wav"), "folder"), "model", "stem"
-        )  # the template makes sense
+        values = self._values(Path("track.wav"), "model", str)
+        self._file(self._template, {**values, "folder": "folder"}, "stem", self.format)
         from .encode import check_encoder  # not before an output is wanted
 
         check_encoder(self.encoding)
@@ -227,26 +228,26 @@ class Output:
             return TOGETHER_FILENAME
         return self.filename
 
-    @property
-    def _place(self) -> Place:
-        return place(self.folder)
+    @cached_property
+    def _folder(self) -> Location:
+        return location(self.folder)
 
     @property
     def is_pipe(self) -> bool:
         """Whether the stem goes to standard output."""
-        return self._place == PIPE
+        return self._folder == PIPE
 
     def workspace(self, patience: float = 0) -> Workspace:
         """Room for what is not finished: among the stems if they are local, to be renamed there.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
         """
-        from .spool import Workspace
+        from ..storage.spool import Workspace
 
-        folder = self._place
-        if isinstance(folder, LocalPath) and not self.is_pipe:
+        folder = self._folder
+        if isinstance(folder, Path) and not self.is_pipe:
             return Workspace(folder, patience)
-        folder.check_writable()
+        check_folder(folder)
         return Workspace(_temporary_folder(), patience)
 
     def stems(self, sources: Sequence[str]) -> list[str]:
@@ -323,21 +324,21 @@ class Output:
         track: Named,
         model: str,
         stems: Sequence[str],
-        folder_of: Callable[[Place], str] = lambda track: "",
-    ) -> dict[str, Place]:
+        folder_of: Callable[[Location], str] = lambda track: "",
+    ) -> dict[str, Location]:
         """The file of each stem of `track`; all are within the folder, whatever the names are.
 
         `folder_of` gives the track's folder below the one that was named.
         """
-        track = place(track)
+        track = location(track)
         if self.is_pipe:
             if len(stems) != 1 and not self.is_together:
                 raise OptionError(
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        found = _Track(track, folder_of(track))
-        paths = {stem: self._path(found, model, stem) for stem in stems}
+        values = self._values(track, model, folder_of)
+        paths = {stem: self._file(self._template, values, stem, self.format) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
@@ -345,13 +346,13 @@ class Output:
         return paths
 
     def page(
-        self, track: Place, model: str, folder_of: Callable[[Place], str] = lambda track: ""
-    ) -> Place | None:
+        self, track: Location, model: str, folder_of: Callable[[Location], str] = lambda track: ""
+    ) -> Location | None:
         """The page to listen to `track` with, if one is wanted: beside the stems."""
         if not self.player:
             return None
-        found = _Track(track, folder_of(track))
-        return self._file(self._page_template, found, model, PAGE, "html")
+        values = self._values(track, model, folder_of)
+        return self._file(self._page_template, values, PAGE, "html")
 
     @property
     def _page_template(self) -> str:
@@ -362,44 +363,49 @@ class Output:
         folder = template.removesuffix(".{ext}")
         return folder + ("." if folder == template else "/") + "{stem}.{ext}"
 
-    def track_name(self, track: Place) -> str:
+    def track_name(self, track: Location) -> str:
         """What `{track}` stands for."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
 
-    def _path(self, track: _Track, model: str, stem: str) -> Place:
-        return self._file(self._template, track, model, stem, self.format)
-
-    def _file(self, template: str, found: _Track, model: str, stem: str, ext: str) -> Place:
-        """The file in the output folder that a template means."""
-        track = found.place
-        values = {
+    def _values(
+        self, track: Location, model: str, folder_of: Callable[[Location], str]
+    ) -> dict[str, str]:
+        """What the fields of a template stand for, but for the stem."""
+        # Looked up only where it is wanted: it takes long, for a million tracks.
+        folder = folder_of(track) if "{folder" in self._template else ""
+        return {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
-            "parent": _safe(track.parent_name),
-            "folder": "/".join(_safe(name) for name in found.folder.split("/") if name),
+            "parent": _safe(parent_name(track)),
+            "folder": "/".join(_safe(name) for name in folder.split("/") if name),
             "model": model,
-            "stem": stem,
-            "ext": ext,
         }
+
+    def _file(self, template: str, values: dict[str, str], stem: str, ext: str) -> Location:
+        """Return the file in the output folder that a template means."""
+        values = {**values, "stem": stem, "ext": ext}
         try:
-            relative = _filled(template, values)
+            _check_template(template)
+            relative = template.format(**values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        return self._place.below(relative if found.folder else relative.lstrip("/"))
+        relative = relative if values["folder"] else relative.lstrip("/")
+        # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
+        if TEMPORARY in relative.lower():
+            pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
+            relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
+        return below(self._folder, relative)
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    """`template.format(**values)`, but for what reaches into Python or makes much of little.
-
-    Raises `ValueError` or `LookupError` for no template.
-    """
+@lru_cache(maxsize=16)
+def _check_template(template: str) -> None:
+    """Raise `ValueError` for a template that reaches into Python, or makes much of little."""
     if "\0" in template:
         raise ValueError("a NUL is in it")
     for _, name, width, conversion in string.Formatter().parse(template):
         if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
             raise ValueError(f"{name} is no field")
-    return template.format(**values)
 
 
 def _temporary_folder() -> Path:
@@ -409,7 +415,7 @@ def _temporary_folder() -> Path:
         raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
 
 
-def _split(track: Place) -> tuple[str, str]:
+def _split(track: Location) -> tuple[str, str]:
     """Name and suffix of a track; ".name" has no suffix, and "..." is no more than a name."""
     name, _, suffix = track.name.rpartition(".")
     return (name, suffix) if name.strip(".") else (track.name, "")

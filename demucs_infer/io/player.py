@@ -23,9 +23,9 @@ from torch import Tensor
 from ..errors import OptionError
 from ..read.pcm import rescale_divisor
 from ..resample import Resampler
+from ..storage.spool import Spool, Workspace
 from .encode import encoder
 from .formats import Encoding
-from .spool import Spool, Workspace
 
 TEMPLATE = "player.html"
 LONGEST = 20 * 60  # seconds

@@ -8,19 +8,30 @@ import io
 import itertools
 import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
+from ..log import logger
+from ..storage.locations import (
+    Identities,
+    Location,
+    Named,
+    Url,
+    check,
+    check_target,
+    exists,
+    location,
+    reading,
+)
 from .console import standard_input
 from .folders import Folders
-from .local import LocalPath
 from .output import PIPE, Output
-from .storage import Named, Place, place
-from .url import Url
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(
@@ -38,46 +49,46 @@ ENCODINGS = {  # by what a list begins with; the longer ones first, as they begi
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
-Report = Callable[[Place, DemucsInferError], None]
+Report = Callable[[Location, DemucsInferError], None]
 
 
 @dataclass(frozen=True)
 class TrackJob:
     """A track, and the files that its stems become, by `naming`."""
 
-    track: Place
-    naming: Callable[[Place], Mapping[str, Place]]
-    paging: Callable[[Place], Place | None] = lambda track: None
+    track: Location
+    naming: Callable[[Location], Mapping[str, Location]]
+    paging: Callable[[Location], Location | None] = lambda track: None
 
     @property
-    def page(self) -> Place | None:
+    def page(self) -> Location | None:
         """The page to listen with, if there is to be one."""
         return self.paging(self.track)
 
     @property
-    def files(self) -> Iterable[Place]:
+    def files(self) -> Iterable[Location]:
         """All files of the track, each once."""
         page = {} if self.page is None else {self.page: None}
         return {**dict.fromkeys(self.paths.values()), **page}
 
     @property
-    def paths(self) -> Mapping[str, Place]:
+    def paths(self) -> Mapping[str, Location]:
         """The file of each stem; of a million tracks they would not fit into memory."""
         return self.naming(self.track)
 
     @property
     def is_done(self) -> bool:
         """Whether all of its stems are there; they appear when they are whole."""
-        return all(path.exists_whole() for path in self.files)
+        return all(exists(path) for path in self.files)
 
     def check_targets(self) -> None:
         """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
         for path in self.files:
             if path != PIPE:
-                path.check_target()
+                check_target(path)
 
 
-def _raise(name: Place, error: DemucsInferError) -> None:
+def _raise(name: Location, error: DemucsInferError) -> None:
     raise error
 
 
@@ -87,7 +98,7 @@ def find_tracks(
     leave_out: Named | None = None,
     expand: bool = os.name == "nt",
     report: Report = _raise,
-) -> Iterator[Place]:
+) -> Iterator[Location]:
     """The tracks that `names` mean: files, all audio files below a folder, "-" once.
 
     With `expand`, a name that is no file may be a pattern, for shells that leave that to programs;
@@ -96,23 +107,25 @@ def find_tracks(
     that is named twice comes once. A folder without audio stands for itself, and is no track.
     What goes wrong with a name is told to `report`, and the others go on; by default it is raised.
     """
-    apart = None if leave_out is None else place(leave_out).identity
-    search = _Search(apart, expand, report)
-    seen: set[str] = set()
+    identities = Identities()
+    apart = None if leave_out is None else identities.of(location(leave_out))
+    search = _Search(apart, expand, report, identities)
+    seen: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
     for name in names:
-        for track in search.tracks(place(name)):
-            if track.identity not in seen:
-                seen.add(track.identity)
+        for track in search.tracks(location(name)):
+            identity = hash(identities.of(track))
+            if identity not in seen:
+                seen.add(identity)
                 yield track
 
 
-def read_list(source: Named, report: Report = _raise) -> Iterator[Place]:
+def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
     """The paths and URLs in a text file, or "-" for standard input: one a line, `#` for comments.
 
     The text is UTF-8, or what its byte-order mark says. What cannot be read is told to `report`:
     all of it, or a line that is no name.
     """
-    listed = place(source)
+    listed = location(source)
     try:
         with _open(listed) as file:
             for number, line in enumerate(_lines(file), 1):
@@ -121,7 +134,7 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Place]:
                     fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
                     report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
                 elif name and not name.startswith("#"):
-                    yield place(name)
+                    yield location(name)
     except (LoadAudioError, MissingDependencyError) as exc:
         report(listed, exc)
     except OSError as exc:
@@ -129,10 +142,10 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Place]:
         report(listed, LoadAudioError(f"{listed}: cannot be read ({reason})"))
 
 
-def _open(source: Place) -> AbstractContextManager[IO[bytes]]:
+def _open(source: Location) -> AbstractContextManager[IO[bytes]]:
     if source == PIPE:
         return nullcontext(standard_input())
-    return source.reading()
+    return reading(source)
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
@@ -171,8 +184,9 @@ class _Search:
     apart: str | None
     expand: bool
     report: Report
+    identities: Identities
 
-    def tracks(self, name: Place) -> Iterable[Place]:
+    def tracks(self, name: Location) -> Iterable[Location]:
         """The tracks that a name means; what goes wrong is reported."""
         try:
             _check_name(name)
@@ -183,59 +197,86 @@ class _Search:
             self.report(name, _unreadable(name, exc))
         return []
 
-    def _local(self, name: LocalPath, expand: bool) -> Iterable[Place]:
+    def _local(self, name: Path, expand: bool) -> Iterable[Path]:
         if name.is_dir():
             return self._below(name)
         if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
-            matches = map(LocalPath, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+            matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
             return [track for match in matches for track in self._local(match, False)]
         return [name]
 
-    def _remote(self, url: Url) -> Iterable[Place]:
-        """As for a path; what looks like a file is one, so that no store is asked about each."""
+    def _remote(self, url: Url) -> Iterable[Location]:
+        """Find the tracks of a URL. A store is not asked about a name that looks like a file's."""
         pattern = glob.has_magic(url.text)
-        if url.is_web or (_is_audio(url.name) and not pattern) or url.exists_whole():
+        if url.is_web or (_is_audio(url.name) and not pattern):
+            return [url]
+        if url.scheme == "file":
+            return [Url(f"file://{path}") for path in self._local(url.local, pattern)]
+        if exists(url):
             return [url]
         if pattern:
-            found = [track for match in url.matches() for track in self._remote(match)]
+            found = [track for match in url.find(True) for track in self._remote(match)]
         else:
-            found = [file for file in url.files() if self._is_track_below(file, url)]
+            found = [file for file in url.find(False) if self._is_track_below(file, url)]
         return found or [url]
 
     def _is_track_below(self, file: Url, folder: Url) -> bool:
         hidden = "/." in file.text.removeprefix(folder.text)
         return _is_audio(file.name) and not hidden and not file.text.startswith(f"{self.apart}/")
 
-    def _below(self, folder: LocalPath) -> list[LocalPath]:
-        """All tracks below a folder, links to folders followed, each folder once."""
-        found, faults = list[LocalPath](), list[OSError]()
-        entered = {folder.identity}
+    def _below(self, folder: Path) -> list[Path]:
+        """Find all tracks below a folder, through links that stay in it. Enter each folder once."""
+        found, faults = list[Path](), list[OSError]()
+        root = self.identities.of(folder)
+        entered = {root}
         for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
-            folders[:] = [name for name in sorted(folders) if self._enters(parent, name, entered)]
-            visible = (name for name in sorted(files) if not name.startswith("."))
-            found += [LocalPath(parent, name) for name in visible if _is_audio(name)]
+            paths = (Path(parent, name) for name in sorted(folders) if not name.startswith("."))
+            folders[:] = [path.name for path in paths if self._enters(path, root, entered)]
+            paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+            # A named pipe would be waited for, and a device may be endless.
+            audio = (path for path in paths if _is_audio(path.name) and _is_regular(path))
+            found += [path for path in audio if self._is_within(path, root)]
         for fault in faults:
-            at = LocalPath(fault.filename or folder)
+            at = Path(fault.filename or folder)
             self.report(at, _unreadable(at, fault))
         return found if found or faults else [folder]
 
-    def _enters(self, parent: str, name: str, entered: set[str]) -> bool:
-        identity = LocalPath(parent, name).identity
-        if name.startswith(".") or identity == self.apart or identity in entered:
+    def _enters(self, path: Path, root: str, entered: set[str]) -> bool:
+        identity = self.identities.of(path)
+        if identity == self.apart or identity in entered or not self._is_within(path, root):
             return False
         entered.add(identity)
         return True
 
+    def _is_within(self, path: Path, root: str) -> bool:
+        """Return False, with a warning, for a link that leads out of the folder that was named."""
+        if path.is_symlink():
+            target = self.identities.of(path)
+            if not target.startswith(root.rstrip(os.sep) + os.sep) and target != root:
+                logger.warning("%s: is skipped, as it links out of the folder", path)
+                return False
+        return True
 
-def _check_name(name: Place) -> None:
+
+def _is_regular(path: Path) -> bool:
+    """Return True for a file that has samples, or whose reading will say why it has none."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _check_name(name: Location) -> None:
     """Raise `LoadAudioError` for what no file can be called, or no address that may be opened."""
     try:
-        name.check()
+        check(name)
     except OptionError as exc:
         raise LoadAudioError(str(exc)) from exc
 
 
-def _unreadable(name: Place, exc: OSError) -> LoadAudioError:
+def _unreadable(name: Location, exc: OSError) -> LoadAudioError:
     return LoadAudioError(f"{name}: cannot be read ({exc.strerror or exc})")
 
 
@@ -259,7 +300,7 @@ def plan_jobs(
     below = (folders or Folders()).of
     naming = partial(output.paths, model=model, stems=output.stems(sources), folder_of=below)
     paging = partial(output.page, model=model, folder_of=below)
-    jobs = [TrackJob(place(track), naming, paging) for track in tracks]
+    jobs = [TrackJob(location(track), naming, paging) for track in tracks]
     for job in jobs:
         _check_name(job.track)
     if output.is_pipe:
@@ -272,22 +313,25 @@ def plan_jobs(
 
 
 def _check_apart(jobs: Sequence[TrackJob]) -> None:
-    inputs = {job.track.identity for job in jobs}
-    taken: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
+    identities = Identities()
+    inputs = {hash(identities.of(job.track)) for job in jobs}
+    taken: set[int] = set()
     for job in jobs:
         for path in job.files:
-            name = path.identity
-            if name in inputs:
+            identity = hash(identities.of(path))
+            if identity in inputs:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
-            if hash(name) in taken:
+            if identity in taken:
                 _check_owner(jobs, job, path)
-            taken.add(hash(name))
+            taken.add(identity)
 
 
-def _check_owner(jobs: Sequence[TrackJob], job: TrackJob, path: Place) -> None:
+def _check_owner(jobs: Sequence[TrackJob], job: TrackJob, path: Location) -> None:
     """Raise `OptionError` if a job before `job` has the stem `path`, too."""
+    identities = Identities()
+    wanted = identities.of(path)
     for other in itertools.takewhile(lambda other: other is not job, jobs):
-        if path.identity in (file.identity for file in other.files):
+        if wanted in map(identities.of, other.files):
             raise OptionError(
                 f"{other.track} and {job.track} would both become {path}: tell them apart with"
                 " {folder}, {parent} or {trackext} in --filename"

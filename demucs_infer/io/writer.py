@@ -23,15 +23,14 @@ from ..engine.threads import worker_pool
 from ..errors import SaveAudioError
 from ..read.pcm import RESCALING, prevent_clip, rescale_divisor
 from ..resample import Resampler
+from ..storage.locations import Location, Undo, publish, replaced_by
+from ..storage.spool import Spool, Workspace
 from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
 from .encode import Encoder, encoder, encoding_errors
 from .formats import Encoding
-from .local import Undo, replaced_by
 from .output import MIX, PIPE, Output
 from .player import About, PlayerWriter
-from .spool import Spool, Workspace
-from .storage import Place
 
 BLOCK = 2**16  # samples that are read from a spool at once
 
@@ -40,7 +39,7 @@ BLOCK = 2**16  # samples that are read from a spool at once
 class StemFile:
     """A stem that is there: `peak` is its magnitude before it was multiplied by `gain`."""
 
-    path: Place
+    path: Location
     peak: float | None = None
     gain: float | None = None
 
@@ -216,11 +215,13 @@ class TrackWriter:
     something cannot be written; nothing of the track is left then.
     """
 
-    def __init__(self, paths: Mapping[str, Place], target: Target, page: Place | None) -> None:
+    def __init__(
+        self, paths: Mapping[str, Location], target: Target, page: Location | None
+    ) -> None:
         self.paths = paths
         self.target = target
         self.page = page
-        self._files: dict[Place, _FileWriter] = {}
+        self._files: dict[Location, _FileWriter] = {}
         self._player: PlayerWriter | None = None
         for path in dict.fromkeys(paths.values()):
             with self._writing(path):
@@ -239,13 +240,13 @@ class TrackWriter:
         return PlayerWriter(target.space, target.about, stems, target.samplerate, target.channels)
 
     @property
-    def _writers(self) -> dict[Place, _FileWriter | PlayerWriter]:
+    def _writers(self) -> dict[Location, _FileWriter | PlayerWriter]:
         """All files of the track."""
         page = {} if self._player is None or self.page is None else {self.page: self._player}
         return {**self._files, **page}
 
     @contextmanager
-    def _writing(self, path: Place) -> Iterator[None]:
+    def _writing(self, path: Location) -> Iterator[None]:
         try:
             with encoding_errors(path):
                 yield
@@ -306,7 +307,7 @@ class TrackWriter:
             writer.file.unlink(missing_ok=True)
 
 
-def _publish(file: Path, path: Place) -> Undo:
+def _publish(file: Path, path: Location) -> Undo:
     """Give `file`, which is whole, its name, or copy it to a store or to standard output.
 
     Returns what takes that back.
@@ -315,7 +316,7 @@ def _publish(file: Path, path: Place) -> Undo:
         with file.open("rb") as source, standard_output() as sink:
             shutil.copyfileobj(source, sink)
         return lambda: None
-    undo = path.publish(file)
+    undo = publish(file, path)
     file.unlink(missing_ok=True)
     return undo
 

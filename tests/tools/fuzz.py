@@ -268,15 +268,16 @@ def _run_checkpoint(path: Path) -> None:
     """Load a model, and run a window of it."""
     import torch
 
+    from demucs_infer.apply import apply_model
     from demucs_infer.states import load_model
 
     model = load_model(path)
-    with torch.no_grad():
-        model(torch.zeros(1, model.audio_channels, int(model.segment * model.samplerate)))
+    length = max(1, int(model.segment * model.samplerate))
+    apply_model(model, torch.zeros(1, model.audio_channels, length), shifts=0)
 
 
 def _safetensors(folder: Path) -> Sequence[bytes]:
-    from demucs_infer.hub.packages import write_safetensors
+    from demucs_infer.hub.checkpoints import write_safetensors
     from demucs_infer.hub.pickles import ClassName
 
     contents = []
@@ -344,7 +345,7 @@ def _read_bag(path: Path) -> None:
 
 def _registries(folder: Path) -> Sequence[bytes]:
     publish(folder, "http://127.0.0.1:9", b"", b"")
-    return [(folder / "registry.yaml").read_bytes()]
+    return [(folder / "registry.yml").read_bytes()]
 
 
 def _read_registry(path: Path) -> None:
@@ -427,7 +428,7 @@ TARGETS = {
     "th": Target(_archives, _mutate_archive, _run_checkpoint, "input.th"),
     "safetensors": Target(_safetensors, _mutate_safetensors, _run_checkpoint, "input.safetensors"),
     "bags": Target(_bags, mutate_words(YAML_WORDS), _read_bag, "bag.yaml"),
-    "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yaml"),
+    "registry": Target(_registries, mutate_words(YAML_WORDS), _read_registry, "registry.yml"),
     "audio": Target(_sounds, mutate_bytes, _read_audio),
     "tracks": Target(_lists, mutate_words(SEPARATORS + NAMES + SCHEMES), _read_list),
     "templates": Target(_templates, mutate_words(FIELDS + SEPARATORS + NAMES), _read_template),

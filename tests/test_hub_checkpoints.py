@@ -18,10 +18,9 @@ from safetensors.torch import save
 
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub import packages, pickles
-from demucs_infer.hub.content import MAX_VALUES
-from demucs_infer.hub.packages import read_package, read_state, read_weights, write_safetensors
-from demucs_infer.hub.pickles import ClassName
+from demucs_infer.hub import checkpoints, pickles
+from demucs_infer.hub.checkpoints import read_package, read_state, read_weights, write_safetensors
+from demucs_infer.hub.pickles import MAX_VALUES, ClassName
 from demucs_infer.states import load_model, serialize_model
 
 from .helpers import TINY, archive
@@ -309,7 +308,7 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "a header that is a list": lambda data: joined([], b""),
     "a deep header": lambda data: joined(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""),
     "a long header": lambda data: joined(
-        {**parts_of(data)[0], "__metadata__": {"klass": "x", "a": "[" * packages.MAX_HEADER}},
+        {**parts_of(data)[0], "__metadata__": {"klass": "x", "a": "[" * checkpoints.MAX_HEADER}},
         parts_of(data)[1],
     ),
     "a tensor of another shape": lambda data: with_first(data, shape=[1]),

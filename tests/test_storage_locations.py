@@ -16,10 +16,9 @@ import s3fs
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.io.storage import place
 from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
-from demucs_infer.io.url import Url
 from demucs_infer.separate import main
+from demucs_infer.storage.locations import Url, location, parent_name, publish
 
 from .helpers import SOURCES, assert_one_line, environment, run, separate, stems_of, wav
 from .web import serving
@@ -52,14 +51,14 @@ def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     ],
 )
 def test_names_of_urls(text: str, name: str, folder: str, suffix: str) -> None:
-    url = place(text)
+    url = location(text)
     assert isinstance(url, Url)
-    assert (url.name, url.parent_name, url.suffix) == (name, folder, suffix)
+    assert (url.name, parent_name(url), Path(url.name).suffix) == (name, folder, suffix)
 
 
 @pytest.mark.parametrize("text", ["a.wav", "C://a.wav", "c:\\a.wav", "a/s3:/b", "/s3://b", "1://a"])
 def test_what_is_a_path(text: str) -> None:
-    assert place(text) == Path(text)
+    assert location(text) == Path(text)
 
 
 def test_paths_do_not_import_fsspec(repo: Path, track: Path) -> None:
@@ -189,11 +188,11 @@ def test_a_stem_appears_whole_or_not_at_all(
 
     monkeypatch.setattr(type(memory), "put_file", broken)
     with pytest.raises(SaveAudioError, match=r"a\.wav: cannot be written \(broken pipe\)"):
-        Url("memory://out/a.wav").publish(tmp_path / "stem")
+        publish(tmp_path / "stem", Url("memory://out/a.wav"))
     assert memory.find("/out") == ["/out/a.wav"]
     assert memory.cat_file("/out/a.wav") == b"before"
     monkeypatch.setattr(type(memory), "put_file", put)
-    Url("memory://out/a.wav").publish(tmp_path / "stem")
+    publish(tmp_path / "stem", Url("memory://out/a.wav"))
     assert memory.find("/out") == ["/out/a.wav"]
     assert memory.cat_file("/out/a.wav") == b"whole"
 

@@ -14,7 +14,6 @@ import yaml
 from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.download import file_digest
 
 # The SHA-256 of names, addresses, digests and weights as they were published.
 FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"
@@ -53,7 +52,7 @@ def test_what_was_published() -> None:
 def test_checkpoints() -> None:
     found = registry.checkpoints()
     demo = found.pop("demo")
-    assert file_digest(demo.embedded) == demo.sha256
+    assert sha256(demo.embedded.read_bytes()).hexdigest() == demo.sha256
     assert len(registry.registry()["checkpoints"]) == 27
     assert len(found) == 34
     assert len({checkpoint.file for checkpoint in found.values()}) == 34
@@ -160,8 +159,8 @@ def test_offline(value: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
-    text = (folder / "registry.yaml").read_text()
-    (folder / "registry.yaml").write_text(text.replace("htdemucs_6s", "renamed"))
+    text = (folder / "registry.yml").read_text()
+    (folder / "registry.yml").write_text(text.replace("htdemucs_6s", "renamed"))
     (folder / "htdemucs_6s.yaml").rename(folder / "renamed.yaml")
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
     registry.registry.cache_clear()
@@ -175,5 +174,5 @@ def test_a_bag_of_what_the_registry_does_not_know(
     folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
     (folder / "htdemucs.yaml").write_text("models: ['12345678']\n")
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
-    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: .* no checkpoint 12345678"):
+    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: no checkpoint 12345678"):
         registry.bags()

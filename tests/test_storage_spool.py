@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from demucs_infer.api import Output
 from demucs_infer.errors import SaveAudioError
-from demucs_infer.io import spool
-from demucs_infer.io.spool import Spool, Workspace
+from demucs_infer.storage import spool
+from demucs_infer.storage.spool import LOCK, Spool, Workspace
 
 from .helpers import noise
 
@@ -48,7 +49,8 @@ def test_a_file_has_the_rights_of_any_file(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     tmp_path: Path,
 ) -> None:
-    code = "import os, sys; from pathlib import Path; from demucs_infer.io.spool import Workspace;"
+    code = "import sys; from pathlib import Path;"
+    code += "from demucs_infer.storage.spool import Workspace;"
     code += "space = Workspace(Path(sys.argv[1])); space.__enter__(); space.file();"
     code += "print(flush=True); sys.stdin.read()"
     process = subprocess.Popen(
@@ -80,3 +82,51 @@ def test_a_full_disk(tmp_path: Path) -> None:
     samples._file = os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", buffering=0)
     with pytest.raises(SaveAudioError, match="No space left"):
         samples.write(noise(2, 100))
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from demucs_infer.storage.spool import Workspace
+def start(number):
+    with Workspace(Path(sys.argv[1])) as space:
+        file = space.file()
+        file.write_bytes(b"half a stem")
+        for _ in range(20):
+            assert file.read_bytes() == b"half a stem"
+with ThreadPoolExecutor(4) as pool:
+    assert len(list(pool.map(start, range(int(sys.argv[2]))))) == int(sys.argv[2])
+"""
+
+
+def test_many_starts_in_one_folder(tmp_path: Path) -> None:
+    """In threads and processes: each can be made, and none is removed while it is in use."""
+    command = [sys.executable, "-c", STARTS, tmp_path, "40"]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_folders_with_our_lock_are_removed(tmp_path: Path) -> None:
+    other = tmp_path / ".demucs-infer-song"
+    (other / "stems").mkdir(parents=True)
+    abandoned = tmp_path / ".demucs-infer-abandoned"
+    abandoned.mkdir()
+    (abandoned / LOCK).touch()
+    (tmp_path / ".demucs-infer-link").symlink_to(abandoned)
+    with Workspace(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, ".demucs-infer-link"}
+    assert (other / "stems").is_dir()
+
+
+def test_names_of_tracks_are_not_those_of_workspaces() -> None:
+    for track in (".demucs-infer-song.wav", ".Demucs-Infer-x"):
+        for template in ("{track}/{stem}", "x/{track}/lock", "{track}", ".//{track}"):
+            output = Output("out", template, two_stems="drums", other_method="none")
+            paths = output.paths(Path(track), "m", ["drums"])
+            assert all("_.demucs-infer-" in str(path).lower() for path in paths.values())
+        output = Output("memory://out", "{parent}/{stem}")
+        (path,) = output.paths(Path(track, "a.wav"), "m", ["drums"]).values()
+        assert str(path).lower().startswith("memory://out/_.demucs-infer-")
