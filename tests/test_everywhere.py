@@ -143,6 +143,7 @@ def check_bucket(here: Path, inputs: Path, repo: Path, store: s3fs.S3FileSystem,
     assert [result["seconds"] for result in results["dj"]] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_from_the_web(here: Path, inputs: Path, repo: Path, tmp_path: Path) -> None:
     """A track that is named has no folder."""
     ways = {**WAYS, "deep": WAYS["deep"].replace("music", "song.wav", 1)}

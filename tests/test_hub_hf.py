@@ -206,7 +206,8 @@ def test_a_list_of_gigabytes(facts: dict, hub: Hub) -> None:
     hub.facts = facts
     with pytest.raises(DownloadError):
         get_model("hf://someone/mine")
-    assert hub.sent < 2_000_000
+    # Sockets take some megabytes before the server notices that nobody reads.
+    assert hub.sent < 15_000_000
 
 
 @pytest.mark.parametrize(

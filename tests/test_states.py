@@ -146,7 +146,10 @@ def test_a_saved_model_is_read_here_and_by_the_reference(half: bool, tmp_path: P
         save_model(torch.nn.Linear(1, 1), path)
 
 
-@pytest.mark.parametrize("quantizer", [None, diffq.UniformQuantizer, diffq.DiffQuantizer])
+@pytest.mark.parametrize(
+    "quantizer",
+    [None, pytest.param(diffq.UniformQuantizer, marks=pytest.mark.slow), diffq.DiffQuantizer],
+)
 def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
     reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
     state = demucs.states.get_state(packed, quantizer and quantizer(packed, min_size=0.01))
@@ -357,7 +360,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak where Linux tells it")
-@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path: Path) -> None:
     reference, _ = released_pair("955717e8")
     path = save_package(tmp_path / "a.th", reference, half)

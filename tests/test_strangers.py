@@ -324,7 +324,7 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
     (tmp_path / "album/link").symlink_to(tmp_path / "other")
     (tmp_path / "album/link2").symlink_to(tmp_path / "other")
     found = [path.relative_to(tmp_path).as_posix() for path in find_tracks([tmp_path])]
-    assert found == ["album/disc/a.wav", "album/link/b.TS", "album/link/c.flv"]
+    assert found == ["album/disc/a.wav", "other/b.TS", "other/c.flv"]
     apart = find_tracks([tmp_path], leave_out=tmp_path / "other")
     assert [path.name for path in apart] == ["a.wav"]
 
@@ -352,7 +352,8 @@ def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptu
     for folder in (tmp_path / "music", Url(f"file://{tmp_path}/music")):
         caplog.clear()
         found = {track.name for track in find_tracks([folder])}
-        assert found in ({"a.wav", "b.wav"}, {"a.wav", "within.wav", "b.wav"})
+        # The link within and its target are one file, which may be found under either name.
+        assert {"a.wav"} < found <= {"a.wav", "b.wav", "within.wav"}
         for name in ("out.wav", "up.wav", "folder", "all"):
             assert f"music/{name}" in caplog.text
 
