@@ -37,6 +37,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 SOURCES = ["drums", "bass", "other", "vocals"]
 FPS = 25  # of a video
+FFMPEG_MAJOR = av.library_versions["libavcodec"][0] - 54  # of the libraries in PyAV
 TOLERANCE = 1e-5  # of the reference's peak
 
 TINY = {

@@ -87,7 +87,8 @@ def test_formats_are_read(suffix: str, codec: str, rate: int, layout: str, tmp_p
     assert wav.dtype == torch.float32
     assert wav.shape[0] == channels
     assert wav.shape[1] == pytest.approx(rate, rel=0.1)
-    assert wav.abs().amax(1).median() == pytest.approx(0.4, rel=0.25)
+    # The AAC encoder of FFmpeg 9 overshoots with eight channels.
+    assert wav.abs().amax(1).median() == pytest.approx(0.4, rel=0.5)
     assert file.read(streams=0, samplerate=44100, channels=2).shape[0] == 2
 
 

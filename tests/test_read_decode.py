@@ -19,6 +19,8 @@ from demucs_infer.audio import AudioFile
 from demucs_infer.errors import LoadAudioError
 from demucs_infer.read.packets import Damage
 
+from .helpers import FFMPEG_MAJOR
+
 FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")
 SECONDS = 4
@@ -163,6 +165,10 @@ def test_healthy_files_are_read_as_by_ffmpeg(name: str, folder: Path) -> None:
     path = made(folder, name)
     ours, damage = decoded(path)
     theirs = reference(path, ours.shape[0])
+    if name in ("a.m4a", "edit.m4a") and FFMPEG_MAJOR >= 9:
+        # It also drops the padding at the end.
+        assert 0 < theirs.shape[-1] - ours.shape[-1] < 1024
+        theirs = theirs[:, : ours.shape[-1]]
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= ROUNDED.get(name, HARMLESS)
     assert not damage

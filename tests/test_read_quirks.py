@@ -15,7 +15,7 @@ import torch
 from demucs_infer.audio import AudioFile, save_audio
 from demucs_infer.read.quirks import Link
 
-from .helpers import noise
+from .helpers import FFMPEG_MAJOR, noise
 
 ID3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)
 PCM = bytes.fromhex("0100000000001000800000aa00389b71")
@@ -78,9 +78,13 @@ def test_he_aac_starts_on_time(padding: int, tmp_path: Path) -> None:
     plain = tmp_path / "plain.m4a"
     plain.write_bytes(data.replace(b"iTunSMPB", b"iTunSMPX"))
     ours, whole = AudioFile(path).read(streams=0), AudioFile(plain).read(streams=0)
-    assert torch.equal(ours, whole[:, 2 * padding :])
+    expected = whole[:, 2 * padding :]
+    # FFmpeg 9 also drops the padding at the end.
+    assert 0 <= expected.shape[-1] - ours.shape[-1] < 2 * 2048
+    assert torch.equal(ours, expected[:, : ours.shape[-1]])
 
 
+@pytest.mark.skipif(FFMPEG_MAJOR >= 9, reason="FFmpeg 9 is right")
 def test_ffmpeg_drops_half_of_he_aac_s_padding() -> None:
     with av.open(str(HE_AAC)) as container:
         assert next(container.decode(audio=0)).pts == 1265  # 2529 where it is right

@@ -24,6 +24,7 @@ from av.stream import Disposition
 from torch import Tensor
 
 from ..errors import SaveAudioError
+from ..log import decoded
 from ..read.decode import AudioFile
 from ..read.packets import AV_ERRORS
 from ..read.quirks import PICTURES
@@ -349,7 +350,8 @@ class VideoEncoder:
         self._priming = 0
         self._shift = first / source.time_base
         self._picture = muxer.file.add_stream_from_template(source, opaque=True)
-        self._picture.metadata.update(source.metadata)
+        tags = {name: decoded(text, "replace") for name, text in source.metadata.items()}
+        self._picture.metadata.update(tags)
         self._sound = muxer.add_sound(request.titles[0], enabled=True)
         self._packets = picture.packets(container, source)
         self._waiting: Any = next(self._packets, None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadAudioError
-from ..log import logger
+from ..log import decoded, logger
 from .packets import AV_ERRORS, MAX_CHANNELS, SAMPLE_RATES, Damage, TrackDecoder
 from .pcm import convert_audio
 from .quirks import Link, find_links, open_container
@@ -65,7 +65,7 @@ class AudioFile:
                         "filename": str(self.path),
                         "format_name": container.format.name,
                         "duration": seconds,
-                        "tags": dict(container.metadata),
+                        "tags": {k: decoded(v, "replace") for k, v in container.metadata.items()},
                     },
                     "streams": [
                         {

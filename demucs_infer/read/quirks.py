@@ -8,7 +8,7 @@ network. Two measures prevent that, and each suffices alone:
 - FFmpeg gets an open file and no path, and may not open anything else (`protocol_whitelist`).
 
 Each work-around names the versions of FFmpeg that need it, of those that were tried: 7.1 (PyAV 14
-and 15), 8.0 (16), and 8.1 (17 and 18).
+and 15), 8.0 (16), 8.1 (17 and 18), and 9.0 (19).
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from typing import Any, BinaryIO
 
 import av
 
+# PyAV 19 has no such argument, and always decodes tags this way.
+TAG_ERRORS: dict[str, Any] = (
+    {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "surrogateescape"}
+)
 # FFmpeg's readers (`ffmpeg -demuxers`) that find sound in one file.
 DEMUXERS = " ".join(
     [
@@ -106,9 +110,8 @@ def open_container(link: Link, pictures: Sequence[str] = ()) -> Any:
     Raises what PyAV raises.
     """
     link.seek(0)
-    container = av.open(
-        link, "r", container_options=_container_options(pictures), metadata_errors="replace"
-    )
+    options = _container_options(pictures)
+    container = av.open(link, "r", container_options=options, **TAG_ERRORS)
     for stream in container.streams.audio:
         if stream.codec_context is not None:
             stream.codec_context.options = {"max_samples": str(MAX_FRAME)}
