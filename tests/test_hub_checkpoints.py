@@ -31,10 +31,10 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
-    """Whatever a file asks for, the answer comes at once; a busy machine has its time, too."""
+    """Bound the CPU time of every file: without limits, some take minutes or do not end."""
     start = time.process_time()
     yield
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 60
 
 
 @pytest.fixture(scope="module")
