@@ -15,7 +15,7 @@ from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.states import load_model
 
-from .helpers import SOURCES, TINY, assert_close, decibels, noise, pair, separate
+from .helpers import SOURCES, TINY, assert_close, assert_one_line, decibels, noise, pair, separate
 
 SMALL = {"channels": 8, "depth": 3, "dconv_lstm": 2, "dconv_attn": 2}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -65,6 +65,23 @@ def test_refused_conversions_write_nothing(repo: Path, tmp_path: Path) -> None:
         assert "error: " in error
         assert all(word in error for word in words)
         assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "size"), [(0, 4000), (-1, 4000), (8000, 10**400), (8000, 10**12), (10**400, 1)]
+)
+def test_absurd_numbers_in_a_configuration(rate: int, size: int, tmp_path: Path) -> None:
+    torch.save(HTDemucs(**TINY).state_dict(), tmp_path / "in.ckpt")
+    config = write_config(tmp_path / "config.yaml", "htdemucs", FAMILIES["htdemucs"][1])
+    values = yaml.safe_load(config.read_text())
+    training = {"instruments": SOURCES, "channels": 2, "samplerate": rate}
+    values |= {"training": training, "audio": {"chunk_size": size}}
+    config.write_text(yaml.safe_dump(values))
+    out = tmp_path / "out.safetensors"
+    result = separate("--config", config, tmp_path / "in.ckpt", out, main=main)
+    assert_one_line(result)
+    assert len(result.stderr) < 2000
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -47,6 +48,58 @@ def test_what_was_published() -> None:
         },
     }
     assert sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest() == FACTS
+
+
+TEXT = {"description": str, "sha256": str}
+FIELDS: dict[str, tuple[dict[str, type], dict[str, type]]] = {  # with the optional ones
+    "embedded": ({**TEXT, "sources": list, "file": str, "licence": str}, {}),
+    "checkpoints": (TEXT, {"megabytes": int, "safetensors_sha256": str}),
+    "bags": ({"description": str, "sources": list}, {}),
+    "community checkpoints": (
+        {**TEXT, "url": str, "source": str, "licence": str},
+        {"architecture": dict},
+    ),
+}
+
+
+def invalid(content: dict) -> list[str]:
+    """Return the fields of a registry that are not valid."""
+    community = content["community"]
+    groups = {**content, "community checkpoints": community["checkpoints"]}
+    wrong = [] if str(content["root"]).startswith("https://") else ["root"]
+    for group, (needed, optional) in FIELDS.items():
+        entries = {**groups[group], **(community["bags"] if group == "bags" else {})}
+        for name, entry in entries.items():
+            where = f"{group} {name}"
+            wrong += [f"{where}: {field}" for field in needed.keys() - entry.keys()]
+            for field, value in entry.items():
+                digest = field.endswith("sha256")
+                valid = isinstance(value, {**needed, **optional}.get(field, ()))
+                valid &= not digest or bool(re.fullmatch("[0-9a-f]{64}", str(value)))
+                valid &= field != "url" or str(value).startswith("https://")
+                valid &= field != "sources" or (bool(value) and {*map(type, value)} == {str})
+                valid &= field != "file" or (registry.REMOTE_ROOT / str(value)).is_file()
+                wrong += [] if valid else [f"{where}: {field}"]
+            wrong += [] if isinstance(name, str) else [f"{where}: its name"]
+    return wrong
+
+
+def test_every_field_is_valid() -> None:
+    content = registry.registry()
+    assert content.keys() == {"root", "embedded", "checkpoints", "bags", "community"}
+    assert content["community"].keys() == {"checkpoints", "bags"}
+    assert invalid(content) == []
+    for group, field, value in (
+        ("embedded", "file", "none.safetensors"),
+        ("checkpoints", "sha256", "abc"),
+        ("checkpoints", "megabytes", "84"),
+        ("bags", "sources", ["drums", 1]),
+        ("bags", "licence", "MIT"),
+    ):
+        changed = copy.deepcopy(content)
+        name = next(iter(changed[group]))
+        changed[group][name][field] = value
+        assert invalid(changed) == [f"{group} {name}: {field}"]
 
 
 def test_checkpoints() -> None:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from demucs_infer import separate
+from demucs_infer.apply import apply_model
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
@@ -322,6 +323,31 @@ def test_a_folder_of_hostile_files(
 def test_absurd_architectures_are_refused_at_once(change: dict, theirs: torch.nn.Module) -> None:
     with pytest.raises(ModelLoadingError):
         load_model(changed(theirs, lambda package: package["kwargs"].update(change)))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (HTDemucs, {**TINY, "segment": 1000}),
+        (HTDemucs, {**TINY, "samplerate": 10**6, "segment": 20}),
+        (HDemucs, {**HYBRID, "segment": 1000}),
+        (Demucs, {"sources": ["a", "b"], "channels": 4, "depth": 3, "growth": 1, "segment": 10**5}),
+    ],
+)
+def test_windows_that_are_too_large_for_the_weights(family: type, changes: dict) -> None:
+    """The weights fit, and the window would take gigabytes."""
+    package = {"klass": family, "args": (), "kwargs": changes}
+    package["state"] = family(**changes).state_dict()
+    with pytest.raises(ModelLoadingError, match="segment is too long"):
+        load_model(package)
+
+
+def test_a_model_that_cannot_run_fails_in_its_first_window() -> None:
+    options = {**TINY, "kernel_size": 3}  # less than the stride
+    package = {"klass": HTDemucs, "args": (), "kwargs": options}
+    model = load_model({**package, "state": HTDemucs(**options).state_dict()})
+    with pytest.raises(ModelLoadingError, match="the package: describes a model that cannot run"):
+        apply_model(model, noise(2, 4000)[None], shifts=0)
 
 
 @pytest.mark.parametrize(
