@@ -133,7 +133,7 @@ def test_distributions_have_the_registry_and_the_demonstration(tmp_path: Path) -
     (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     assert wheel.stat().st_size < 4_000_000
     with tarfile.open(source) as archive:
-        assert any(name.endswith("/remote/registry.yaml") for name in archive.getnames())
+        assert any(name.endswith("/remote/registry.yml") for name in archive.getnames())
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"demucs_infer"}
     for file in ("remote/registry.yml", "remote/demo.safetensors", "py.typed"):

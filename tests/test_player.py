@@ -43,7 +43,7 @@ def write(path: Path, parts: dict[str, np.ndarray], title: str, artist: str = ""
             writer.write([torch.from_numpy(block.copy()) for block in blocks])
         writer.encode(lambda: None)
         writer.file.replace(path)
-        assert [entry.name for entry in space.path.iterdir()] == ["lock"]
+        assert [entry.name for entry in space.path.iterdir()] == ["demucs-infer.lock"]
     return path
 
 
