@@ -41,7 +41,9 @@ class _Filters:
         self.frames = -(-AT_ONCE // self.new)  # in a kernel
         self.kernel: Tensor | None = None  # [frames * new, 1, width + frames * old + width]
         if self.new * (self.old + 2 * self.width) <= LARGEST_KERNEL:
-            filters: Any = ResampleFrac(self.old, self.new, ZEROS, ROLLOFF)
+            # julius makes its tensors on the default device.
+            with torch.device("cpu"):
+                filters: Any = ResampleFrac(self.old, self.new, ZEROS, ROLLOFF)
             self.kernel = self._side_by_side(filters.kernel)
         else:
             self.taps = self._taps()  # [new, 2 width + 1]

@@ -14,7 +14,9 @@ import soundfile
 import torch
 import yaml
 
+from demucs_infer import resample
 from demucs_infer.api import LoadAudioError, LoadModelError, Separator
+from demucs_infer.audio import AudioFile
 from demucs_infer.engine.backends import pytorch
 from demucs_infer.errors import OptionError
 from demucs_infer.hub.registry import bags
@@ -229,3 +231,29 @@ def test_openvino_is_a_device_too(repo: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "openvino").glob("*-float32.blob"))
     with pytest.raises(OptionError, match="QPU"):
         Separator("tiny", repo=repo, device="openvino:QPU")
+
+
+@pytest.mark.parametrize("default", ["meta", torch.bfloat16], ids=str)
+def test_defaults_of_the_caller_change_no_stem(
+    default: str | torch.dtype, fast_repo: Path, track: Path, tmp_path: Path
+) -> None:
+    separator = Separator("tiny", fast_repo, device="cpu", shifts=0)
+    expected = separator.separate_audio_file(track).stems
+    resample._filters.cache_clear()  # so that they are made under the caller's defaults
+    dtype = torch.get_default_dtype()
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        separator = Separator("tiny", fast_repo, device="cpu", shifts=0)
+        stems = separator.separate_audio_file(track).stems
+        separator.separate_to_files(track, tmp_path / "out", keep_rate=True, format="flac")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+        resample._filters.cache_clear()
+    assert all(torch.equal(stems[name], expected[name]) for name in expected)
+    for path in (tmp_path / "out").rglob("*.flac"):
+        assert AudioFile(path).read().shape[-1] == 96_000
+    assert len(list((tmp_path / "out").rglob("*.flac"))) == len(expected)
