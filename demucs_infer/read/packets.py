@@ -97,13 +97,6 @@ class Converter:
     _source: Any = None
     _resampler: Any = None
 
-    def convert(self, frame: Any) -> Iterator[Tensor]:
-        """Yield the samples of `frame`."""
-        if frame.rate == self.rate and not self.reaches(frame.samples):
-            self.samples += frame.samples
-        else:
-            yield from self._resample(frame)
-
     def prepare(self, frame: Any) -> Iterator[Tensor]:
         """Get ready for a frame; if its format differs, yield the rest of the previous format."""
         source = (frame.format.name, frame.layout.name, frame.rate)
@@ -118,7 +111,7 @@ class Converter:
     def flush(self) -> Iterator[Tensor]:
         """Yield the samples that the resampler holds back."""
         if self._resampler is not None:
-            yield from self._resample(None)
+            yield from self.convert(None)
             self._resampler = self._source = None
 
     def silence(self, seconds: float) -> Iterator[Tensor]:
@@ -134,7 +127,12 @@ class Converter:
         """Return True if any of the next `samples` is not dropped."""
         return self.samples + samples > self.first
 
-    def _resample(self, frame: Any) -> Iterator[Tensor]:
+    def convert(self, frame: Any) -> Iterator[Tensor]:
+        """Yield the samples of `frame`, or with None those that the resampler holds back."""
+        # Converting samples only to drop them doubles the time that it takes to reach a late start.
+        if frame and frame.rate == self.rate and not self.reaches(frame.samples):
+            self.samples += frame.samples
+            return
         for converted in self._resampler.resample(frame):
             if converted.samples:
                 samples = converted.to_ndarray().reshape(converted.samples, -1)

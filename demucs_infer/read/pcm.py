@@ -91,14 +91,9 @@ def prevent_clip(wav: Tensor, mode: str | None = "rescale") -> Tensor:
     `rescale` divides all samples so that the peak is 0.99 at most, `clamp` cuts at ±0.99, `tanh`
     bends, and `none` (or `None`) does nothing. For a single stem, `rescale-all` is `rescale`.
     """
-    check_clip_mode(mode)
-    return CLIP_MODES[mode or "none"](wav)
-
-
-def check_clip_mode(mode: str | None) -> None:
-    """Raise `OptionError` for an unknown clip mode."""
     if mode not in CLIP_MODES and mode is not None:
         raise OptionError(f"clip mode {mode!r} is unknown: choose among {', '.join(CLIP_MODES)}")
+    return CLIP_MODES[mode or "none"](wav)
 
 
 def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:

@@ -110,7 +110,13 @@ def open_container(link: Link, pictures: Sequence[str] = ()) -> Any:
     Raises what PyAV raises.
     """
     link.seek(0)
-    options = _container_options(pictures)
+    options = {
+        "format_whitelist": ",".join(DEMUXERS),
+        "protocol_whitelist": "none",
+        # Pictures are not decoded: some of a few bytes take gigabytes.
+        "codec_whitelist": ",".join([*_sound_codecs(), *pictures]),
+        "max_streams": str(MAX_STREAMS),
+    }
     container = av.open(link, "r", container_options=options, **TAG_ERRORS)
     for stream in container.streams.audio:
         if stream.codec_context is not None:
@@ -127,16 +133,6 @@ def _sound_codecs() -> list[str]:
             return False
 
     return [name for name in sorted(av.codecs_available) if decodes_sound(name)]
-
-
-def _container_options(pictures: Sequence[str]) -> dict[str, str]:
-    return {
-        "format_whitelist": ",".join(DEMUXERS),
-        "protocol_whitelist": "none",
-        # Pictures are not decoded: some of a few bytes take gigabytes.
-        "codec_whitelist": ",".join([*_sound_codecs(), *pictures]),
-        "max_streams": str(MAX_STREAMS),
-    }
 
 
 def find_links(file: BinaryIO, name: str) -> list[Link]:
