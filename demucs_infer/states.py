@@ -161,7 +161,7 @@ def _check_window(model: nn.Module) -> None:
 
 
 def _room(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:
-    """How many weights can be in `state`, and how many values.
+    """Return the number of weights that can be in `state`, and of their values.
 
     Raises `ModelLoadingError` for weights that are views of each other: a small file should not
     become a large model.
@@ -177,9 +177,9 @@ def _room(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:
 
 
 class _Budget(TorchFunctionMode):
-    """Ends the building of a model that has far more or larger weights than its state.
+    """Stop building a model that has far more or larger weights than its state.
 
-    What is only somewhat too large is told in detail afterwards.
+    Smaller differences pass here, because the comparison of shapes reports them in detail.
     """
 
     def __init__(self, weights: int, values: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import demucs.htdemucs
+import fsspec
 import pytest
 import soundfile
 import torch
@@ -36,6 +37,15 @@ def hang_ups() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """fsspec's memory, which is empty again after the test."""
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""What works on checkpoints as files: the registry, downloads, and what a file holds."""
+"""Checkpoints as files: the registry, downloads, and readers of their formats."""
