@@ -186,7 +186,7 @@ def test_replaced_steps_are_used(family: str, where: str, monkeypatch: pytest.Mo
     theirs, ours = models
     with torch.no_grad():
         expected = theirs(MIX)
-        for run in (ours, lambda mix: apply_model(ours, mix, shifts=0)):
+        for run in (ours, lambda mix: apply_model(ours, mix, shifts=0, split=False)):
             calls.clear()
             assert_close(run(MIX), expected)
             assert calls == list(STEPS)
@@ -199,7 +199,7 @@ def test_one_replaced_step_is_used(name: str) -> None:
         step = getattr(model, name)
         setattr(model, name, lambda *args, step=step: 0.5 * step(*args))
     with torch.no_grad():
-        assert_close(apply_model(ours, MIX, shifts=0), theirs(MIX))
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
 
 
 def test_an_inverse_by_scale_and_without_a_length() -> None:
@@ -216,7 +216,7 @@ def test_an_inverse_by_scale_and_without_a_length() -> None:
 
 
 def test_hooks_see_each_layer_whole(models: tuple[nn.Module, nn.Module]) -> None:
-    """The same layers in the same order with the same shapes, in a direct call and in the engine."""
+    """The same layers in the same order with the same shapes, directly and in the engine."""
     seen: list[tuple[str, Any]] = []
 
     def watch(model: nn.Module) -> None:
@@ -231,7 +231,7 @@ def test_hooks_see_each_layer_whole(models: tuple[nn.Module, nn.Module]) -> None
     theirs, ours = models
     for model in models:
         watch(model)
-    for run in (theirs, ours, lambda mix: apply_model(ours, mix, shifts=0)):
+    for run in (theirs, ours, lambda mix: apply_model(ours, mix, shifts=0, split=False)):
         seen.clear()
         with torch.no_grad():
             run(MIX)
@@ -254,7 +254,7 @@ def test_a_hook_changes_the_stems(layer: str) -> None:
             )
         )
     with torch.no_grad():
-        assert_close(apply_model(ours, MIX, shifts=0), theirs(MIX))
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
 
 
 def test_a_replaced_layer_is_used() -> None:
@@ -271,16 +271,16 @@ def test_a_replaced_layer_is_used() -> None:
         model.encoder[1] = Halved(model.encoder[1])
         model.tencoder[0].conv = Halved(model.tencoder[0].conv)
     with torch.no_grad():
-        assert_close(apply_model(ours, MIX, shifts=0), theirs(MIX))
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
 
 
 def test_a_model_is_seen_as_it_is_when_a_run_begins() -> None:
     _, ours = pair(HTDemucs, **TINY)
-    apply_model(ours, MIX, shifts=0)
+    apply_model(ours, MIX, shifts=0, split=False)
     with torch.no_grad():
         ours.decoder[-1].conv_tr.weight.mul_(0.5)
         nn.init.zeros_(ours.tdecoder[-1].conv_tr.weight)
-        assert_close(apply_model(ours, MIX, shifts=0), ours(MIX))
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), ours(MIX))
 
 
 def test_a_direct_call_is_the_plain_network(models: tuple[nn.Module, nn.Module]) -> None:

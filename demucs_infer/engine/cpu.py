@@ -1,26 +1,18 @@
 """What makes networks fast on a CPU.
 
 `fast_copy` swaps the layers of a model for subclasses with fast `forward` methods. The layers
-compute the same without any of this; each trick says what it gains. Below are the memory, the
-threads and the instructions of the processor.
+compute the same without any of this; each trick says what it gains.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import functools
 import itertools
 import math
-import os
-import platform
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +31,7 @@ from ..blocks import (
     ScaledEmbedding,
     dconv_per_bin,
 )
-from ..compat import autocast_on_cpu, has_bfloat16_instructions, has_tiles
+from ..compat import autocast_on_cpu, has_tiles
 from ..demucs import Demucs
 from ..hdemucs import EPSILON, HybridUNet
 from ..transformer import (
@@ -50,6 +42,7 @@ from ..transformer import (
     SequenceGroupNorm,
 )
 from ..utils import run_network, standardize
+from .machine import onednn_is_faster
 from .model import changes_type
 
 TILE_BYTES = 2**24  # of the widest result within a tile; every further tile makes threads wait
@@ -63,30 +56,20 @@ FRAMES_AT_ONCE = 64  # of a spectrum on its way to samples, so that they stay in
 def fast_copy(model: nn.Module) -> nn.Module:
     """Return a copy of `model` for eager inference on a CPU, with fast layers.
 
-    The copy shares the parameters. Layers of classes that are not in the tables below, layers
-    with hooks or another `forward`, and models in training stay as they are; a model of another
-    family is returned itself.
+    The copy shares the parameters, and is made when a run begins, so that changes to the model are
+    seen. Layers with hooks or of other classes than those in the tables at the end of this file
+    stay as they are. A model of another family, with hooks or in training is returned itself.
     """
-    family = next((kind for kind in MODELS if isinstance(model, kind)), None)
-    replaced = family is None or has_hooks(model) or any(m.training for m in model.modules())
-    if family is None or replaced or autocast_on_cpu():
-        return model
-    table = {**LAYERS, **(PRODUCTS if onednn_is_faster() else {})}
-    copied = _with_fast_layers(model, table)
     kind = type(model)
-    copied.__class__ = type(f"Fast{kind.__name__}", (MODELS[family], kind), {})
+    mixin = next((fast for family, fast in MODELS.items() if isinstance(model, family)), None)
+    if mixin is None or has_hooks(model) or any(part.training for part in model.modules()):
+        return model
+    if autocast_on_cpu():  # oneDNN's tensors do not take part in it
+        return model
+    copied = _with_fast_layers(model, {**LAYERS, **(PRODUCTS if onednn_is_faster() else {})})
+    copied.__class__ = type(f"Fast{kind.__name__}", (mixin, kind), {})
     if isinstance(copied, FastHybridUNet):
-        last: Any = copied.decoder[-1]
-        original = all(getattr(kind, name) is step for name, step in STEPS.items())
-        original = original and not vars(model).keys() & STEPS
-        by_frames = model.cac or model.wiener_iters <= 0  # the Wiener filter sees all frames
-        copied.in_parts = (
-            original and by_frames and isinstance(last, (FastHDecLayer, FastMultiWrap))
-        )
-        # A norm at the end needs all frames, too.
-        copied.in_parts = copied.in_parts and not getattr(last, "norm", False)
-        if copied.in_parts:
-            last.deferred = True
+        copied.find_parts(kind)
     return copied
 
 
@@ -97,21 +80,25 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def _with_fast_layers(layer: nn.Module, table: Mapping[type, type]) -> nn.Module:
-    """Return a shallow copy of `layer` in which all layers that can be are of fast classes."""
     copied = copy.copy(layer)
     copied._modules = {
-        name: _swapped(child, table) if child is not None else None
+        name: child if child is None else fast_layer(child, table)
         for name, child in layer._modules.items()
     }
     return copied
 
 
-def _swapped(layer: nn.Module, table: Mapping[type, type]) -> nn.Module:
-    parts = list(layer.modules())
+def fast_layer(layer: nn.Module, table: Mapping[type, type] | None = None) -> nn.Module:
+    """Return a shallow copy of `layer` with a fast class of `table` (default: `LAYERS`).
+
+    It keeps its own class if a layer within it has hooks or is of an unknown class, because a fast
+    layer may call the layers in it in pieces, or not at all.
+    """
+    table = LAYERS if table is None else table
     if type(layer) not in KNOWN or has_hooks(layer):
         return layer
     copied = _with_fast_layers(layer, table)
-    if all(type(part) in KNOWN and not has_hooks(part) for part in parts):
+    if all(type(part) in KNOWN and not has_hooks(part) for part in layer.modules()):
         copied.__class__ = table.get(type(layer), type(layer))
     return copied
 
@@ -443,13 +430,6 @@ def _pieces(rows: Tensor, steps: int = PIECE) -> list[Tensor]:
     return [rows[:, :whole].unflatten(1, (-1, steps)), rows[:, None, whole:]]
 
 
-class FastSequenceGroupNorm(FastGroupNorm):
-    """Leaves tokens as rows in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
-
-
 class FastDConv(DConv):
     """Makes the norm and the gain at a branch's end part of its last product of matrices."""
 
@@ -618,6 +598,18 @@ class FastHybridUNet(HybridUNet):
 
     in_parts = False
 
+    def find_parts(self, kind: type) -> None:
+        """Set `in_parts` for a model of class `kind`, unless a program replaced one of its steps.
+
+        A norm in the outermost decoder and the iterative Wiener filter need all frames at once.
+        """
+        last: Any = self.decoder[-1]
+        original = all(getattr(kind, name) is step for name, step in STEPS.items())
+        whole = self.wiener_iters > 0 and not self.cac
+        fast = isinstance(last, (FastHDecLayer, FastMultiWrap)) and not getattr(last, "norm", False)
+        if original and not vars(self).keys() & STEPS and fast and not whole:
+            self.in_parts = last.deferred = True
+
     def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         return super().network(channels_last(x), channels_last(xt))
 
@@ -635,16 +627,16 @@ class FastHybridUNet(HybridUNet):
         mix = F.pad(mix, (0, self._padded_length(length) - length))
         z = self._spec(mix)
         x, mean, std = (y[:, None] for y in standardize(self._magnitude(z), EPSILON))
-        mixed = itertools.repeat(z) if self.cac else z.split(FRAMES_AT_ONCE, -1)
         frames = z.shape[-1]
+        # Complex parts do not need the mixture's phase: its spectrum is let go.
+        mixed: Any = itertools.repeat(None) if self.cac else z.split(FRAMES_AT_ONCE, -1)
         del z
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = run_network(self.network, self, x[:, 0], xt)
-        parts = zip(mixed, x.split(FRAMES_AT_ONCE, -1))
-        outputs = ((z, upsampled(part, 0)) for z, part in parts)
+        parts = (upsampled(part, 0) for part in x.split(FRAMES_AT_ONCE, -1))
         spectra = (
             self._mask(z, torch.addcmul(mean, self._by_source(part, stems), std))
-            for z, part in outputs
+            for z, part in zip(mixed, parts)
         )
         start = 0 if self.hybrid_old else self.hop_length // 2 * 3
         x = istft_of_parts(spectra, self.hop_length, frames, start, mix.shape[-1])
@@ -706,7 +698,6 @@ LAYERS: dict[type, type] = {
     nn.ConvTranspose1d: FastConvTranspose1d,
     nn.GroupNorm: FastGroupNorm,
     nn.Sequential: FastSequential,
-    SequenceGroupNorm: FastSequenceGroupNorm,
     BLSTM: FastBLSTM,
     LocalState: FastLocalState,
     DConv: FastDConv,
@@ -720,123 +711,7 @@ PRODUCTS: dict[type, type] = {
     CrossLayer: FastCrossLayer,
 }
 KNOWN = {
-    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, ScaledEmbedding,
+    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, ScaledEmbedding, SequenceGroupNorm,
     nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
     nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
 }  # fmt: skip
-
-
-# Memory.
-
-# Parameters of mallopt(3).
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # no blocks of their own, no returns
-# What glibc's thresholds grow to by themselves, which setting them has ended.
-_USUAL = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
-_CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-
-_lock = threading.Lock()
-_users = 0
-
-
-def _glibc() -> Any:
-    """The C library, if it is glibc and nobody has chosen how it allocates."""
-    chosen = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if os.name != "posix" or chosen or any(name in os.environ for name in _CHOICES):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None
-
-
-@contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
-    """While the block runs, the process keeps the memory that is freed; then all of it goes back.
-
-    Does nothing where the C library is another, or the environment sets its thresholds (see
-    mallopt(3)). Blocks may be nested, and be in several threads.
-    """
-    global _users
-    glibc = _glibc()
-    if glibc is None:
-        yield
-        return
-    with _lock:
-        _users += 1
-        if _users == 1:
-            for parameter, value in _KEEPING.items():
-                glibc.mallopt(parameter, value)
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                for parameter, value in _USUAL.items():
-                    glibc.mallopt(parameter, value)
-                glibc.malloc_trim(0)
-
-
-# Threads.
-
-
-def worker_pool(workers: int) -> ThreadPoolExecutor:
-    """A pool of threads that work on their tensors alone, without a team."""
-    return ThreadPoolExecutor(workers, initializer=_work_alone)
-
-
-def _work_alone() -> None:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # This is also what threads that start from now on begin with: only another one can put it back.
-    other = threading.Thread(target=torch.set_num_threads, args=(usual,))
-    other.start()
-    other.join()
-
-
-# The processor, as far as the environment lets it be used.
-
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Variables, with values at which a library uses no instruction for bfloat16.
-ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-ATEN = ("ATEN_CPU_CAPABILITY",)
-_WITHOUT = {
-    **dict.fromkeys(
-        ONEDNN, "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split()
-    ),
-    **dict.fromkeys(ATEN, ("DEFAULT", "AVX2")),
-}
-
-
-def limit_on_bfloat16(*variables: str) -> str | None:
-    """Say which of `variables` keeps bfloat16's instructions from being used, if one does."""
-    for name in variables:
-        value = os.environ.get(name, "")
-        if value.upper() in _WITHOUT[name]:
-            return f"{name}={value} leaves out the instructions for it"
-    return None
-
-
-@functools.cache
-def _is_of_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux; Apple's computers have no other x86 processor
-        return platform.system() == "Darwin" or "GenuineIntel" in platform.processor()
-
-
-def onednn_is_faster() -> bool:
-    """Tell if products of matrices are faster by oneDNN than by MKL.
-
-    MKL takes AVX-512 only on processors by Intel. It is as good where there is no AVX-512.
-    """
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return X86 and wide and not _is_of_intel() and torch.backends.mkldnn.is_available()
-
-
-def why_no_bfloat16() -> str | None:
-    """Say why PyTorch's bfloat16 would not be faster than float32 here; None where it is."""
-    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    limit = limit_on_bfloat16(*ONEDNN, *ATEN) if X86 else None
-    if limit is None and (not has or (X86 and not has_bfloat16_instructions())):
-        return "this processor has no instructions for it"
-    return limit

@@ -27,7 +27,8 @@ from ..errors import DemucsInferError, OptionError
 from ..utils import DummyPoolExecutor, center_trim
 from .bag import BagOfModels, as_bag, check_segment
 from .batches import BatchRunner
-from .cpu import fast_copy, kept_memory
+from .cpu import fast_copy
+from .machine import kept_memory
 from .model import Member
 from .overlap_add import OverlapAdd, fade, window_share
 from .plan import ApplyOptions, Pass, Step, Window, plan_passes, plan_steps, segment_and_stride

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .. import __version__
-from ..engine.cpu import kept_memory, worker_pool
+from ..engine.machine import kept_memory, worker_pool
 from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger

@@ -41,7 +41,8 @@ from torch.nn import functional as F
 import demucs_infer.states
 from demucs_infer.audio import save_audio
 from demucs_infer.engine.backends import EngineOptions, on_engine
-from demucs_infer.engine.cpu import fast_copy, kept_memory, linear
+from demucs_infer.engine.cpu import fast_copy, linear
+from demucs_infer.engine.machine import kept_memory
 
 from ..helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import MissingDependencyError, OptionError
 from ...log import logger
-from ..cpu import ONEDNN, limit_on_bfloat16
+from ..machine import ONEDNN, limit_on_bfloat16
 from ..model import Model
 from . import EngineOptions
 from .base import NetworkModule

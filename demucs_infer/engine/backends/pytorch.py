@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...compat import cuda_has_bfloat16
 from ...errors import OptionError
-from ..cpu import why_no_bfloat16
+from ..machine import why_no_bfloat16
 from ..model import Model, Network, cast
 from . import EngineOptions
 from .base import Backend as Base
