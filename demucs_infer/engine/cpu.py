@@ -509,7 +509,9 @@ class FastLocalState(LocalState):
         )
         count = max(1, TILE_BYTES // (len(x) * self.heads * x.shape[2] * x.element_size()))
         parts = zip(
-            query.split(count, 3), decay.split(count, 3), torch.arange(x.shape[2], device=x.device).split(count)
+            query.split(count, 3),
+            decay.split(count, 3),
+            torch.arange(x.shape[2], device=x.device).split(count),
         )
         mixed = [self.attend(part, key, content, gates, steps) for part, gates, steps in parts]
         return x + self.proj(torch.cat(mixed, dim=3).flatten(1, 2))
