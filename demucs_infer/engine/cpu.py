@@ -628,12 +628,10 @@ class FastHybridUNet(HybridUNet):
         x, xt = super()._bottom(x, xt)
         return channels_last(x), channels_last(xt)
 
-    def forward(
-        self, mix: Tensor, *, stems: Sequence[int] | None = None, network: Any = None
-    ) -> Tensor:
-        if not self.in_parts:
-            return super().forward(mix, stems=stems, network=network)
-        length = mix.shape[-1]
+    def forward(self, mix: Tensor, **options: Any) -> Tensor:
+        if not self.in_parts:  # perhaps a program's own `forward`
+            return super().forward(mix, **options)
+        length, stems = mix.shape[-1], options.get("stems")
         upsampled: Any = self.decoder[-1].upsampled
         mix = F.pad(mix, (0, self._padded_length(length) - length))
         z = self._spec(mix)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isinf
 from typing import Any
@@ -109,7 +109,8 @@ class _Placement:
             self.homes[index] = member.device
             member.module.to(self.device).eval()
             on_cpu = self.device.type == "cpu"
-            self.ready[index] = Member.of(fast_copy(member.module)) if on_cpu else member
+            runs = fast_copy(member.module) if on_cpu else member.module
+            self.ready[index] = replace(member, runs=runs)
         return self.ready[index]
 
     def release(self, index: int) -> None:
