@@ -175,7 +175,7 @@ class Demucs(nn.Module):
 
         `network` runs instead of `self.network`.
         """
-        length = mix.shape[-1]
+        length = int(mix.shape[-1])  # a tensor while the model is traced
         delta = self.valid_length(length) - length
         x, mean, std = self._normalized(mix)
         x = F.pad(x, (delta // 2, delta - delta // 2))
