@@ -114,9 +114,9 @@ class LocalState(nn.Module):
         self.proj = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, content, decay = (
+        query, key, decay, content = (
             layer(x).unflatten(1, (self.heads, -1))  # [B, H, C / H, T]
-            for layer in (self.query, self.key, self.content, self.query_decay)
+            for layer in (self.query, self.key, self.query_decay, self.content)
         )
         mixed = self.attend(query, key, content, decay, torch.arange(x.shape[2], device=x.device))
         return x + self.proj(mixed.flatten(1, 2))
