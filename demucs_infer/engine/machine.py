@@ -26,6 +26,7 @@ _CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD
 
 _lock = threading.Lock()
 _users = 0
+_starting = threading.Lock()
 
 
 def _glibc() -> Any:
@@ -81,12 +82,14 @@ def worker_pool(workers: int) -> ThreadPoolExecutor:
 
 
 def _work_alone() -> None:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # New threads would start with this number, too. Only another thread can restore theirs.
-    other = threading.Thread(target=torch.set_num_threads, args=(usual,))
-    other.start()
-    other.join()
+    # Another worker that starts meanwhile would take the 1 for the usual number.
+    with _starting:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # New threads would start with this number, too. Only another thread can restore theirs.
+        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        other.start()
+        other.join()
 
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
