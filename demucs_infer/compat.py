@@ -12,13 +12,6 @@ def _never() -> bool:
     return False
 
 
-# Whether TorchScript records what is done, as converters have it do.
-is_tracing: Callable[[], bool] = torch._C._is_tracing
-
-# Whether a graph is being recorded by `torch.compile` or `torch.export`; from PyTorch 2.3 on.
-is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _never)
-
-
 # Whether the processor multiplies tiles of bfloat16 (AMX); from PyTorch 2.4 on.
 has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _never)
 

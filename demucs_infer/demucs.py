@@ -7,26 +7,15 @@ in its inner levels, on audio that is upsampled by two.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import BLSTM, DConv, DConvOptions
-from .engine.cpu_kernels import (
-    Conv1d,
-    ConvTranspose1d,
-    GroupNorm,
-    Reach,
-    channels_last,
-    in_tiles,
-    is_watched,
-)
+from .blocks import BLSTM, DConv, LayerScale, LocalState
 from .resample import resample
 from .utils import (
     capture_init,
@@ -38,7 +27,8 @@ from .utils import (
     standardize,
 )
 
-STEP_BY_STEP = (nn.Identity, nn.GELU, nn.ReLU, nn.GLU)  # layers that see one step at a time
+__all__ = ["BLSTM", "DConv", "Demucs", "LayerScale", "LocalState", "rescale_conv", "rescale_module"]
+
 EPSILON = 1e-5  # added to the deviation when the input is normalized
 
 
@@ -82,100 +72,48 @@ class DemucsOptions:
         check_architecture(self, "depth", "dconv_depth", "lstm_layers")
 
 
-class _Level(nn.Sequential):
-    """The layers of a level: a convolution and what follows it step by step go tile by tile.
+def _level(
+    options: DemucsOptions, index: int, chin: int, channels: int
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Make the encoder and the decoder of a level, from `chin` channels outside to `channels`."""
 
-    Convolutions are not padded: `Reach` does that, by `context`. Layers that somebody watches run
-    whole.
-    """
-
-    context = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers: deque[Any] = deque(self)
-        while layers:
-            layer = layers.popleft()
-            if not isinstance(layer, (Conv1d, ConvTranspose1d)):
-                x = layer(x)
-                continue
-            chain = [layer]
-            while layers and isinstance(layers[0], STEP_BY_STEP):
-                chain.append(layers.popleft())
-            transposed = isinstance(layer, ConvTranspose1d)
-            pad = 0 if transposed else self.context
-            reach = Reach(layer.kernel_size[0], layer.stride[0], pad, transposed)
-            widest = None if any(map(is_watched, chain)) else layer.out_channels
-            x = in_tiles(partial(_through, chain), [x], reach, widest)
-        return x
-
-
-def _through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-class _LevelLayers:
-    """Makes the layers of one level, between `chin` channels outside and `channels` inside."""
-
-    def __init__(self, options: DemucsOptions, index: int, chin: int, channels: int) -> None:
-        self.options, self.index = options, index
-        self.chin, self.channels = chin, channels
-
-    def encoder(self) -> _Level:
-        options, channels = self.options, self.channels
-        layers = [
-            Conv1d(self.chin, channels, options.kernel_size, options.stride),
-            self._norm(channels),
-            self._activation(),
-        ]
-        layers += self._dconv() if options.dconv_mode & 1 else []
-        layers += self._rewrite(context=0) if options.rewrite else []
-        return _Level(*layers)
-
-    def decoder(self) -> _Level:
-        options, channels = self.options, self.channels
-        chout = self.chin if self.index else self.chin * len(options.sources)
-        layers = self._rewrite(options.context) if options.rewrite else []
-        layers += self._dconv() if options.dconv_mode & 2 else []
-        layers.append(ConvTranspose1d(channels, chout, options.kernel_size, options.stride))
-        layers += [self._norm(chout), self._activation()] if self.index else []
-        level = _Level(*layers)
-        level.context = options.context
-        return level
-
-    def _norm(self, channels: int) -> nn.Module:
-        if self.index < self.options.norm_starts:
+    def norm(width: int) -> nn.Module:
+        if index < options.norm_starts:
             return nn.Identity()
-        return GroupNorm(int(self.options.norm_groups), channels)
+        return nn.GroupNorm(int(options.norm_groups), width)
 
-    def _activation(self) -> nn.Module:
-        return nn.GELU() if self.options.gelu else nn.ReLU()
+    def activation() -> nn.Module:
+        return nn.GELU() if options.gelu else nn.ReLU()
 
-    def _dconv(self) -> list[nn.Module]:
-        options = self.options
-        attn, lstm = self.index >= options.dconv_attn, self.index >= options.dconv_lstm
-        return [
-            DConv(
-                self.channels,
-                DConvOptions(
-                    options.dconv_depth,
-                    options.dconv_comp,
-                    options.dconv_init,
-                    attn=attn,
-                    lstm=lstm,
-                ),
-            )
-        ]
+    def branch(wanted: int) -> list[nn.Module]:
+        if not wanted:
+            return []
+        attn, lstm = index >= options.dconv_attn, index >= options.dconv_lstm
+        depth, init = options.dconv_depth, options.dconv_init
+        return [DConv(channels, options.dconv_comp, depth, init, attn=attn, lstm=lstm)]
 
-    def _rewrite(self, context: int) -> list[nn.Module]:
-        """A convolution over `context` neighbours on each side, gated or rectified."""
-        chout = 2 * self.channels if self.options.glu else self.channels
-        return [
-            Conv1d(self.channels, chout, 2 * context + 1),
-            self._norm(chout),
-            nn.GLU(dim=1) if self.options.glu else nn.ReLU(),
-        ]
+    def rewrite(context: int) -> list[nn.Module]:
+        if not options.rewrite:
+            return []
+        width = 2 * channels if options.glu else channels
+        convolution = nn.Conv1d(channels, width, 2 * context + 1, padding=context)
+        return [convolution, norm(width), nn.GLU(dim=1) if options.glu else nn.ReLU()]
+
+    encoder = nn.Sequential(
+        nn.Conv1d(chin, channels, options.kernel_size, options.stride),
+        norm(channels),
+        activation(),
+        *branch(options.dconv_mode & 1),
+        *rewrite(context=0),
+    )
+    chout = chin if index else chin * len(options.sources)
+    decoder = nn.Sequential(
+        *rewrite(options.context),
+        *branch(options.dconv_mode & 2),
+        nn.ConvTranspose1d(channels, chout, options.kernel_size, options.stride),
+        *([norm(chout), activation()] if index else []),
+    )
+    return encoder, decoder
 
 
 def rescale_module(module: nn.Module, reference: float) -> None:
@@ -200,8 +138,6 @@ class Demucs(nn.Module):
     returns `[B, S, C, T]`.
     """
 
-    takes_stems = True
-
     __signature__ = signature_of(DemucsOptions)
 
     @capture_init
@@ -212,16 +148,18 @@ class Demucs(nn.Module):
         self.audio_channels = options.audio_channels
         self.samplerate = options.samplerate
         self.segment = options.segment
-        levels, chin, channels = [], options.audio_channels, options.channels
+        self.depth = options.depth
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        chin, channels = options.audio_channels, options.channels
         for index in range(options.depth):
-            levels.append(_LevelLayers(options, index, chin, channels))
+            encoder, decoder = _level(options, index, chin, channels)
+            self.encoder.append(encoder)
+            self.decoder.insert(0, decoder)
             chin, channels = channels, int(options.growth * channels)
-        self.encoder = nn.ModuleList(level.encoder() for level in levels)
-        self.decoder = nn.ModuleList(level.decoder() for level in reversed(levels))
         self.lstm = BLSTM(chin, options.lstm_layers) if options.lstm_layers else None
 
     def valid_length(self, length: int) -> int:
-        """The smallest length, at least `length`, that the strides of all levels divide evenly."""
+        """Return the smallest length, at least `length`, that all levels divide evenly."""
         options = self.options
         length *= 2 if options.resample else 1
         for _ in range(options.depth):
@@ -231,13 +169,13 @@ class Demucs(nn.Module):
         return math.ceil(length / 2) if options.resample else length
 
     def forward(
-        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
+        self, mix: Tensor, *, stems: Sequence[int] | None = None, network: Any = None
     ) -> Tensor:
-        """Separate `mix` `[B, C, T]` into `[B, S, C, T]`: all sources, or those of `stems`.
+        """Separate `mix` `[B, C, T]` into all sources, or those of `stems`, `[B, S, C, T]`.
 
-        `network` is what runs it instead of `network`, see `engines`.
+        `network` runs instead of `self.network`.
         """
-        length = mix.shape[-1]
+        length = int(mix.shape[-1])  # a tensor while the model is traced
         delta = self.valid_length(length) - length
         x, mean, std = self._normalized(mix)
         x = F.pad(x, (delta // 2, delta - delta // 2))
@@ -250,34 +188,28 @@ class Demucs(nn.Module):
         return center_trim(x, length) * std + mean
 
     def network(self, x: Tensor) -> tuple[Tensor]:
-        """From normalized, resampled audio `[B, C, T]` to that of all sources, `[B, S C, T]`."""
-        x, skips = channels_last(x), []
-        for encoder in self.encoder:
-            x = encoder(x)
+        """Turn normalized, resampled audio `[B, C, T]` into that of all sources, `[B, S C, T]`."""
+        skips = []
+        for encode in self.encoder:
+            x = encode(x)
             skips.append(x)
         if self.lstm is not None:
             x = self.lstm(x)
-        for decoder in self.decoder:
-            x = x + center_trim(skips.pop(), x)
-            x = decoder(x)
+        for decode in self.decoder:
+            x = decode(x + center_trim(skips.pop(), x))
         return (x,)
 
-    def exact_layers(self) -> list[nn.Module]:
-        """The output, which stays in float32 in half precision: nothing averages its rounding."""
-        (*_, last) = self.decoder[-1].children()
-        return [last]
-
     def _normalized(self, mix: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """`mix` by the mean and deviation of its mono sum, as `[B, 1, 1, 1]` each."""
+        """Normalize `mix` by its mono mean and deviation, which are `[B, 1, 1, 1]`."""
         if not self.options.normalize:
             return mix, 0.0, 1.0
         _, mean, std = standardize(mix.mean(dim=1, keepdim=True), EPSILON)
         return (mix - mean) / (EPSILON + std), mean[:, None], std[:, None]
 
     def current_names(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """`state` with the names of older checkpoints brought up to date.
+        """Return `state` with current names for the parameters of older checkpoints.
 
-        They were saved when a level had no normalization: what followed it has moved by one.
+        Levels had no normalization then, so the layers that follow it have moved by one.
         """
         own, renamed = self.state_dict(), dict(state)
         for name in state:
@@ -288,5 +220,5 @@ class Demucs(nn.Module):
         return renamed
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load weights, of older checkpoints too; the caller's dictionary is left alone."""
+        """Load weights, also under older names. The caller's dictionary is not changed."""
         return super().load_state_dict(self.current_names(state_dict), *args, **kwargs)

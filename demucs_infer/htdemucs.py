@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .engine.cpu_kernels import Conv1d
 from .errors import OptionError
 from .hdemucs import HybridUNet
 from .transformer import CrossTransformerEncoder
@@ -161,8 +159,8 @@ class HTDemucs(HybridUNet):
         if self.bottom_channels:
             for suffix in ("", "_t"):
                 up, down = (width, self.bottom_channels), (self.bottom_channels, width)
-                self.add_module(f"channel_upsampler{suffix}", Conv1d(*up, 1))
-                self.add_module(f"channel_downsampler{suffix}", Conv1d(*down, 1))
+                self.add_module(f"channel_upsampler{suffix}", nn.Conv1d(*up, 1))
+                self.add_module(f"channel_downsampler{suffix}", nn.Conv1d(*down, 1))
         if options.t_layers > 0:
             self.crosstransformer = options.transformer(self.bottom_channels or width)
 
@@ -194,13 +192,8 @@ class HTDemucs(HybridUNet):
         if self.crosstransformer is not None:
             draw.randrange(1)
 
-    def forward(
-        self, mix: Tensor, stems: Sequence[int] | None = None, *, network: Any = None
-    ) -> Tensor:
-        length = mix.shape[-1]
-        target = length if self.training else self.valid_length(length)
-        padded = F.pad(mix, (0, target - length))
-        return super().forward(padded, stems, network=network)[..., :length]
+    def _padded_length(self, length: int) -> int:
+        return length if self.training else self.valid_length(length)
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         if self.crosstransformer is None:

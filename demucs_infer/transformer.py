@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import LayerScale
-from .engine.cpu_kernels import GroupNorm, attention, feed_forward, linear, project
 from .errors import OptionError
 from .utils import capture_init, signature_of
 
@@ -137,7 +136,7 @@ def create_2d_sin_embedding(
     return table.unflatten(0, (width, height)).permute(2, 1, 0)[None]
 
 
-class SequenceGroupNorm(GroupNorm):
+class SequenceGroupNorm(nn.GroupNorm):
     """Group normalization of `[B, T, C]`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,16 +158,16 @@ class Attention(nn.Module):
         """Attend from `x` `[B, T, C]` to `memory` `[B, U, C]`, or to itself."""
         weight, bias, dim = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if memory is None:
-            query, key, value = linear(x, weight, bias).chunk(3, -1)
+            query, key, value = F.linear(x, weight, bias).chunk(3, -1)
         else:
-            query = linear(x, weight[:dim], bias[:dim])
-            key, value = linear(memory, weight[dim:], bias[dim:]).chunk(2, -1)
+            query = F.linear(x, weight[:dim], bias[:dim])
+            key, value = F.linear(memory, weight[dim:], bias[dim:]).chunk(2, -1)
         query, key, value = (
             rearrange(part, "b t (h c) -> b h t c", h=self.num_heads)
             for part in (query, key, value)
         )
-        mixed = rearrange(attention(query, key, value), "b h t c -> b t (h c)")
-        return project(self.out_proj, mixed)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(rearrange(mixed, "b h t c -> b t (h c)"))
 
 
 class TransformerLayer(nn.Module):
@@ -204,7 +203,7 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(options.dim)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.gamma_2(feed_forward(x, self.linear1, self.activation, self.linear2))
+        return self.gamma_2(self.linear2(self.activation(self.linear1(x))))
 
 
 class SelfLayer(TransformerLayer):
@@ -253,17 +252,17 @@ class CrossTransformerEncoder(nn.Module):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
         self.options = options = TransformerOptions(*args, **kwargs)  # type: ignore[arg-type]
+        self.num_layers, self.max_period = options.num_layers, options.max_period
+        self.weight_pos_embed = options.weight_pos_embed
+        self.classic_parity = 1 if options.cross_first else 0  # of the self-attention layers
         self.norm_in, self.norm_in_t = self._norm_in(), self._norm_in()
         self.layers, self.layers_t = (
             nn.ModuleList(
-                (CrossLayer if self._is_cross(index) else SelfLayer)(options)
-                for index in range(options.num_layers)
+                (SelfLayer if index % 2 == self.classic_parity else CrossLayer)(options)
+                for index in range(self.num_layers)
             )
             for _ in range(2)
         )
-
-    def _is_cross(self, index: int) -> bool:
-        return (index % 2 == 1) != self.options.cross_first
 
     def _norm_in(self) -> nn.Module:
         if self.options.norm_in:
@@ -273,16 +272,15 @@ class CrossTransformerEncoder(nn.Module):
         return nn.Identity()
 
     def forward(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        options = self.options
         _, dim, bins, frames = x.shape
-        place = sin_embedding_2d(bins, frames, dim, options.max_period, x.device).to(x.dtype)
-        time = sin_embedding(xt.shape[-1], dim, options.max_period, x.device).to(x.dtype)
-        x = self.norm_in(rearrange(x, "b c f t -> b (t f) c")) + options.weight_pos_embed * place
-        xt = self.norm_in_t(rearrange(xt, "b c t -> b t c")) + options.weight_pos_embed * time
+        place = sin_embedding_2d(bins, frames, dim, self.max_period, x.device).to(x.dtype)
+        time = sin_embedding(xt.shape[-1], dim, self.max_period, x.device).to(x.dtype)
+        x = self.norm_in(rearrange(x, "b c f t -> b (t f) c")) + self.weight_pos_embed * place
+        xt = self.norm_in_t(rearrange(xt, "b c t -> b t c")) + self.weight_pos_embed * time
         for index, (layer, layer_t) in enumerate(zip(self.layers, self.layers_t)):
-            if self._is_cross(index):
-                x, xt = layer(x, xt), layer_t(xt, x)
-            else:
+            if index % 2 == self.classic_parity:
                 x, xt = layer(x), layer_t(xt)
+            else:
+                x, xt = layer(x, xt), layer_t(xt, x)
         x = rearrange(x, "b (t f) c -> b c f t", f=bins)
         return x, rearrange(xt, "b t c -> b c t")

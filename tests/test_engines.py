@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
 from demucs_infer.engine.backends import EngineOptions, backend_of, on_engine, pytorch
-from demucs_infer.engine.processor import X86
+from demucs_infer.engine.machine import X86
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.htdemucs import HTDemucs
 
@@ -83,7 +83,7 @@ def test_signal_to_error_ratio_of_engines_and_precisions(
     mix = noise(2, 4000)[None]
     model = on_engine(ours, EngineOptions(engine=engine, precision=precision))
     with torch.no_grad():
-        expected, out = theirs(mix), model(mix, [2, 0])
+        expected, out = theirs(mix), model(mix, stems=[2, 0])
         # The given model has not changed.
         assert_close(ours(mix), expected)
     assert out.dtype == torch.float32

@@ -304,9 +304,6 @@ MODULES = (
 GONE = {
     # PyAV writes the files.
     "audio": "encode_ffmpeg encode_wav",
-    # Models are built from other layers.
-    "demucs": "LayerScale LocalState",
-    "hdemucs": "MultiWrap",
     # The same, sparse attention, and a position embedding, which no released model has;
     # `ScaledEmbedding` is that of hdemucs.
     "transformer": "CrossTransformerEncoderLayer MultiheadAttention MyGroupNorm"

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isinf
 from typing import Any
@@ -27,7 +27,8 @@ from ..errors import DemucsInferError, OptionError
 from ..utils import DummyPoolExecutor, center_trim
 from .bag import BagOfModels, as_bag, check_segment
 from .batches import BatchRunner
-from .memory import kept_memory
+from .cpu import fast_copy
+from .machine import kept_memory
 from .model import Member
 from .overlap_add import OverlapAdd, fade, window_share
 from .plan import ApplyOptions, Pass, Step, Window, plan_passes, plan_steps, segment_and_stride
@@ -99,6 +100,7 @@ class _Placement:
     device: torch.device
     stay: bool
     homes: dict[int, torch.device | None] = field(default_factory=dict)
+    ready: dict[int, Member] = field(default_factory=dict)
 
     def bring(self, index: int) -> Member:
         """The member `index`, on the device."""
@@ -106,11 +108,15 @@ class _Placement:
         if index not in self.homes:
             self.homes[index] = member.device
             member.module.to(self.device).eval()
-        return member
+            on_cpu = self.device.type == "cpu"
+            runs = fast_copy(member.module) if on_cpu else member.module
+            self.ready[index] = replace(member, runs=runs)
+        return self.ready[index]
 
     def release(self, index: int) -> None:
         """Move the member `index` back."""
         home = self.homes.pop(index, None)
+        self.ready.pop(index, None)
         if home is not None and not self.stay:
             self.members[index].module.to(home)
 

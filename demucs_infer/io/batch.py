@@ -25,9 +25,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .. import __version__
-from ..engine.memory import kept_memory
+from ..engine.machine import kept_memory, worker_pool
 from ..engine.plan import Pass
-from ..engine.threads import worker_pool
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
 from ..read.decode import AudioFile

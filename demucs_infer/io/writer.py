@@ -19,7 +19,7 @@ from typing import IO
 
 from torch import Tensor
 
-from ..engine.threads import worker_pool
+from ..engine.machine import worker_pool
 from ..errors import SaveAudioError
 from ..read.pcm import RESCALING, prevent_clip, rescale_divisor
 from ..resample import Resampler

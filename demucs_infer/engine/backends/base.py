@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -41,8 +39,8 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def network(self, model: Model) -> tuple[Model, Network]:
-        """The network to run instead of `model`'s, and the model whose transforms are around it."""
+    def converted(self, model: Model) -> nn.Module:
+        """Return `model` with its network run by this engine."""
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model`, or each model of a bag, with its network run by this engine."""
@@ -56,7 +54,7 @@ class Backend(ABC):
                 " precision and compile as they are"
             )
         ours: Any = model
-        return EngineModel(*self.network(ours))
+        return self.converted(ours)
 
 
 class EngineModel(nn.Module):
@@ -73,8 +71,8 @@ class EngineModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
-    def forward(self, mix: Tensor, stems: Sequence[int] | None = None) -> Tensor:
-        return self.model(mix, stems, network=self._network)
+    def forward(self, mix: Tensor, *, stems: Sequence[int] | None = None) -> Tensor:
+        return self.model(mix, stems=stems, network=self._network)
 
 
 class NetworkModule(nn.Module):
@@ -89,28 +87,3 @@ class NetworkModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return run_network(self.model.network, self.model, *inputs)
-
-
-def cast(model: Model, dtype: torch.dtype, exact: tuple[type[nn.Module], ...] = ()) -> Model:
-    """A copy of `model` with its network in `dtype`, but for what the model names as exact.
-
-    Layers of the types `exact` compute in float32, too, and give what others take.
-    """
-    half: Any = copy.deepcopy(model)
-    half.to(dtype)
-    layers = half.exact_layers()
-    within = {part for layer in layers for part in layer.modules()}
-    inner = [part for part in half.modules() if isinstance(part, exact) and part not in within]
-    for layer in inner:
-        layer.register_forward_hook(partial(_narrowed, dtype))
-    for layer in (*inner, *layers):
-        layer.float().register_forward_pre_hook(_widened)
-    return half
-
-
-def _widened(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].float(),)
-
-
-def _narrowed(dtype: torch.dtype, _: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    return output.to(dtype)

@@ -9,13 +9,13 @@ from hashlib import sha256
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import __version__
 from ...errors import OptionError
-from ..model import Model, Network
+from ..model import Model
 from . import EngineOptions
-from .base import Backend
+from .base import Backend, EngineModel
 from .cache import CompiledCache
 
 Compiled = Callable[..., tuple[Tensor, ...]]
@@ -46,8 +46,8 @@ class CompilingBackend(Backend):
         Raises `OptionError` for a network that the engine cannot run.
         """
 
-    def network(self, model: Model) -> tuple[Model, Network]:
-        return model, _Network(self, model)
+    def converted(self, model: Model) -> nn.Module:
+        return EngineModel(model, _Network(self, model))
 
 
 class _Network:

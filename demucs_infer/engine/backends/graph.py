@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MissingDependencyError, OptionError
-from ..model import Model
+from ..model import Model, cast
 from . import GRAPH_PRECISIONS
-from .base import NetworkModule, cast
+from .base import NetworkModule
 
 OPSET = 18
 LARGEST = 2**31 - 2**24  # bytes of weights, beside which the rest of one file of ONNX has room

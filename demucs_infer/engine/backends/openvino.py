@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...errors import MissingDependencyError, OptionError
 from ...log import logger
+from ..machine import ONEDNN, limit_on_bfloat16
 from ..model import Model
-from ..processor import ONEDNN, limit_on_bfloat16
 from . import EngineOptions
 from .base import NetworkModule
 from .compiled import Compiled, CompilingBackend, cache_name

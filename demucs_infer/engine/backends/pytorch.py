@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...compat import cuda_has_bfloat16
 from ...errors import OptionError
-from ..model import Model, Network
-from ..processor import why_no_bfloat16
+from ..machine import why_no_bfloat16
+from ..model import Model, Network, cast
 from . import EngineOptions
 from .base import Backend as Base
-from .base import cast
+from .base import EngineModel
 
 
 class Backend(Base):
@@ -41,17 +41,19 @@ class Backend(Base):
             return "this GPU has no instructions for it"
         return why_no_bfloat16() if self.device.type == "cpu" else None
 
-    def network(self, model: Model) -> tuple[Model, Network]:
+    def converted(self, model: Model) -> nn.Module:
         dtype = getattr(torch, self.options.precision)
-        is_half = dtype != torch.float32
-        if is_half and self.device.type == "cpu":
+        half = dtype != torch.float32
+        if half and self.device.type == "cpu":
             model = cast(model, dtype)
+            if not self.options.compile:
+                return model  # type: ignore[return-value]
         network: Network = model.network
         if self.options.compile:
             network = torch.compile(network)
-        if is_half and self.device.type != "cpu":
+        if half and self.device.type != "cpu":
             network = _autocast(network, self.device.type, dtype)
-        return model, network
+        return EngineModel(model, network)
 
 
 def _best_device() -> str:
