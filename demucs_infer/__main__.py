@@ -1,4 +1,4 @@
-from .separate import main
+from .separate import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .apply import Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
+from .batch.batch import TrackResult, separate_file
 from .engine.backends import EngineOptions, backend_of
 from .engine.backends.base import Backend
 from .engine.options import (
@@ -37,7 +38,6 @@ from .engine.options import (
 from .engine.plan import ApplyOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
-from .io.batch import TrackResult, separate_file
 from .io.output import Output
 from .io.stems import mixed, needed_sources, parse_stems
 from .log import fatal

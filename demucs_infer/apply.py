@@ -35,6 +35,7 @@ from .engine.source import Source, TensorChunk, tensor_chunk
 from .errors import OptionError
 from .hdemucs import HDemucs
 from .htdemucs import HTDemucs
+from .log import is_terminal
 from .read.pcm import strange_samples
 from .utils import DummyPoolExecutor, center_trim
 
@@ -70,12 +71,17 @@ __all__ = [
 
 Model = Demucs | HDemucs | HTDemucs
 DEFAULTS = ApplyOptions()
+# Seconds of audio, and how many of them a second takes. Elsewhere, programs read the usual bar.
+TERMINAL_BAR = "{l_bar}{bar}| {n:.1f}/{total:.1f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 def _bar(windows: Iterable[Any], **options: Any) -> Iterable[Any]:
     """A progress bar, by whatever `tqdm` is in this module: programs put their own there."""
     if sys.stderr is None:  # a program without a console, whose own bar may show elsewhere
         options["file"] = io.StringIO()
+    elif is_terminal(sys.stderr):
+        del options["ncols"]
+        options |= {"dynamic_ncols": True, "bar_format": TERMINAL_BAR}
     return tqdm.tqdm(windows, **options)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .batch.console import json_text, put
 from .errors import OptionError
 from .hub.registry import (
     MEGABYTE,
@@ -22,27 +24,30 @@ from .hub.registry import (
     checkpoints,
     is_community,
 )
-from .io.console import json_text, put
 from .pretrained import find_model, open_repo
 from .repo import RemoteRepo
 
-# The sections of the listing, by group and kind.
+WIDTH = 100  # columns of the listing
+# The sections of the listing, by group and kind. Those of SIGNATURES need --verbose.
+NOT_OURS = "of the community (not by the authors of Demucs)"
 TITLES = {
-    ("embedded", "single"): "In the package, to try things out",
     ("released", "bag"): "Bags of models (licence of the weights: not stated)",
-    ("released", "single"): "Single models (licence of the weights: not stated)",
-    ("community", "bag"): "Bags of the community (not by the authors of Demucs)",
-    ("community", "single"): "Single models of the community",
+    ("community", "bag"): f"Bags of models {NOT_OURS}",
     ("local", "bag"): "Bags of models",
+    ("embedded", "single"): "In the package, to try things out",
     ("local", "single"): "Single models",
+    ("released", "single"): "Single models by signature (licence of the weights: not stated)",
+    ("community", "single"): f"Single models {NOT_OURS}",
 }
+SIGNATURES = (("released", "single"), ("community", "single"))
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file of a model, which is at `path` or would be.
+    """A file of a model, which is at `path` once it is downloaded.
 
-    `size` is in bytes, rounded until it is on disk, None if not known; `sha256` is that of `url`.
+    `size` is in bytes, rounded as long as the file is not on disk, None if not known. `sha256` is
+    the digest of `url`.
     """
 
     path: Path
@@ -56,7 +61,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A bag or a single model; `stems` is None where only the checkpoint itself tells them."""
+    """A bag or a single model. `stems` is None if only the checkpoint itself names them."""
 
     name: str
     kind: str  # "bag" or "single"
@@ -68,17 +73,12 @@ class Entry:
 
     @property
     def on_disk(self) -> bool:
-        """Tell whether all of its files are there."""
+        """True if all of its files are there."""
         return all(file.on_disk for file in self.files)
 
     @property
-    def folders(self) -> list[Path]:
-        """The folders of its files that are there."""
-        return sorted({file.path.parent for file in self.files if file.on_disk})
-
-    @property
     def licence(self) -> str:
-        """The licence of its weights, or those of its files."""
+        """The licences of its files."""
         return "; ".join(sorted({file.licence for file in self.files})) or NOT_STATED
 
     @property
@@ -88,15 +88,32 @@ class Entry:
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def as_json(self) -> dict[str, Any]:
-        """The entry as plain values."""
+        """Return the entry as plain values."""
         derived = {"size": self.size, "on_disk": self.on_disk, "licence": self.licence}
         return {**asdict(self), **derived}
+
+    def described(self, name_width: int, verbose: bool) -> str:
+        """Return the entry as lines of at most `WIDTH` columns: size, stems, use and origin.
+
+        `verbose` adds the folders of its files, on a line that may be longer.
+        """
+        size = "size unknown" if self.size is None else f"{round(self.size / MEGABYTE)} MB"
+        here = "on disk" if self.on_disk else "not on disk"
+        start = f"    {self.name:{name_width}}  {here:11}  {size:>12}  "
+        text = ": ".join(filter(None, (", ".join(self.stems or ()), self.description)))
+        origins = {f"{f.source}, licence: {f.licence}" for f in self.files if f.source}
+        text += f" ({'; '.join(sorted(origins))})" if origins else ""
+        indent = " " * len(start)
+        lines = textwrap.wrap(start + text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        if verbose and self.on_disk:
+            lines += sorted({f"{indent}in {file.path.parent}" for file in self.files})
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def catalog(
     repo: Path | None = None, *, cache_dir: str | os.PathLike[str] | None = None
 ) -> list[Entry]:
-    """The published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
+    """Return the published models, or those in `repo`. Raises `ModelLoadingError`."""
     return list(_published(cache_dir) if repo is None else _local(repo))
 
 
@@ -108,16 +125,13 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
         models = bag["models"]
         stems.update(dict.fromkeys(models, bag["sources"]))
         members = [files[sig] for sig in dict.fromkeys(models)]
-        group, text = _group(name), bag["description"]
+        group, text = "community" if is_community(name) else "released", bag["description"]
         yield Entry(name, "bag", group, bag["sources"], text, models, members)
     for sig, checkpoint in checkpoints().items():
-        group, text = "embedded" if checkpoint.embedded else _group(sig), checkpoint.description
+        group = "community" if is_community(sig) else "released"
+        group, text = "embedded" if checkpoint.embedded else group, checkpoint.description
         sources = list(checkpoint.sources or stems.get(sig) or ())
         yield Entry(sig, "single", group, sources, text, [sig], [files[sig]])
-
-
-def _group(name: str) -> str:
-    return "community" if is_community(name) else "released"
 
 
 def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
@@ -171,30 +185,24 @@ def print_models(args: argparse.Namespace) -> None:
         content = {"folder": folder, "models": [entry.as_json() for entry in entries]}
         put(json_text(content, indent=1), sys.stdout)
         return
+    hidden = 0
     for key, title in TITLES.items():
         section = [entry for entry in entries if (entry.group, entry.kind) == key]
-        if section:
-            put(f"{title}:", sys.stdout)
+        if key in SIGNATURES and not args.verbose:
+            hidden += len(section)
+        elif section:
             width = max(len(entry.name) for entry in section)
-            for entry in section:
-                put(f"    {entry.name:{width}}  {_described(entry)}", sys.stdout)
-
-
-def _described(entry: Entry) -> str:
-    """One line of a model: its presence, size, stems, use, origin and folder."""
-    size = "size unknown" if entry.size is None else f"{round(entry.size / MEGABYTE)} MB"
-    here = "on disk" if entry.on_disk else "not on disk"
-    where = f" [{', '.join(map(str, entry.folders))}]" if entry.on_disk else ""
-    text = ": ".join(filter(None, (", ".join(entry.stems or ()), entry.description)))
-    origins = {f"{f.source}, licence: {f.licence}" for f in entry.files if f.source}
-    origin = f" ({'; '.join(sorted(origins))})" if origins else ""
-    return f"{here:11}  {size:>12}  {text}{origin}".rstrip() + where
+            lines = [f"{title}:", *(entry.described(width, args.verbose) for entry in section)]
+            put("\n".join(lines), sys.stdout)
+    if hidden:
+        put(f"{hidden} single models by signature: add --verbose", sys.stdout)
 
 
 def download_models(args: argparse.Namespace) -> None:
-    """Fetch and verify the files of the models `args.download`, and print where each one is.
+    """Fetch and verify the files of the models `args.download`, and print their paths.
 
-    Raises `OptionError` for use with `--repo`, `ModelLoadingError` if one is not to be had.
+    Raises `OptionError` for use with `--repo`, `ModelLoadingError` for a model that is unknown or
+    cannot be fetched.
     """
     if args.repo:
         raise OptionError("--download is for published models: leave out --repo")

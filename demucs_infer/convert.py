@@ -1,24 +1,48 @@
-"""Convert a checkpoint to safetensors or ONNX: python -m demucs_infer.convert IN OUT."""
+"""Convert a checkpoint to safetensors or ONNX: python -m demucs_infer.convert IN OUT.
+
+An ONNX file maps real tensors of fixed shapes (but any batch with `--dynamic`) to real tensors. Its
+metadata describe the transforms around the network: `recipe` in words, and the numbers it needs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .engine.options import GraphOptions, add_flags, values_of
 from .errors import DemucsInferError, ModelLoadingError, OptionError
 from .log import fatal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 LARGEST_CONFIG = 2**16  # bytes
+SUFFIXES = (".safetensors", ".onnx")
 PLAIN = GraphOptions()
 
-Write = Callable[["nn.Module", Mapping[str, Any], Path, GraphOptions], object]
+SPECTRAL_RECIPE = """\
+Input: `mix` [1, channels, samples], float32, at `samplerate`.
+Pad it by 3/2 hop on the left and 3/2 hop plus what makes a whole number of hops on the right
+(hop = nfft / 4), with a reflection, or with zeros if `zero_padded`. Take the STFT with a periodic
+Hann window of nfft samples, frames centred, divided by the square root of nfft. Drop the top bin
+and two frames at each end. If `complex_as_channels`, real and imaginary part of each channel are
+channels, in turn; else take the magnitude. This is x. Both x and mix are normalized: less their
+mean, over 1e-5 plus their (unbiased) standard deviation.
+The outputs hold the channels of each source in turn; scale them back, each by its own input's
+mean and deviation. Spectra without complex parts take the phase of the mixture. Put a zero top bin
+back, invert the STFT, undo the padding, and add the time output to get the stems."""
+
+TIME_RECIPE = """\
+Input: a mixture [1, channels, samples], float32, at `samplerate`. If `normalize`, subtract the mean
+of its mono sum and divide by 1e-5 plus that sum's (unbiased) standard deviation. Pad it with zeros
+on both sides to the model's valid length. If `resample`, resample it by 2 (julius.resample_frac).
+The output holds the channels of each source in turn: resample it by 1/2, trim it evenly, and scale
+it back."""
 
 
 def main(opts: Sequence[str] | None = None) -> None:
@@ -35,8 +59,8 @@ def main(opts: Sequence[str] | None = None) -> None:
         "--config",
         type=Path,
         metavar="CONFIG.yaml",
-        help="what ZFTurbo's training toolkit was given for the model; IN is then its .ckpt file,"
-        " of weights alone or with the state of a training",
+        help="the model's configuration in ZFTurbo's training toolkit; IN is then its .ckpt file,"
+        " with weights alone or with the state of a training",
     )
     add_flags(parser, GraphOptions)
     args = parser.parse_args(opts)
@@ -48,50 +72,87 @@ def main(opts: Sequence[str] | None = None) -> None:
 
 
 def convert(
-    checkpoint: Path,
-    target: Path,
-    config: Path | None = None,
-    graph: GraphOptions = PLAIN,
+    checkpoint: Path, target: Path, config: Path | None = None, graph: GraphOptions = PLAIN
 ) -> None:
     """Convert a checkpoint file; with `config`, one of ZFTurbo's training toolkit.
 
-    Raises `ModelLoadingError`, `OptionError` for a name of `target` that tells no format and for
-    options that its format does not have, or `OSError` if writing fails.
+    Raises `ModelLoadingError` for a file that is not a checkpoint, `OptionError` for a `target`
+    without one of `SUFFIXES` and for options that its format does not have, `OSError` if writing
+    fails.
     """
-    if target.suffix not in WRITERS:
-        raise OptionError(f"{target}: the name must end in {' or '.join(WRITERS)}")
+    if target.suffix not in SUFFIXES:
+        raise OptionError(f"{target}: the name must end in {' or '.join(SUFFIXES)}")
     if target.suffix != ".onnx" and graph != PLAIN:
         raise OptionError(f"{target}: precision and dynamic are for a name that ends in .onnx")
-    from .hub.checkpoints import read_package
+    from .hub.checkpoints import read_package, write_safetensors
     from .states import build_model
 
     package = read_package(checkpoint) if config is None else read_trained(checkpoint, config)
-    WRITERS[target.suffix](build_model(package, str(checkpoint)), package, target, graph)
+    model = build_model(package, str(checkpoint))
+    if target.suffix == ".onnx":
+        export(model, target, graph.precision, graph.dynamic)
+    else:
+        write_safetensors(package, target)
 
 
-def _write_safetensors(
-    model: nn.Module, package: Mapping[str, Any], target: Path, graph: GraphOptions
-) -> None:
-    from .hub.checkpoints import write_safetensors
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    precision: str = "float32",
+    dynamic: bool = False,
+) -> Path:
+    """Write the network of `model`, for windows of its `segment`, to the ONNX file `path`.
 
-    write_safetensors(package, target)
+    Weights and network have `precision` ("float32" or "float16"), inputs and outputs float32. With
+    `dynamic` they have any batch.
 
+    Raises `MissingDependencyError` without the extra `onnx`, `OptionError` for another precision, a
+    PyTorch that is too old or a model that ONNX cannot express, `OSError` if the file cannot be
+    written.
+    """
+    import torch
 
-def _write_onnx(
-    model: nn.Module, package: Mapping[str, Any], target: Path, graph: GraphOptions
-) -> None:
-    from .export import export
+    from .engine.backends.graph import network_graph
+    from .utils import appearing
 
-    export(model, target, graph.precision, graph.dynamic)
+    path, ours, example = Path(path), cast(Any, model), list[torch.Tensor]()
+    length = int(ours.segment * ours.samplerate)
 
+    def network(*inputs: Tensor) -> tuple[Tensor, ...]:
+        """Keep the network's inputs for a window as the example of their shapes."""
+        example.extend(inputs)
+        return ours.network(*inputs)
 
-WRITERS: dict[str, Write] = {".safetensors": _write_safetensors, ".onnx": _write_onnx}
+    with torch.no_grad():
+        silence = torch.zeros(1, ours.audio_channels, length, device="cpu", dtype=torch.float32)
+        ours(silence, network=network)
+    graph = network_graph(ours, example, precision, dynamic)
+    facts: dict[str, Any] = {
+        "sources": ours.sources,
+        "samplerate": ours.samplerate,
+        "channels": ours.audio_channels,
+        "samples": length,
+    }
+    options = ours.options
+    if hasattr(options, "nfft"):
+        facts |= {"nfft": options.nfft, "complex_as_channels": options.cac}
+        facts["zero_padded"] = getattr(options, "hybrid_old", False)
+        recipe = SPECTRAL_RECIPE
+    else:
+        facts |= {"normalize": options.normalize, "resample": options.resample}
+        recipe = TIME_RECIPE
+    texts = {"recipe": recipe, "precision": precision, "batch": "any" if dynamic else "1"}
+    for name, value in (texts | {name: json.dumps(fact) for name, fact in facts.items()}).items():
+        graph.metadata_props.add(key=name, value=value)
+    with appearing(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
+    return path
 
 
 def read_trained(checkpoint: Path, config: Path) -> dict[str, Any]:
     """Read a checkpoint of ZFTurbo's training toolkit and its configuration as a package.
 
-    Raises `ModelLoadingError` for a model type that is not ours, or a file that cannot be read.
+    Raises `ModelLoadingError` for an unknown model type, or a file that cannot be read.
     """
     from .hub.checkpoints import Content, read_weights
 
@@ -106,7 +167,7 @@ def read_trained(checkpoint: Path, config: Path) -> dict[str, Any]:
 
 
 def _described(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The class and the options of the model that a configuration describes."""
+    """Return the class and the options of the model that a configuration describes."""
     from .hub.pickles import ClassName
     from .states import MODEL_CLASSES
     from .utils import shortened
@@ -114,7 +175,7 @@ def _described(config: Any) -> tuple[Any, dict[str, Any]]:
     families = {name.partition(".")[0]: name for name in MODEL_CLASSES}
     kind, training = config["model"], config["training"]
     if not isinstance(kind, str) or kind not in families:
-        named = shortened(kind) if isinstance(kind, str) else "no model type by name"
+        named = shortened(kind) if isinstance(kind, str) else "no name of a model type"
         raise ModelLoadingError(f"has {named}, and can have {', '.join(families)}")
     options = {name: _number(value) for name, value in dict(config[kind]).items()}
     if options.get("num_subbands") == 1:  # an option of the toolkit's own network, without effect
@@ -131,7 +192,7 @@ def _described(config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """The number in a text such as 1e-3, which is none in YAML 1.1 but in the toolkit's reader."""
+    """Return the number in a text such as 1e-3, which only YAML 1.1 does not read as a number."""
     number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if number else value
 

@@ -1,7 +1,7 @@
-"""The package's logger, and what the command line needs to speak on a terminal.
+"""The package's logger, and text that is safe to show on a terminal.
 
-Names and tags come from strangers: a file's name must move no cursor. `printable` makes text
-harmless, of what `say` writes, of what the logger is told, and of the package's exceptions.
+Names of files and tags come from strangers: they must not move the cursor. The logger's filter and
+the package's exceptions pass them through `printable`.
 """
 
 from __future__ import annotations
@@ -10,49 +10,50 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 logger = logging.getLogger("demucs_infer")
+NOTICE = 25  # level of progress messages, which appear without a prefix unless the user wants quiet
 
-# Control characters, separators of lines, marks that turn the direction of text, surrogates.
+# Control characters, line separators, marks that change the direction of text, surrogates.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
-_RESET = "\033[0m"
 
 
 class _Styled(str):
-    """Text that is printable already, but for the control characters that style it."""
+    """Printable text with control characters that style it."""
 
 
 def decoded(text: str, errors: str = "backslashreplace") -> str:
-    """`text` without surrogates, so that every program can take it.
+    r"""Return `text` without surrogates, so that every program can encode it.
 
-    Those that stand for the bytes of a file name are read as UTF-8. What is no UTF-8 becomes
-    `\\xe9` and the like, or with `errors="replace"` U+FFFD.
+    Surrogates that stand for bytes of a file name are read as UTF-8. Bytes that are not UTF-8
+    become `\xe9` and the like, or U+FFFD with `errors="replace"`.
     """
     text = _NO_BYTES.sub("\ufffd", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", errors)
 
 
 def printable(text: object, keep: str = "") -> str:
-    """`text` with its control characters escaped, but for those in `keep`."""
-
-    def escaped(match: re.Match[str]) -> str:
-        char = match[0]
-        return char if char in keep else char.encode("unicode_escape").decode()
-
-    return _CONTROL.sub(escaped, decoded(str(text)))
+    """Return `text` with its control characters escaped, except those in `keep`."""
+    if isinstance(text, _Styled):
+        return text
+    return _CONTROL.sub(
+        lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], decoded(str(text))
+    )
 
 
 def bold(text: object) -> str:
-    """`text`, printable, in bold where standard error is a terminal that shows it."""
+    """Return `text`, printable, and in bold if standard error is a terminal with colours."""
     shows = is_terminal(sys.stderr) and "NO_COLOR" not in os.environ
-    return _Styled(f"\033[1m{printable(text)}{_RESET}") if shows else printable(text)
+    return _Styled(f"\033[1m{printable(text)}\033[0m") if shows else printable(text)
 
 
 def is_terminal(stream: Any) -> bool:
-    """Tell whether `stream` is a terminal; an object with `write` alone is none."""
+    """Return True if `stream` is a terminal. Objects that have only `write` are not."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):
@@ -60,10 +61,9 @@ def is_terminal(stream: Any) -> bool:
 
 
 def write(text: str, stream: Any) -> None:
-    """Write `text` to `stream` at once, with what its encoding lacks escaped.
+    """Write `text` to `stream` and flush it, with escapes for characters that its encoding lacks.
 
-    Raises `OSError` if it is closed, full or gone. What it holds then is dropped: Python would
-    try again when it exits, and exit with status 120.
+    Raises `OSError` if the stream is closed, full or gone.
     """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -74,56 +74,63 @@ def write(text: str, stream: Any) -> None:
     except ValueError as exc:
         raise OSError(str(exc)) from exc
     except OSError:
-        _drop(stream)
+        # Drop what the stream still holds. Python would flush it again at exit, and exit with 120.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
         raise
-
-
-def _drop(stream: Any) -> None:
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-
-
-def say(*parts: object) -> None:
-    """Write `parts` as one line on standard error; where nobody listens, nothing happens."""
-    line = " ".join(part if isinstance(part, _Styled) else printable(part) for part in parts)
-    with contextlib.suppress(OSError):
-        write(f"{line}\n", sys.stderr)
-
-
-def fatal(*messages: object, status: int = 1) -> NoReturn:
-    """Print `messages` as one error on standard error and exit with `status`."""
-    say("demucs-infer: error:", *messages)
-    raise SystemExit(status)
 
 
 class _Printable(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(record.getMessage()), ()
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                arg if isinstance(arg, (int, float)) else printable(arg) for arg in record.args
+            )
+        record.msg = printable(record.msg)
         return True
 
 
-logger.addFilter(_Printable())
-
-
-class _Formatter(logging.Formatter):
-    def formatException(self, ei: Any) -> str:
-        return printable(super().formatException(ei), keep="\n")
-
-
 class _Handler(logging.Handler):
-    """Writes to what standard error is at that time, if anything."""
+    """Writes records to the current standard error. Nothing fails if nobody can read them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.levelno != NOTICE:
+            level = "error" if record.levelno == logging.ERROR else record.levelname
+            text = f"demucs-infer: {level}: {text}"
+            if is_terminal(sys.stderr):
+                width = shutil.get_terminal_size().columns
+                text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            text += "\n" + printable(trace, keep="\n")
+        return text
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
             write(f"{self.format(record)}\n", sys.stderr)
 
 
+logger.addFilter(_Printable())
+_handler = _Handler()
+
+
 def log_to_stderr(level: int) -> None:
-    """Let the package's messages from `level` on appear on standard error, and nowhere else."""
-    handler = _Handler()
-    handler.setFormatter(_Formatter("demucs-infer: %(levelname)s: %(message)s"))
-    logger.handlers[:] = [handler]
+    """Show the package's messages from `level` on standard error, and nowhere else."""
+    logger.handlers[:] = [_handler]
     logger.propagate = False
     logger.setLevel(level)
+
+
+def show_error(*messages: object) -> None:
+    """Write `messages` as one error on standard error, with or without `log_to_stderr`."""
+    text = " ".join(map(printable, messages))
+    _handler.emit(logging.makeLogRecord({"levelno": logging.ERROR, "msg": text}))
+
+
+def fatal(*messages: object, status: int = 1) -> NoReturn:
+    """Write `messages` as one error on standard error and exit with `status`."""
+    show_error(*messages)
+    raise SystemExit(status)

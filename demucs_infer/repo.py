@@ -49,7 +49,8 @@ def check_checksum(path: Path, checksum: str) -> None:
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
     folded = {candidate.casefold(): candidate for candidate in sorted(known)}
-    if near := difflib.get_close_matches(name[:100].casefold(), folded, n=1):
+    longer = [each for each in folded if len(name) > 2 and each.startswith(name.casefold())]
+    if near := longer or difflib.get_close_matches(name[:100].casefold(), folded, n=1):
         hint = f"Did you mean {folded[near[0]]}?"
     elif len(folded) > MANY:
         hint = "See demucs-infer --list-models."

@@ -1,26 +1,29 @@
 """The command line: `demucs-infer song.mp3`.
 
-Only `main` exits. PyTorch is imported when there is something to separate, so that `--help`,
-`--version` and `--list-models` answer at once.
+PyTorch is imported only when there is something to separate, so that `--help`, `--version` and
+`--list-models` answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+from .batch.console import Console, Ended, put, streams_and_signals
 from .catalog import add_catalog_flags, download_models, print_models
-from .engine.backends import EngineOptions
 from .engine.options import (
     POSITIVE,
     SeparationOptions,
@@ -29,45 +32,54 @@ from .engine.options import (
     option,
     values_of,
 )
-from .errors import DemucsInferError, OptionError
-from .io.console import Console, command, put
+from .errors import (
+    DemucsInferError,
+    DownloadError,
+    LoadAudioError,
+    ModelLoadingError,
+    OptionError,
+    SaveAudioError,
+)
 from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
-from .log import fatal, log_to_stderr, logger
+from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .api import Separator
-    from .io.batch import TrackResult
-    from .io.output import Output
-    from .io.tracks import TrackJob
-
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/speed.md.
 SPIN_COUNT = 100_000
+HELP_WIDTH = 78  # columns
+# The options that -h shows.
+USUAL = (
+    "--name --out --stems --two-stems --format --mp3 --flac --device --shifts --segment"
+    " --skip-existing --list-models"
+).split()
+# Options of what runs the model. With --ray they are for the workers.
+OF_ENGINE = ("device", "precision", "engine", "compile", "batch_size")
 
 DESCRIPTION = "Separate songs into stems: drums, bass, vocals and the rest."
 EPILOG = """\
 examples:
-  demucs-infer song.mp3                      four stems in separated/htdemucs/song/
+  demucs-infer song.mp3                 four stems in separated/htdemucs/song/
   demucs-infer --two-stems vocals song.mp3   vocals and accompaniment
-  demucs-infer --stems voice=vocals,band=drums+bass+other song.mp3   sums, with your names
-  demucs-infer --format stem.mp4 song.mp3    one file for DJs
-  demucs-infer --player song.mp3             and a page to listen with
-  demucs-infer --format mp4 --stems vocals film.mp4   a video with the stem as its sound
-  demucs-infer --mp3 -o stems album/         MP3 stems of all tracks in a folder, in stems/
-  demucs-infer --skip-existing -o stems a/   go on with what was interrupted
-  demucs-infer --stems vocals -o - a.mp3     one stem to standard output, as WAV
-  demucs-infer -o s3://b/out s3://b/in/*.mp3  from a bucket into a bucket
-  demucs-infer --ray --from-file list.txt    many tracks on all GPUs of a Ray cluster
+  demucs-infer --stems voice=vocals,band=drums+bass+other song.mp3   sums
+  demucs-infer --format stem.mp4 song.mp3   one file for DJs
+  demucs-infer --player song.mp3        also a page to listen with
+  demucs-infer --format mp4 --stems vocals film.mp4   a video with one stem
+  demucs-infer --mp3 -o stems album/    all tracks in a folder as MP3, in stems/
+  demucs-infer --skip-existing -o stems a/   resume an interrupted batch
+  demucs-infer --stems vocals -o - a.mp3   one stem to standard output, as WAV
+  demucs-infer -o s3://b/out s3://b/in/*.mp3   from a bucket into a bucket
+  demucs-infer --ray --from-file list.txt   many tracks on a Ray cluster
   demucs-infer --repo models -n mine a.wav   a model of your own
-  demucs-infer --download htdemucs           only fetch a model, for later
+  demucs-infer --download htdemucs      only fetch a model, for later
 
 exit status:
-  0 all went well, 1 a track or the model failed, 2 wrong usage, 130 interrupted,
+  0 success, 1 a track or the model failed, 2 wrong usage, 130 interrupted,
   143 or 129 ended by SIGTERM or SIGHUP
 """
 
@@ -93,16 +105,38 @@ def __getattr__(name: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the usage in one line."""
+    """A parser with errors in one line, and suggestions for mistyped options."""
 
     def error(self, message: str) -> NoReturn:
-        fatal(f"{message} (see demucs-infer --help)", status=EXIT_USAGE)
+        hint = ""
+        if unknown := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            known = [name for action in self._actions for name in action.option_strings]
+            if near := difflib.get_close_matches(unknown[1], known, n=1):
+                hint = f". Did you mean {near[0]}?"
+        fatal(f"{message}{hint} (see demucs-infer --help)", status=EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         try:
             put(message.rstrip("\n"), file)
         except DemucsInferError as exc:
             fatal(exc)
+
+
+class _ShortHelp(argparse.Action):
+    """Shows the options that most people use."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        formatter = parser._get_formatter()
+        formatter.add_usage(parser.usage, (), ())
+        formatter.add_text(DESCRIPTION)
+        formatter.start_section("usual options")
+        formatter.add_arguments(
+            action for action in parser._actions if {*USUAL} & {*action.option_strings}
+        )
+        formatter.end_section()
+        formatter.add_text("--help shows all options, and examples.")
+        parser._print_message(formatter.format_help(), sys.stdout)
+        parser.exit()
 
 
 @dataclass(frozen=True)
@@ -134,12 +168,14 @@ class _BatchOptions:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     parser = _Parser(
         prog="demucs-infer",
+        usage="%(prog)s [OPTION ...] TRACK [TRACK ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=HELP_WIDTH),
+        add_help=False,
     )
     parser.add_argument(
         "tracks",
@@ -155,6 +191,8 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="a text file of tracks, one path or URL a line, # for comments; - for standard input",
     )
+    parser.add_argument("-h", action=_ShortHelp, nargs=0, help="show the usual options and exit")
+    parser.add_argument("--help", action="help", help="show all options and exit")
     parser.add_argument("--version", action="version", version=f"demucs-infer {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
@@ -171,190 +209,215 @@ def load_track(track: str | os.PathLike[str], audio_channels: int, samplerate: i
     return AudioFile(track).read(streams=0, samplerate=samplerate, channels=audio_channels)
 
 
-@command()
-def main(opts: Sequence[str] | None = None) -> None:
-    """Run the command line with `opts` (default: those of the process).
+def command(opts: Sequence[str] | None = None) -> None:
+    """Run the installed command with `opts` (default: those of the process).
 
-    Exits with a status other than 0 if something fails; returns if all went well.
+    All errors become messages and exit statuses.
     """
-    parser = get_parser()
-    words = sys.argv[1:] if opts is None else opts
-    # Tracks may stand between options, but for names that start with a dash.
-    parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
-    args = parse(words)
-    log_to_stderr(
-        logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
-    )
     try:
-        if args.list_models:
-            print_models(args)
-            return
-        if args.download:
-            download_models(args)
-            return
-        _take_address(args)
-        if not args.tracks and args.from_file is None:
-            parser.error("no track is given")
-        _leave_room()
-        failed = _separate_tracks(args)
-    except OptionError as exc:
-        logger.debug("", exc_info=exc)
-        fatal(exc, status=EXIT_USAGE)
+        with streams_and_signals():
+            failures, _ = _run(opts)
+    except BrokenPipeError:  # The reader of --list-models has seen enough.
+        failures = 1
     except DemucsInferError as exc:
         logger.debug("", exc_info=exc)
         fatal(exc)
-    except BrokenPipeError:  # the reader of --list-models has seen enough
-        raise SystemExit(EXIT_FAILED) from None
+    except Ended as exc:
+        _end(int(exc.code or 0))
     except KeyboardInterrupt:
-        fatal("interrupted", status=EXIT_INTERRUPTED)
-    if failed:
+        show_error("interrupted")
+        _end(EXIT_INTERRUPTED)
+    if failures:
         raise SystemExit(EXIT_FAILED)
 
 
-def _leave_room() -> None:
-    """Let idle threads of PyTorch sleep soon, as long as it is not imported and nobody chose.
+def _end(status: int) -> NoReturn:
+    """End the process with `status`, without threads that a server or a pipe may block for ever."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
-    A layer waits for its slowest thread. Beside a busy program, threads that wait in a loop keep
-    that one from its core.
+
+def main(opts: Sequence[str] | None = None) -> None:
+    """Run the command line with `opts` (default: those of the process) in a program.
+
+    As in `demucs`, wrong options, an unknown model and no track raise `SystemExit`, and a missing
+    track is only reported. The first other error is raised when all tracks are done.
+    """
+    with streams_and_signals():
+        _, errors = _run(opts)
+    if errors:
+        raise errors[0]
+
+
+def _run(opts: Sequence[str] | None) -> tuple[int, list[Exception]]:
+    """Run the command. Returns the number of failures, and the errors of tracks that exist."""
+    parser = get_parser()
+    words = sys.argv[1:] if opts is None else opts
+    # Tracks may stand between options. Their names start with a dash only behind "--".
+    parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
+    args = parse(words)
+    log_to_stderr(logging.DEBUG if args.verbose else logging.ERROR if args.quiet else NOTICE)
+    try:
+        if args.list_models:
+            print_models(args)
+        elif args.download:
+            download_models(args)
+        else:
+            # What follows --ray is a track if it is not an address.
+            if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
+                args.tracks.insert(0, location(args.ray))
+                args.ray = ""
+            if not args.tracks and args.from_file is None:
+                parser.error("no track is given")
+            limit_openmp_spinning()
+            return _separate_tracks(args)
+    except DownloadError:
+        raise
+    except (OptionError, ModelLoadingError) as exc:
+        logger.debug("", exc_info=exc)
+        fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
+    return 0, []
+
+
+def limit_openmp_spinning() -> None:
+    """Limit the busy-waiting of OpenMP unless the user configured it.
+
+    This must run before PyTorch is imported. A layer waits for its slowest thread, and beside a
+    busy program, idle threads in a loop would take the core that this thread needs.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
-def _take_address(args: argparse.Namespace) -> None:
-    """What stands behind --ray is a track if it is no address."""
-    if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
-        args.tracks.insert(0, location(args.ray))
-        args.ray = ""
-
-
-def _separate_tracks(args: argparse.Namespace) -> int:
-    """Separate every track and return how many failed."""
-    from .api import Separator
-    from .io.batch import TrackResult, checked_stems
-    from .io.tracks import plan_jobs
-
-    output = _make_output(args)
-    options = _separator_options(args, output)
-    separator = Separator(**options if args.ray is None else _without_device(options))
-    stems = checked_stems(separator, output)
+def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
+    """Separate every track. Returns what `_run` does."""
+    if args.json and args.out == PIPE:
+        raise OptionError("--json and -o - both want standard output: choose one")
+    if args.from_file == PIPE and PIPE in args.tracks:
+        raise OptionError("--from-file - and - both want standard input: choose one")
+    model = args.sig or args.name or DEFAULT_MODEL
+    folder = PIPE if args.out == PIPE else args.out / model_label(model)
+    output = Output(**{**values_of(Output, args), "folder": folder})
     faults: list[tuple[Location, DemucsInferError]] = []
     folders = Folders()
-    tracks = _find_tracks(args, faults, folders)
-    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
-    console = Console(
-        len(jobs) + len(faults), quiet=args.quiet, json=args.json, pipe=output.is_pipe
-    )
-    console.introduce(_bag_size(separator), _absolute(output.folder))
+    # The model may be a large download: look first whether it has work to do.
+    tracks = list(_find_tracks(args, faults, folders))
+    _check_folder(output)
+
+    from .api import Separator
+    from .batch.batch import Batch, TrackResult, checked_stems, warn_of_full_disk
+    from .batch.tracks import plan_jobs
+
+    errors: list[Exception] = []
+    count = len(tracks) + len(faults)
+    if output.is_pipe and count > 1:
+        raise OptionError(f"standard output takes one track, not {count}")
+    console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
     for name, fault in faults:
-        console.report(TrackResult(name, separator.name, error=fault).as_json())
-    if args.ray is None:
-        _separate_here(args, separator, output, jobs, console)
-    elif jobs:
-        del separator
-        options["folders"] = folders
-        _separate_on_ray(args, options, output, jobs, console)
-    console.sum_up()
-    return console.failures
-
-
-def _bag_size(separator: Separator) -> int | None:
-    """The number of models of a bag; `None` for a model by itself."""
+        console.report(TrackResult(name, model_label(model), error=fault).as_json())
+    if not tracks:
+        console.sum_up()
+        return console.failures, errors
+    options = {
+        **values_of(SeparatorOptions, args),
+        "model": model,
+        "progress": not args.quiet and args.ray is None,
+        "stems": output.needed or args.stems,
+    }
+    # With --ray, the model here only names its stems.
+    here = {name: value for name, value in options.items() if name not in OF_ENGINE}
+    separator = Separator(**options) if args.ray is None else Separator(**here, device="cpu")
+    stems = checked_stems(separator, output)
+    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
     models = getattr(separator.model, "models", None)
-    return None if models is None else len(models)
-
-
-def _absolute(folder: object) -> object:
-    return folder.resolve() if isinstance(folder, Path) else folder
-
-
-def _separate_here(
-    args: argparse.Namespace,
-    separator: Separator,
-    output: Output,
-    jobs: Sequence[TrackJob],
-    console: Console,
-) -> None:
-    from .io.batch import Batch
+    shown = folder.resolve() if isinstance(folder, Path) else folder
+    console.introduce(None if models is None else len(models), shown)
 
     def report(result: TrackResult) -> None:
         console.report(result.as_json())
+        if result.error is not None:
+            errors.append(result.error)
 
-    with output.workspace() as space:
-        batch = Batch(separator, output, space, announce=console.announce, report=report)
-        batch.run(jobs, skip_existing=args.skip_existing)
+    def report_elsewhere(result: dict[str, Any]) -> None:
+        console.report(result, elsewhere=True)
+        if result["error"] is not None:
+            errors.append(DemucsInferError(result["error"]))
 
+    if args.ray is None:
+        with output.workspace() as space:
+            if isinstance(folder, Path):
+                warn_of_full_disk(separator, output, space, jobs)
+            batch = Batch(separator, output, space, announce=console.announce, report=report)
+            batch.run(jobs, skip_existing=args.skip_existing)
+    else:
+        del separator
+        from .cluster import separate_on_ray
 
-def _separate_on_ray(
-    args: argparse.Namespace,
-    options: dict[str, Any],
-    output: Output,
-    jobs: Sequence[TrackJob],
-    console: Console,
-) -> None:
-    from .cluster import separate_on_ray
-
-    if output.is_pipe or any(job.track == PIPE for job in jobs):
-        raise OptionError("--ray takes no standard input and no standard output")
-    separate_on_ray(
-        [full_text(job.track) for job in jobs],
-        {**options, "output": output, "skip_existing": args.skip_existing},
-        console.report_progress,
-        address=args.ray,
-        cpus_per_worker=args.cpus_per_worker,
-        verbose=args.verbose,
-    )
+        if output.is_pipe or any(job.track == PIPE for job in jobs):
+            raise OptionError("--ray takes no standard input and no standard output")
+        own = {"folders": folders, "output": output, "skip_existing": args.skip_existing}
+        separate_on_ray(
+            [full_text(job.track) for job in jobs],
+            {**options, **own},
+            report_elsewhere,
+            address=args.ray,
+            cpus_per_worker=args.cpus_per_worker,
+            verbose=args.verbose,
+        )
+    console.sum_up()
+    if console.unwritten is not None:
+        errors.append(console.unwritten)
+    return console.failures, errors
 
 
 def _find_tracks(
     args: argparse.Namespace, faults: list[tuple[Location, DemucsInferError]], folders: Folders
 ) -> Iterator[Location]:
-    """The tracks that the command line and its list name, which `folders` notes.
+    """Yield the tracks of the command line and its list that exist, as far as this is quick to say.
 
-    `faults` takes what goes wrong. Raises `OptionError` if there is neither.
+    `folders` notes their names, and `faults` takes the others and their errors. Raises
+    `OptionError` if there is neither.
     """
-    from .io.tracks import find_tracks, read_list
+    from .batch.tracks import find_tracks, read_list
 
     def report(name: Location, error: DemucsInferError) -> None:
         faults.append((name, error))
 
     listed = () if args.from_file is None else read_list(args.from_file, report)
     names = folders.noting(itertools.chain(args.tracks, listed))
-    found = find_tracks(names, leave_out=args.out, report=report)
-    first = next(found, None)
-    if first is None and not faults:
+    found = 0
+    for track in find_tracks(names, leave_out=args.out, report=report):
+        found += 1
+        if isinstance(track, Path) and track != PIPE and _is_missing(track):
+            report(track, LoadAudioError(f"{track}: no such file"))
+        else:
+            yield track
+    if not found and not faults:
         raise OptionError(f"{args.from_file}: names no track")
-    return itertools.chain(() if first is None else (first,), found)
 
 
-def _model_name(args: argparse.Namespace) -> str:
-    return args.sig or args.name or DEFAULT_MODEL
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # The decoder tells the reason.
+        pass
+    return False
 
 
-def _make_output(args: argparse.Namespace) -> Output:
-    if args.json and args.out == PIPE:
-        raise OptionError("--json and -o - both want standard output: choose one")
-    if args.from_file == PIPE and PIPE in args.tracks:
-        raise OptionError("--from-file - and - both want standard input: choose one")
-    folder = PIPE if args.out == PIPE else args.out / model_label(_model_name(args))
-    return Output(**{**values_of(Output, args), "folder": folder})
-
-
-def _separator_options(args: argparse.Namespace, output: Output) -> dict[str, Any]:
-    return {
-        **values_of(SeparatorOptions, args),
-        "model": _model_name(args),
-        "progress": not args.quiet and args.ray is None,
-        "stems": output.needed or args.stems,
-    }
-
-
-def _without_device(options: Mapping[str, Any]) -> dict[str, Any]:
-    """For a cluster, whose workers separate: here the model says which stems there are."""
-    of_engine = {field.name for field in fields(EngineOptions)} | {"batch_size"}
-    kept = {name: value for name, value in options.items() if name not in of_engine}
-    return {**kept, "device": "cpu"}
+def _check_folder(output: Output) -> None:
+    """Raise `SaveAudioError` if files in the output folder cannot be made, without making it."""
+    output.workspace()  # asks a store
+    if isinstance(output.folder, Path) and not output.is_pipe:
+        folder = output.folder.absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+            raise SaveAudioError(f"{output.folder}: cannot be written to ({reason})")
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -31,7 +31,7 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.io.boxes import find
-from demucs_infer.separate import main
+from demucs_infer.separate import command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -201,7 +201,7 @@ def separate(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     input: str | bytes = b"",
-    main: Callable[[list[str]], object] = main,
+    main: Callable[[list[str]], object] = command,
     streams: Mapping[str, Any] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run our command line, or another `main`, in this process.

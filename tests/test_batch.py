@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -364,6 +365,7 @@ def test_track_that_does_not_fit_on_the_disk_leaves_room_for_the_next(
         [*mount, script, "sh", *command], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 1
+    assert re.search(r"WARNING: disk/tiny: .*\d+ MB free", result.stderr)
     assert "long/" in result.stderr or "no room" in result.stderr
     assert "2 tracks: 1 separated, 1 failed" in result.stderr
     listed = [line for line in result.stdout.splitlines() if not line.startswith("Separat")]
@@ -372,8 +374,8 @@ def test_track_that_does_not_fit_on_the_disk_leaves_room_for_the_next(
 
 PEAK = """
 import sys
-from demucs_infer.separate import main
-main(sys.argv[1:])
+from demucs_infer.separate import command
+command(sys.argv[1:])
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 

@@ -106,7 +106,7 @@ def options(repo: Path) -> list[object]:
 def on_ray(repo: Path, *more: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     """Start the command with a Ray of two CPUs and a worker on each."""
     code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
-    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    code += "from demucs_infer.separate import command; command(sys.argv[1:])"
     command = [*options(repo), *more, "--json", "--cpus-per-worker", 1, "--ray"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)],

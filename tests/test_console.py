@@ -17,8 +17,8 @@ import pytest
 import soundfile
 import tqdm
 
+from demucs_infer.batch.console import Ended, json_text, put, streams_and_signals
 from demucs_infer.errors import DemucsInferError
-from demucs_infer.io.console import Ended, command, json_text, put, signals_raise
 
 from .helpers import (
     SOURCES,
@@ -133,8 +133,8 @@ def test_closed_standard_output_is_noticed_before_the_track_is_looked_for(
 
 @needs_linux
 def test_no_file_takes_the_number_of_a_closed_stream(song: Path) -> None:
-    code = "import os; from demucs_infer.io.console import command\n"
-    code += "with command(): print(os.open('b.wav', os.O_RDONLY))"
+    code = "import os; from demucs_infer.batch.console import streams_and_signals\n"
+    code += "with streams_and_signals(): print(os.open('b.wav', os.O_RDONLY))"
     line = f"exec {sys.executable} -c {shlex.quote(code)} <&- 2>&-"
     result = subprocess.run(["sh", "-c", line], cwd=song, capture_output=True, text=True)
     assert int(result.stdout) > 2
@@ -147,7 +147,7 @@ def test_libraries_may_write_to_a_closed_or_full_standard_error(
 ) -> None:
     stream = path and open(path, "w")  # noqa: PTH123, SIM115
     monkeypatch.setattr(sys, "stderr", stream)
-    with command():
+    with streams_and_signals():
         assert list(tqdm.tqdm(range(3), desc="bar")) == [0, 1, 2]
         print("text", file=sys.stderr, flush=True)
     assert sys.stderr is stream
@@ -249,6 +249,58 @@ def test_signal_ends_the_command_and_leaves_nothing(
 
 
 @needs_posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_ends_a_command_whose_reader_is_blocked(
+    name: str, words: list[str], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo.wav")
+    process = subprocess.Popen(
+        [*words, "fifo.wav"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while "Separating" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.Signals[name])
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.Signals[name]
+    assert not list((tmp_path / "separated/tiny").iterdir())
+
+
+@needs_posix
+def test_terminal_of_80_columns_gets_one_line_for_a_track(words: list[str], song: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [*words, "--shifts", "2", "a.wav", "b.wav"],
+        cwd=song,
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    drawn = b""
+    with contextlib.suppress(OSError):  # The process has closed the terminal.
+        while block := os.read(screen, 2**16):
+            drawn += block
+    os.close(screen)
+    assert process.wait() == 0
+    lines = drawn.decode().replace("\r\n", "\n").split("\n")
+    bars = [re.split(r"\r(?:\x1b\[K)?", line)[-1] for line in lines if "%|" in line]
+    finished = [line for line in bars if "100%|" in line]
+    assert len(finished) == 2
+    assert all("| 0.5/0.5 [" in line and "seconds/s]" in line for line in finished)
+    assert all(len(part) <= 80 for line in lines for part in line.split("\r"))
+
+
+@needs_posix
 def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -256,7 +308,7 @@ def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     seen: list[int] = []
     try:
-        with pytest.raises(Ended) as ended, command():
+        with pytest.raises(Ended) as ended, streams_and_signals():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
@@ -266,7 +318,7 @@ def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-        with signals_raise():
+        with streams_and_signals():
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
@@ -293,7 +345,7 @@ def test_files_need_no_temporary_folder_and_pipes_say_that_they_do(
 def test_command_does_not_import_a_compiler_that_needs_a_temporary_folder(
     words: list[str], song: Path
 ) -> None:
-    code = "import sys; from demucs_infer.separate import main; main(sys.argv[1:])\n"
+    code = "import sys; from demucs_infer.separate import command; command(sys.argv[1:])\n"
     code += "assert 'torch._dynamo' not in sys.modules\n"
     result = run("-c", code, *words[3:], "-q", "a.wav", cwd=song)
     assert result.returncode == 0, result.stderr

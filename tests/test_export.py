@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demucs_infer.export import export, main
+from demucs_infer.convert import export, main
 
 from .helpers import FAMILIES, assert_close, assert_one_line, noise, pair, separate
 

@@ -26,7 +26,7 @@ from .helpers import TINY, run, shake
 from .hub import COMMIT, TOKEN, Hub, serving_hub
 from .web import Web
 
-MAIN = "from demucs_infer.separate import main; import sys; main(sys.argv[1:])"
+MAIN = "from demucs_infer.separate import command; import sys; command(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,17 @@ import sys
 import pytest
 
 from demucs_infer.errors import LoadAudioError, SaveAudioError
-from demucs_infer.log import bold, decoded, fatal, log_to_stderr, logger, printable, say, write
+from demucs_infer.log import (
+    NOTICE,
+    bold,
+    decoded,
+    fatal,
+    log_to_stderr,
+    logger,
+    printable,
+    show_error,
+    write,
+)
 
 from .helpers import WriteAndFlush
 
@@ -40,7 +50,8 @@ def test_decoded_text_replaces_what_is_not_utf_8() -> None:
 def test_messages_errors_and_the_log_are_harmless(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    say("Separating", bold(HOSTILE))
+    log_to_stderr(NOTICE)
+    logger.log(NOTICE, "Separating %s", bold(HOSTILE))
     for error in (LoadAudioError, SaveAudioError):
         assert str(error(HOSTILE)) == HARMLESS
     with pytest.raises(SystemExit, match="3"):
@@ -58,9 +69,9 @@ def test_standard_error_may_be_an_object_of_a_program(monkeypatch: pytest.Monkey
         raise LoadAudioError(HOSTILE)
     except LoadAudioError as exc:
         logger.warning("%s", "song", exc_info=exc)
-    say("text", bold("song"))
+    show_error("text", bold("song"))
     first, *traceback, last = sys.stderr.text.splitlines()
-    assert (first, last) == ("demucs-infer: WARNING: song", "text song")
+    assert (first, last) == ("demucs-infer: WARNING: song", "demucs-infer: error: text song")
     assert HARMLESS in traceback[-1]
     assert not any("\x1b" in line for line in traceback)
 
@@ -74,6 +85,6 @@ def test_missing_standard_error_loses_messages_only(
         file = open(__file__)  # noqa: PTH123, SIM115
         file.close()
     monkeypatch.setattr(sys, "stderr", file)
-    say("nobody listens", bold("x"))
+    show_error("nobody listens", bold("x"))
     with pytest.raises(OSError, match="closed"):
         write("x", file)

@@ -103,7 +103,7 @@ def test_modules_are_commands() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["convert", "export"])
+@pytest.mark.parametrize("module", ["convert"])
 def test_modules_that_convert_are_commands(module: str) -> None:
     result = run("-m", f"demucs_infer.{module}", "--help")
     assert (result.returncode, result.stderr) == (0, "")

@@ -232,6 +232,42 @@ def test_separator_closes_its_model(repo: Path) -> None:
     assert separator.model is None
 
 
+def test_main_raises_errors_of_tracks_and_reports_missing_ones(
+    libraries: list[Library], repo: Path, track: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.wav").write_text("words " * 999)
+    shift = ["--shifts", "0", "-d", "cpu"]
+
+    def program(library: Library) -> list[str]:
+        def error(*words: str) -> str:
+            try:
+                library.separate.main([*shift, *words])
+            except (Exception, SystemExit) as exc:
+                return type(exc).__name__
+            return "none"
+
+        tiny = ["--repo", str(repo), "-n", "tiny"]
+        names = [error(*tiny, "text.wav"), error(*tiny, "none.wav"), error(*tiny)]
+        names += [error("--repo", str(repo), "-n", "tinny", "track.wav")]
+        names += [error(*tiny, "--two-stems", "voice", "track.wav")]
+        with monkeypatch.context() as patch:
+            model: Any = importlib.import_module(f"{library.name}.htdemucs").HTDemucs
+            forward = model.forward
+
+            def full(self: Any, mix: torch.Tensor, *args: Any, **options: Any) -> Any:
+                if mix.any():  # unlike the silence of a test when the model is loaded
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return forward(self, mix, *args, **options)
+
+            patch.setattr(model, "forward", full)
+            names.append(error(*tiny, "track.wav"))
+        return names
+
+    expected = ["LoadAudioError", "none", "SystemExit", "SystemExit", "SystemExit"]
+    assert same(libraries, program) == [*expected, "OutOfMemoryError"]
+
+
 # --- models that others change --------------------------------------------------------------------
 
 

@@ -42,6 +42,29 @@ def test_no_track_is_wrong_usage_and_help_names_every_option() -> None:
         assert re.search(rf"{option}\b", text), option
 
 
+def test_help_fits_a_terminal_and_is_short_with_one_dash() -> None:
+    long, short = separate("--help").stdout, separate("-h").stdout
+    assert max(map(len, f"{long}{short}".splitlines())) <= 80
+    assert len(re.findall(r"^  -", short, re.MULTILINE)) == 12
+    assert "--two-stems" in short and "--cpus-per-worker" not in short
+
+
+def test_tracks_and_folders_are_looked_for_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").touch()
+    model = ["--offline", "--cache-dir", tmp_path, "-n", "htdemucs"]
+    assert_one_line(separate(*model, "none.mp3", cwd=tmp_path), "none.mp3", "no such file")
+    assert_one_line(separate(*model, "empty", cwd=tmp_path), "no audio files in empty", "1")
+    both = separate(*model, "none.mp3", "empty", cwd=tmp_path)
+    assert (both.returncode, both.stderr.count("error:")) == (1, 2)
+    (tmp_path / "file").touch()
+    write_track(tmp_path / "a.wav")
+    result = separate(*model, "-o", "file", "a.wav", cwd=tmp_path)
+    assert_one_line(result, "file", "cannot be written to")
+    assert_one_line(separate("--twostems", "vocals", "a.wav", cwd=tmp_path), "--two-stems")
+    assert_one_line(separate("-n", "demo", "-d", "gpu", "a.wav", cwd=tmp_path), "'gpu'", "cpu")
+
+
 @pytest.mark.parametrize("name", ["tiny", "pair"])
 def test_stems_and_output_are_those_of_the_reference(
     name: str, repo: Path, track: Path, tmp_path: Path

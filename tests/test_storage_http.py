@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import filelock
 import pytest
 
+from demucs_infer.batch.tracks import read_list
 from demucs_infer.errors import DownloadError, LoadAudioError
-from demucs_infer.io.tracks import read_list
 from demucs_infer.storage import http, locations
 from demucs_infer.storage.http import Download, HostError, Limits
 from demucs_infer.storage.locations import Url, local_copy

@@ -15,9 +15,9 @@ import pytest
 import s3fs
 
 from demucs_infer.api import Output, Separator
+from demucs_infer.batch.tracks import find_tracks, plan_jobs, read_list
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
-from demucs_infer.separate import main
+from demucs_infer.separate import command as main
 from demucs_infer.storage.locations import Url, location, parent_name, publish
 
 from .helpers import SOURCES, assert_one_line, environment, run, separate, stems_of, wav
@@ -54,7 +54,7 @@ def test_what_is_a_path(text: str) -> None:
 
 
 def test_paths_do_not_import_fsspec(repo: Path, track: Path) -> None:
-    code = "import sys; from demucs_infer.separate import main; main(sys.argv[1:]);"
+    code = "import sys; from demucs_infer.separate import command; command(sys.argv[1:]);"
     code += "assert not {'fsspec', 'ray'} & set(sys.modules)"
     result = run("-c", code, "--repo", repo, "-n", "tiny", "-o", track.parent / "out", track)
     assert result.returncode == 0, result.stderr
@@ -293,7 +293,7 @@ def test_no_credentials(
 
 def test_a_back_end_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['s3fs'] = None;"
-    code += "from demucs_infer.separate import main; main(sys.argv[1:])"
+    code += "from demucs_infer.separate import command; command(sys.argv[1:])"
     result = run("-c", code, "--repo", repo, "-n", "tiny", "s3://bucket/a.wav", cwd=tmp_path)
     assert_one_line(result, "s3://bucket/a.wav needs s3fs: pip install s3fs")
 

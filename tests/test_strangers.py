@@ -18,10 +18,10 @@ import s3fs
 import soundfile
 
 from demucs_infer.api import Output, Separator
+from demucs_infer.batch.tracks import find_tracks
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import DemucsInferError, LoadAudioError
-from demucs_infer.io.tracks import find_tracks
-from demucs_infer.separate import main
+from demucs_infer.separate import command as main
 from demucs_infer.storage.locations import Location, Url, exists, location, reading
 
 from .helpers import SOURCES, assert_one_line, environment, separate, stems_of, wav

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from demucs_infer.errors import OptionError
+from demucs_infer.batch.tracks import find_tracks, plan_jobs
+from demucs_infer.errors import LoadAudioError, OptionError
 from demucs_infer.io.output import PIPE, Output
-from demucs_infer.io.tracks import find_tracks, plan_jobs
 
 from .helpers import SOURCES
 
@@ -45,8 +45,9 @@ def test_a_file_that_is_named_comes_once_whatever_it_is(music: Path) -> None:
     assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], named[3], PIPE]
 
 
-def test_a_folder_without_audio_stands_for_itself(music: Path) -> None:
-    assert list(find_tracks([music / "empty"])) == [music / "empty"]
+def test_a_folder_without_audio_is_an_error(music: Path) -> None:
+    with pytest.raises(LoadAudioError, match=r"no audio files in music.empty .1 "):
+        list(find_tracks([music / "empty"]))
 
 
 def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:

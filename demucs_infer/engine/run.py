@@ -63,7 +63,7 @@ class RunOptions:
     passes: Sequence[Pass] | None = None
     batch_size: int | None = None
     stay: bool = False
-    title: str | None = None  # of the bars
+    title: str | None = None  # of one bar for the track, instead of one for each pass
 
 
 @dataclass(frozen=True)
@@ -210,17 +210,27 @@ class SeparationPlan:
                 self.placement.release(step.task.model)
             yield step, center_trim(results.pop(0), step.window.stop - step.window.start)
 
-    def blocks(self, outputs: Iterator[tuple[Step, Tensor]], bar: Bar | None) -> Iterator[Tensor]:
+    def blocks(
+        self, outputs: Iterator[tuple[Step, Tensor]], bar: Bar | None, one_bar: bool
+    ) -> Iterator[Tensor]:
         """Overlap-add the outputs of `run`, and yield finished blocks, where the outputs are.
 
-        `bar` is called for each pass. In lockstep there is no pass that ends before the others:
-        then the windows that are done fill one bar after the other.
+        `bar` is called for each pass. In lockstep no pass ends before the others: the finished
+        windows fill one bar after the other. With `one_bar`, it is called once, for the track.
         """
         length = self.source.length
         total = OverlapAdd()
-        for task in {id(step.task): step.task for step in self.steps}.values():
-            shown = None if bar is None else self._shown(bar, task)
-            with closing(_each(task, shown)) as windows:
+        tasks = list({id(step.task): step.task for step in self.steps}.values())
+        for task in tasks[:1] if one_bar else tasks:
+            counted: Sequence[Any] = self.steps if one_bar else task.windows
+            shown = None
+            if bar is not None:
+                model = self.placement.members[task.model]
+                seconds = round(segment_and_stride(model, self.options)[1] / model.samplerate, 2)
+                if one_bar:
+                    seconds = length / model.samplerate / len(counted)
+                shown = bar(counted, unit="seconds", unit_scale=seconds, ncols=BAR_WIDTH)
+            with closing(_each(counted, shown)) as windows:
                 for _ in windows:
                     step, output = next(outputs)
                     self._add(total, step, output)
@@ -235,11 +245,6 @@ class SeparationPlan:
             share = self._share(step).to(output.device)
             total.add(start + late, output[..., late:], share[..., late:])
 
-    def _shown(self, bar: Bar, task: Pass) -> Iterable[Any]:
-        model = self.placement.members[task.model]
-        seconds = segment_and_stride(model, self.options)[1] / model.samplerate
-        return bar(task.windows, unit="seconds", unit_scale=round(seconds, 2), ncols=BAR_WIDTH)
-
     def _share(self, step: Step) -> Tensor:
         """What each sample of the step's stems counts in their sum, `[S, 1, n]`."""
         longest = max(w.stop - w.start for w in step.task.windows)
@@ -250,23 +255,23 @@ class SeparationPlan:
         return self.gains[step.task.model][:, None, None] * share
 
 
-def _each(task: Pass, shown: Iterable[Any] | None) -> Generator[None, None, None]:
-    """Go through the windows of a pass by the bar that is `shown`, which is closed at the end.
+def _each(planned: Sequence[Any], shown: Iterable[Any] | None) -> Generator[None, None, None]:
+    """Go through the `planned` windows by the bar that is `shown`, which is closed at the end.
 
     Raises `DemucsInferError` if the bar leaves out windows or has too many.
     """
-    windows, count = iter(task.windows if shown is None else shown), 0
+    windows, count = iter(planned if shown is None else shown), 0
     try:
         for _ in windows:
             count += 1
-            if count <= len(task.windows):
+            if count <= len(planned):
                 yield
     finally:
         if isinstance(windows, Generator):  # tqdm's own, which may be drawn half
             windows.close()
-    if count != len(task.windows):
+    if count != len(planned):
         raise DemucsInferError(
-            f"the progress bar went through {count} windows of {len(task.windows)}:"
+            f"the progress bar went through {count} windows of {len(planned)}:"
             " what stands for tqdm must yield each once"
         )
 
@@ -330,4 +335,5 @@ def separate(
     own = ThreadPoolExecutor(ahead) if ahead and how.pool is None else DummyPoolExecutor()
     with own, kept_memory():
         outputs = plan.run(how.pool or own, ahead, report)
-        yield from plan.blocks(outputs, titled if how.progress and options.split else None)
+        shown = titled if how.progress and options.split else None
+        yield from plan.blocks(outputs, shown, how.title is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import string
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,6 @@ from ..storage.locations import (
     location,
     parent_name,
 )
-from .console import check_standard_output
 from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
 from .stems import Stem, mix
 
@@ -174,8 +174,8 @@ class Output:
                 f"{self.format} holds all stems in one file: leave {{stem}} out of the file name"
                 f" {self.filename!r}"
             )
-        if self.is_pipe:
-            check_standard_output()
+        if self.is_pipe and (sys.stdout is None or sys.stdout.closed):
+            raise SaveAudioError("standard output is closed: nothing can be written to it")
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
         values = self._values(Path("track.wav"), "model", str)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ from ..read.pcm import RESCALING, prevent_clip, rescale_divisor
 from ..resample import Resampler
 from ..storage.locations import Location, Undo, publish, replaced_by
 from ..storage.spool import Spool, Workspace
-from .console import standard_output
 from .container import MultitrackEncoder, Picture, Request, VideoEncoder
 from .encode import Encoder, encoder, encoding_errors
 from .formats import Encoding
@@ -319,6 +319,19 @@ def _publish(file: Path, path: Location) -> Undo:
     undo = publish(file, path)
     file.unlink(missing_ok=True)
     return undo
+
+
+@contextmanager
+def standard_output() -> Iterator[IO[bytes]]:
+    """Lend standard output for bytes, unbuffered, so that a failed write raises at once."""
+    sys.stdout.flush()
+    try:
+        copy = os.dup(sys.stdout.fileno())
+    except (AttributeError, OSError):  # an object with a buffer
+        yield sys.stdout.buffer
+        return
+    with open(copy, "wb") as file:  # noqa: PTH123
+        yield file
 
 
 def _taking_back(undo: Undo) -> None:

@@ -121,7 +121,10 @@ class AudioFile:
     def _stream_info(self, stream: int) -> dict[str, Any]:
         streams = self._audio_streams()
         if not 0 <= stream < len(streams):
-            raise LoadAudioError(f"{self.name}: there is no audio stream {stream}")
+            missing = (
+                f"has no audio stream {stream}" if streams else "has no sound (no audio stream)"
+            )
+            raise LoadAudioError(f"{self.name}: {missing}")
         rate = streams[stream]["sample_rate"]
         if rate not in SAMPLE_RATES:
             raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not one of music")
@@ -157,7 +160,7 @@ class AudioFile:
         numbers = range(len(self))[streams] if isinstance(streams, slice) else streams
         waves = [self.read(seek_time, duration, n, samplerate, channels) for n in numbers]
         if not waves:
-            raise LoadAudioError(f"{self.name}: there is no audio in this file")
+            raise LoadAudioError(f"{self.name}: has no sound (no audio stream)")
         shortest = min(wave.shape[-1] for wave in waves)
         return torch.stack([wave[..., :shortest] for wave in waves])
 
@@ -208,7 +211,7 @@ class AudioFile:
             for link in links:
                 with self._container(link) as container:
                     if not 0 <= number < len(container.streams.audio):
-                        raise LoadAudioError(f"{self.name}: there is no audio in this file")
+                        raise LoadAudioError(f"{self.name}: has no sound (no audio stream)")
                     stream = container.streams.audio[number]
                     yield from decoder.chunks(container, stream)
                     if link.missing and stream.codec_context.bit_rate:

@@ -141,8 +141,8 @@ def _is_outside(name: object) -> bool:
 
 
 def _read_list(path: Path) -> None:
+    from demucs_infer.batch.tracks import find_tracks, plan_jobs, read_list
     from demucs_infer.io.output import Output
-    from demucs_infer.io.tracks import find_tracks, plan_jobs, read_list
 
     names = (name for name in read_list(path) if not _is_outside(name))
     tracks = list(itertools.islice(find_tracks(names), 1000))

@@ -13,6 +13,8 @@ from . import EngineOptions
 from .base import Backend as Base
 from .base import EngineModel
 
+LONGEST_REASON = 100  # characters
+
 
 class Backend(Base):
     """Runs networks in PyTorch, on its device `device` (default: the first GPU, else the CPU)."""
@@ -66,8 +68,12 @@ def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise OptionError(f"the device {device!r} cannot be used: {reason}") from exc
+        reason = str(exc).splitlines()[0][:LONGEST_REASON]
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise OptionError(
+            f"the device {device!r} cannot be used ({reason}). This machine has {', '.join(here)}"
+        ) from exc
 
 
 def _autocast(network: Network, device: str, dtype: torch.dtype) -> Network:

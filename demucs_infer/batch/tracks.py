@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
+from ..io.folders import Folders
+from ..io.output import PIPE, Output
 from ..log import logger
 from ..storage.locations import (
     Identities,
@@ -30,8 +32,6 @@ from ..storage.locations import (
     reading,
 )
 from .console import standard_input
-from .folders import Folders
-from .output import PIPE, Output
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(
@@ -104,7 +104,7 @@ def find_tracks(
     With `expand`, a name that is no file may be a pattern, for shells that leave that to programs;
     a URL may be one in any case.
     What is in the folder `leave_out`, and hidden files, are found only if named themselves. A file
-    that is named twice comes once. A folder without audio stands for itself, and is no track.
+    that is named twice comes once. A folder without audio is reported as an error.
     What goes wrong with a name is told to `report`, and the others go on; by default it is raised.
     """
     identities = Identities()
@@ -217,7 +217,11 @@ class _Search:
         if pattern:
             found = [track for match in url.find(True) for track in self._remote(match)]
         else:
-            found = [file for file in url.find(False) if self._is_track_below(file, url)]
+            files = url.find(False)
+            found = [file for file in files if self._is_track_below(file, url)]
+            if files and not found:
+                self.report(url, _without_audio(url, len(files)))
+                return []
         return found or [url]
 
     def _is_track_below(self, file: Url, folder: Url) -> bool:
@@ -226,7 +230,7 @@ class _Search:
 
     def _below(self, folder: Path) -> list[Path]:
         """Find all tracks below a folder, through links that stay in it. Enter each folder once."""
-        found, faults = list[Path](), list[OSError]()
+        found, faults, others = list[Path](), list[OSError](), 0
         root = self.identities.of(folder)
         entered = {root}
         for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
@@ -236,10 +240,13 @@ class _Search:
             # A named pipe would be waited for, and a device may be endless.
             audio = (path for path in paths if _is_audio(path.name) and _is_regular(path))
             found += [path for path in audio if self._is_within(path, root)]
+            others += len(files)
         for fault in faults:
             at = Path(fault.filename or folder)
             self.report(at, _unreadable(at, fault))
-        return found if found or faults else [folder]
+        if not found and not faults:
+            self.report(folder, _without_audio(folder, others))
+        return found
 
     def _enters(self, path: Path, root: str, entered: set[str]) -> bool:
         identity = self.identities.of(path)
@@ -274,6 +281,11 @@ def _check_name(name: Location) -> None:
         check(name)
     except OptionError as exc:
         raise LoadAudioError(str(exc)) from exc
+
+
+def _without_audio(folder: Location, others: int) -> LoadAudioError:
+    passed = f"{others} other {'file' if others == 1 else 'files'} passed over"
+    return LoadAudioError(f"{folder}: no audio files in {folder} ({passed}). Name a file itself")
 
 
 def _unreadable(name: Location, exc: OSError) -> LoadAudioError:

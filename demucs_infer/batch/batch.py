@@ -1,0 +1,420 @@
+"""Separate many tracks, one after the other, while neighbours are read and written.
+
+    next track      decode, measure              (a thread)
+    this track      separate                     (the caller's thread)
+    last track      rescale, encode, rename      (a thread)
+
+An error with one track is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__
+from ..engine.machine import kept_memory, worker_pool
+from ..engine.plan import Pass
+from ..errors import DemucsInferError, LoadAudioError, OptionError
+from ..io.container import Picture, read_cover
+from ..io.encode import encoding_errors
+from ..io.output import PIPE, PIPE_NAME, Output
+from ..io.player import check_length
+from ..io.writer import BLOCK, Extras, StemFile, Target, TrackWriter
+from ..log import logger
+from ..read.decode import AudioFile
+from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
+from ..read.packets import Damage
+from ..read.pcm import RESCALING
+from ..storage.locations import Location, full_text, local_copy
+from ..storage.spool import Spool, Workspace
+from .console import standard_input
+from .tracks import TrackJob, plan_jobs
+
+COMPRESSED = 0.4  # size of a small FLAC file among those of its samples
+MEASURED = 20  # tracks whose headers are read
+CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
+
+
+class StemSource(Protocol):
+    """The members of a `Separator` that a batch needs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def samplerate(self) -> int: ...
+    @property
+    def audio_channels(self) -> int: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def stems(self) -> list[str]: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def excerpt(self) -> Excerpt: ...
+    def plan(self, length: int) -> list[Pass]: ...
+    def blocks(
+        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
+    ) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """The result of a track.
+
+    `seconds` is the duration of the audio and `elapsed` the time that the work took. `offsets` are
+    the samples that were drawn for the shifts, model by model. `damaged` describes the parts of the
+    track that could not be read, `error` is what made it fail, and `player` the page to listen
+    with.
+    """
+
+    input: Location
+    model: str
+    stems: Mapping[str, StemFile] = field(default_factory=dict)
+    seconds: float | None = None
+    elapsed: float | None = None
+    offsets: Sequence[int] = ()
+    skipped: bool = False
+    damaged: Damage | None = None
+    error: Exception | None = None
+    player: Location | None = None
+    version: str = __version__
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        message = None if self.error is None else str(self.error)
+        if self.error is not None and not isinstance(self.error, DemucsInferError):
+            message = f"{self.input}: {type(self.error).__name__}: {self.error}"
+        changed = {
+            "input": full_text(self.input),
+            "stems": {
+                name: {"path": full_text(stem.path), "peak": stem.peak, "gain": stem.gain}
+                for name, stem in self.stems.items()
+            },
+            "offsets": list(self.offsets),
+            "damaged": None if self.damaged is None else self.damaged.as_json(),
+            "error": message,
+            "player": None if self.player is None else full_text(self.player),
+        }
+        return {**vars(self), **changed}
+
+
+class _Stopped(Exception):
+    """The batch ends early."""
+
+
+@dataclass
+class _Decoded:
+    """A decoded track. `files` closes its spools when the stems are written."""
+
+    mixture: Mixture
+    spool: Spool
+    target: Target
+    seconds: float
+    damage: Damage
+    files: contextlib.ExitStack
+
+
+@dataclass
+class _Unwritten:
+    """A separated track whose stems are being encoded. `title` is that of a progress bar."""
+
+    result: TrackResult
+    writer: TrackWriter
+    files: contextlib.ExitStack
+    begin: float
+    title: str | None
+    blocks: float  # estimated number of blocks to encode
+    encoded: int = 0
+    future: Future[None] | None = None
+
+
+class Batch:
+    """Separates tracks one by one, with one read ahead and one written behind.
+
+    `announce` is called before a track is separated. It returns a title for the progress bar, or
+    None if standard error is not a terminal. `report` is called with each result, one at a time,
+    from any thread. `call` calls a function with arguments where the model may run: batches that
+    share a model share a thread for it.
+    """
+
+    def __init__(
+        self,
+        separator: StemSource,
+        output: Output,
+        space: Workspace,
+        *,
+        announce: Callable[[Location], str | None] = lambda track: None,
+        report: Callable[[TrackResult], None] = lambda result: None,
+        call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
+    ) -> None:
+        self.separator = separator
+        self.output = output
+        self.space = space
+        self._announce, self._report = announce, report
+        self._call = call
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def run(self, jobs: Sequence[TrackJob], *, skip_existing: bool = False) -> None:
+        """Separate every track. Errors with a track are reported, not raised.
+
+        With `skip_existing`, tracks whose files all exist are reported as skipped.
+        """
+        if any(job.track == PIPE for job in jobs):
+            # Most formats need seeking, which a pipe does not have.
+            self._input = self.space.file()
+            with encoding_errors(self._input), self._input.open("wb") as file:
+                shutil.copyfileobj(standard_input(), file)
+        wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
+        reader, writer = worker_pool(1), worker_pool(1)
+        behind: _Unwritten | None = None
+        try:
+            with kept_memory():
+                for job, decoded in self._read_ahead(reader, wanted):
+                    track = self._separated(job, decoded, self._announce(job.track))
+                    self._await_stems(behind)
+                    behind = track
+                    if track is not None:
+                        track.future = writer.submit(self._finish, track)
+                self._await_stems(behind)
+        finally:
+            self._stop.set()
+            # A server or a pipe may block these threads for ever.
+            for pool in (reader, writer):
+                pool.shutdown(wait=False, cancel_futures=True)
+            if behind is not None and behind.future is not None:
+                wait([behind.future], CLEAN_UP)
+
+    def _skipped(self, job: TrackJob) -> bool:
+        try:
+            if not job.is_done:
+                return False
+        except DemucsInferError as exc:  # of a store
+            self._fail(job.track, exc)
+        else:
+            stems = {name: StemFile(path) for name, path in job.paths.items()}
+            name = self.separator.name
+            self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
+        return True
+
+    def _read_ahead(
+        self, reader: Executor, jobs: Iterable[TrackJob]
+    ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
+        ahead: deque[tuple[TrackJob, Future[_Decoded]]] = deque()
+        for job in jobs:
+            ahead.append((job, reader.submit(self._decode, job)))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _decode(self, job: TrackJob) -> _Decoded:
+        job.check_targets()
+        with contextlib.ExitStack() as stack:
+            if job.track == PIPE:
+                file = AudioFile(self._input, name=PIPE_NAME)
+            else:
+                path = stack.enter_context(local_copy(job.track, self.space.path))
+                file = AudioFile(path, name=str(job.track))
+            return self._decode_file(job.track, file, stack)
+
+    def _decode_file(
+        self, track: Location, file: AudioFile, stack: contextlib.ExitStack
+    ) -> _Decoded:
+        separator, output = self.separator, self.output
+        channels, model_rate = separator.audio_channels, separator.samplerate
+        decoder = Decoder(file, model_rate, channels, separator.limits, separator.excerpt)
+        extras = self._extras(file, decoder, stack)
+        spool, moments = self._spool(stack), Moments()
+        for block in decoder.chunks(None if extras.original is None else extras.original.write):
+            self._check_stop()
+            moments.add(block)
+            spool.write(block)
+        if not moments.count:
+            raise LoadAudioError(f"{file.name}: is too short to be separated")
+        seconds = decoder.length / decoder.rate
+        if output.player:
+            check_length(file.name, seconds)
+        rate = output.encoding.samplerate(decoder.rate if output.keep_rate else model_rate)
+        target = Target(
+            output,
+            output.encoding_for(file.bits),
+            self.space,
+            model_rate,
+            channels,
+            rate,
+            decoder.length if rate == decoder.rate != model_rate else None,
+            {"title": output.track_name(track), **file.tags},
+            separator.name,
+            extras,
+        )
+        mixture = Mixture(spool.read, moments)
+        return _Decoded(mixture, spool, target, seconds, decoder.damage, stack.pop_all())
+
+    def _spool(self, stack: contextlib.ExitStack) -> Spool:
+        spool = self.space.spool(self.separator.audio_channels)
+        stack.callback(spool.close)
+        return spool
+
+    def _extras(self, file: AudioFile, decoder: Decoder, stack: contextlib.ExitStack) -> Extras:
+        """Return the parts of the file that the output needs besides its samples."""
+        output = self.output
+        if output.format == "mp4":
+            return Extras(picture=Picture(file, *decoder.samples))
+        if not output.is_together:
+            return Extras()
+        rate = decoder.rate
+        differs = output.keep_rate and rate != self.separator.samplerate
+        own = differs and output.encoding.samplerate(rate) == rate
+        return Extras(read_cover(file), original=self._spool(stack) if own else None)
+
+    def _separated(
+        self, job: TrackJob, decoded: Future[_Decoded], title: str | None
+    ) -> _Unwritten | None:
+        """Separate a track. Returns None if it failed."""
+        begin = time.monotonic()
+        try:
+            track = decoded.result()
+            with track.files, contextlib.closing(track.spool):
+                separated: _Unwritten = self._call(self._separate, job, track, begin, title)
+                return separated
+        except Exception as exc:
+            self._fail(job.track, exc)
+            return None
+
+    def _separate(
+        self, job: TrackJob, track: _Decoded, begin: float, title: str | None
+    ) -> _Unwritten:
+        separator, position = self.separator, 0
+        writer = TrackWriter(job.paths, track.target, job.page)
+        passes, names = separator.plan(track.mixture.length), separator.stems
+        try:
+            for stems in separator.blocks(track.mixture, passes, title):
+                start, position = position, position + stems.shape[-1]
+                mixture = partial(track.mixture.samples, start, position)
+                writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
+                del stems  # The next window needs the memory.
+        except BaseException:
+            writer.discard()
+            raise
+        result = TrackResult(
+            job.track,
+            separator.name,
+            seconds=track.seconds,
+            offsets=[task.offset for task in passes if task.offset is not None],
+            damaged=track.damage or None,
+            player=job.page,
+        )
+        blocks = len(job.paths) * (1 if job.page is None else 2) * position / BLOCK
+        return _Unwritten(result, writer, track.files.pop_all(), begin, title, blocks)
+
+    def _finish(self, track: _Unwritten) -> None:
+        """Encode the stems of a track and report it."""
+
+        def check() -> None:
+            self._check_stop()
+            track.encoded += 1
+
+        result = track.result
+        with track.files:
+            try:
+                stems = track.writer.finish(check)
+            except Exception as exc:
+                self._fail(result.input, exc)
+            else:
+                self._tell(replace(result, stems=stems, elapsed=time.monotonic() - track.begin))
+
+    def _await_stems(self, track: _Unwritten | None) -> None:
+        """Wait until the stems of a track are there. On a terminal, show how far they are."""
+        if track is None or track.future is None:
+            return
+        if track.title is not None and not track.future.done():
+            form = "Encoding stems {percentage:3.0f} % {bar} {desc}"
+            options = {"dynamic_ncols": True, "leave": False, "disable": None}
+            with tqdm(total=1.0, desc=track.title, bar_format=form, **options) as bar:
+                while not wait([track.future], 0.2).done:
+                    bar.n = min(1, track.encoded / track.blocks)
+                    bar.refresh()
+        track.future.result()
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _fail(self, track: Location, exc: Exception) -> None:
+        if not isinstance(exc, _Stopped):
+            logger.debug("", exc_info=exc)
+            self._tell(TrackResult(track, self.separator.name, error=exc))
+
+    def _tell(self, result: TrackResult) -> None:
+        with self._lock:
+            self._report(result)
+
+
+def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
+    """Separate one track. Its error is raised."""
+    (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
+    results: list[TrackResult] = []
+    with output.workspace() as space:
+        Batch(separator, output, space, report=results.append).run([job])
+    if results[0].error is not None:
+        raise results[0].error
+    return results[0]
+
+
+def checked_stems(separator: StemSource, output: Output) -> list[str]:
+    """Return the stems of `separator`. Raises `OptionError` if `output` needs others."""
+    sources, separated = separator.model.sources, separator.stems
+    if output.two_stems is None:
+        output.warn(separated)
+        return separated
+    if output.two_stems not in sources:
+        raise OptionError(
+            f"there is no stem {output.two_stems!r}: the model has {', '.join(sources)}"
+        )
+    missing = [name for name in output.needed or sources if name not in separated]
+    if missing:
+        raise OptionError(f"two stems need {', '.join(missing)}, too: choose no stems for that")
+    return separated
+
+
+def warn_of_full_disk(
+    separator: StemSource, output: Output, space: Workspace, jobs: Sequence[TrackJob]
+) -> None:
+    """Warn if the disk of the output folder clearly has too little space for the stems of `jobs`.
+
+    The headers of the first `MEASURED` tracks tell the length of all.
+    """
+    lengths = [0.0]
+    for job in jobs[:MEASURED]:
+        with contextlib.suppress(DemucsInferError, OSError):  # They are raised again later.
+            if isinstance(job.track, Path) and job.track.is_file() and not job.is_done:
+                seconds = AudioFile(job.track).duration
+                lengths.append(min(seconds, separator.excerpt.duration or seconds))
+    samples, encoding = separator.samplerate * separator.audio_channels, output.encoding
+    size = (encoding.bitrate or encoding.kind.bitrate) * 125.0  # bytes per second of a stem
+    if encoding.depth:
+        size = samples * encoding.depth / 8 * (1 if "pcm" in encoding.codec else COMPRESSED)
+    stems = len(output.stems(separator.stems))
+    files = sum(lengths) * max(1, len(jobs) / MEASURED) * stems * size
+    # The track, and stems that wait until their peaks are known, are kept as float32.
+    work = max(lengths) * samples * 4 * (1 + stems * (output.clip_mode in RESCALING))
+    needed, free = max(files, work), shutil.disk_usage(space.path).free
+    if needed > free:
+        logger.warning(
+            "%s: has %d MB free, and the stems take about %d MB. Free some, or choose another -o",
+            *(output.folder, free // 10**6, needed // 10**6),
+        )

@@ -1,0 +1,250 @@
+"""Messages of the command line, and the standard streams and signals around it.
+
+Standard error is for people: nothing fails if nobody reads it. Standard output is for programs: a
+record that cannot be written there is an error, but all stems are still made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from ..errors import DemucsInferError, LoadAudioError
+from ..log import NOTICE, bold, decoded, is_terminal, logger, printable, show_error, write
+
+# Signals that end the process as Ctrl-C does.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+TITLE = 30  # characters of a track's name beside its bar
+CLEAR_LINE = "\r\033[K"
+
+
+class Ended(SystemExit):
+    """A signal ends the process after a clean-up. `code` is the exit status that shells expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def streams_and_signals() -> Iterator[None]:
+    """Run the block with usable standard streams. Raises `Ended` when a signal of `ENDING` comes.
+
+    A closed standard stream becomes the null device. Otherwise the next file that is opened would
+    get its number, and output of libraries would go into that file. Signals that are ignored
+    (nohup) or that the caller handles keep their handlers.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: old for n in ENDING if (old := signal.getsignal(n)) is signal.SIG_DFL}
+
+    def end(number: int, frame: object) -> None:
+        for each in before:  # A second signal does not interrupt the clean-up.
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(number)
+
+    forgiving: Any = _Forgiving(sys.stderr)
+    try:
+        for number in before:
+            signal.signal(number, end)
+        with contextlib.redirect_stderr(forgiving):
+            yield
+    except Ended as exc:
+        show_error("ended by", exc.name)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Forgiving:
+    """A standard error that never fails, and that keeps messages and progress bars apart."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._in_bar = False
+        self._bar = ""
+
+    def write(self, text: str) -> int:
+        whole = text.endswith("\n")
+        shown = text
+        if self._in_bar and whole and text[0] not in "\r\n":
+            # A message replaces the bar. Its owner draws it again below, unless it is complete.
+            moves = is_terminal(self._stream)
+            bar = self._bar if "100%|" in self._bar else ""
+            shown = f"{CLEAR_LINE}{text}{bar}" if moves else f"\n{text}"
+            self._in_bar = moves
+        elif text.startswith("\r"):
+            self._in_bar, self._bar = True, text
+        else:
+            self._in_bar = self._in_bar and not whole
+        with contextlib.suppress(OSError):
+            write(shown, self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: `write` flushes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def put(text: str, stream: Any) -> None:
+    """Write `text` as a line to `stream`, which is standard output.
+
+    Raises `DemucsInferError` if that fails, `BrokenPipeError` if the reader has gone.
+    """
+    try:
+        write(printable(text, keep="\n\t") + "\n", stream)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise DemucsInferError(
+            f"standard output: cannot be written to ({exc.strerror or exc})"
+        ) from exc
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return `content` as JSON whose text is always encodable."""
+
+    def encodable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: encodable(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [encodable(item) for item in value]
+        plain = value is None or isinstance(value, (bool, int, float))
+        return value if plain else decoded(str(value))
+
+    return json.dumps(encodable(content), indent=indent)
+
+
+def standard_input() -> IO[bytes]:
+    """Return the bytes of standard input. Raises `LoadAudioError` if it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise LoadAudioError("standard input is closed: there is nothing to read")
+    return sys.stdin.buffer
+
+
+def clock(seconds: float) -> str:
+    """Return a time as 4.2 s, 3:20 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Return the one file, or the innermost folder that holds all files."""
+    if len(set(paths)) == 1:
+        return paths[0]
+    parts = [re.split(r"(?<=[/\\])", path)[:-1] for path in paths]
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts))
+    return "".join(names[0] for names in shared)
+
+
+class Console:
+    """Reports the progress of `count` tracks on standard error, and as JSON if `json` is set.
+
+    `pipe` says that a stem goes to standard output, which then has no lines for programs.
+    """
+
+    def __init__(
+        self, count: int, *, quiet: bool = False, json: bool = False, pipe: bool = False
+    ) -> None:
+        self.count, self.json = count, json
+        self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
+        self.output = sys.stdout  # Ray redirects `sys.stdout`.
+        self.failed: list[str] = []
+        self.done = self.skipped = 0
+        self.unwritten: Exception | None = None
+        self._begin = time.monotonic()
+        self._begun = 0
+
+    def introduce(self, models: int | None, folder: object) -> None:
+        """Name the folder of the stems, and the number of models of a bag (None for no bag)."""
+        if models is not None:
+            self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
+        self._tell(f"Separated tracks will be stored in {folder}")
+
+    def _tell(self, line: str) -> None:
+        """Write a line that programs look for. Nothing fails if nobody reads it."""
+        if self.talks:
+            with contextlib.suppress(DemucsInferError, BrokenPipeError):
+                put(printable(line), self.output)
+
+    def announce(self, track: object) -> str | None:
+        """Announce that `track` begins. Returns a title for its bar if that is on a terminal."""
+        if self.talks:
+            self._tell(f"Separating track {track}")
+        else:
+            logger.log(NOTICE, "Separating %s", bold(track))
+        self._begun = max(self._begun, self.done) + 1
+        if not is_terminal(sys.stderr):  # Programs read the bars as the reference draws them.
+            return None
+        name = printable(re.split(r"[/\\]", str(track))[-1])
+        name = name if len(name) <= TITLE else f"{name[: TITLE - 1]}…"
+        if self.count == 1:
+            return name
+        left, separated = "", self.done - self.skipped
+        if separated:
+            spent = time.monotonic() - self._begin
+            left = f", {clock(spent / separated * (self.count - self.done))} left"
+        return f"{name} ({self._begun} of {self.count}{left})"
+
+    def report(self, result: Mapping[str, Any], *, elsewhere: bool = False) -> None:
+        """Take the result of a track, as `TrackResult.as_json` gives it.
+
+        A track that was separated `elsewhere` has not been announced.
+        """
+        self.done += 1
+        self.skipped += result["skipped"]
+        if result["error"] is not None:
+            self.failed.append(result["input"])
+            logger.error("%s", result["error"])
+        elif not result["skipped"]:
+            paths = [stem["path"] for stem in result["stems"].values()]
+            paths += filter(None, [result["player"]])
+            if "-" not in paths:
+                took = clock(result["elapsed"])
+                logger.log(NOTICE, "Stems in %s (%s)", bold(_common(paths)), took)
+            if elsewhere:
+                name = bold(result["input"])
+                logger.log(NOTICE, "Separated %s (%d of %d)", name, self.done, self.count)
+        if self.json and self.unwritten is None:
+            try:
+                put(json_text(result), self.output)
+            except (DemucsInferError, BrokenPipeError) as exc:
+                self.unwritten = exc
+                logger.error("%s", exc)
+
+    @property
+    def failures(self) -> int:
+        """The number of things that went wrong."""
+        return len(self.failed) + (self.unwritten is not None)
+
+    def sum_up(self) -> None:
+        """Count the tracks, and name those that failed, perhaps hours ago."""
+        if self.count == 1:
+            return
+        failed = len(self.failed)
+        separated = self.count - failed - self.skipped
+        parts = {"separated": separated, "already there": self.skipped, "failed": failed}
+        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        logger.log(NOTICE, "%d tracks: %s", self.count, text)
+        for track in self.failed:
+            logger.log(NOTICE, "    failed: %s", track)
