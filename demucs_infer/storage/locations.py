@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import posixpath
@@ -230,13 +231,13 @@ def exists(place: Location) -> bool:
 
 
 class Identities:
-    """Compares locations: all names of a file have one identity, as far as links and capitals show.
+    """Compare locations: all names of a file have one identity, as far as links and case show.
 
-    Each folder is looked at once, so that an instance is for one look at the disk.
+    Each folder is resolved once, so use an instance for one look at the disk.
     """
 
     def __init__(self) -> None:
-        self._folders: dict[str, str] = {}
+        self._real_folder = functools.lru_cache(MAX_FOLDERS)(os.path.realpath)
 
     def of(self, place: Location) -> str:
         """Return the identity of a location."""
@@ -246,18 +247,11 @@ class Identities:
         folder, name = os.path.split(str(place))
         if name in ("", ".", ".."):
             folder, name = os.path.split(os.path.abspath(place))  # noqa: PTH100
-        path = os.path.normcase(self._real(folder, name))
+        path = os.path.join(self._real_folder(folder), name)  # noqa: PTH118
+        if os.path.islink(path):  # noqa: PTH114
+            path = os.path.realpath(path)
+        path = os.path.normcase(path)
         return path.casefold() if sys.platform == "darwin" else path
-
-    def _real(self, folder: str, name: str) -> str:
-        """Resolve the links in a path, as `os.path.realpath` does."""
-        if folder not in self._folders:
-            if len(self._folders) > MAX_FOLDERS:
-                self._folders.clear()
-            parent, last = os.path.split(os.path.abspath(folder))  # noqa: PTH100
-            self._folders[folder] = self._real(parent, last) if last else parent
-        path = os.path.join(self._folders[folder], name)  # noqa: PTH118
-        return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
 
 
 @contextlib.contextmanager
