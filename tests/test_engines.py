@@ -40,10 +40,10 @@ FLOORS = [
     ("bands", "torch", "bfloat16", 35),
     ("demucs", "torch", "bfloat16", 40),
     ("light", "openvino", "float32", 75),
-    ("light", "onnxruntime", "float32", 75),
     *(
         pytest.param(*values, marks=pytest.mark.slow)
         for values in (
+            ("light", "onnxruntime", "float32", 75),
             ("htdemucs", "openvino", "float32", 75),
             ("htdemucs", "openvino", "bfloat16", 40),
             ("htdemucs", "onnxruntime", "float32", 75),
@@ -261,12 +261,9 @@ print(torch.equal(vocals("float32"), vocals("bfloat16")))
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="the variables are for x86")
-@pytest.mark.parametrize(
-    "limits",
-    [AVX2, pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, marks=pytest.mark.slow)],
-    ids="-".join,
-)
+@pytest.mark.parametrize("limits", [AVX2, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}], ids="-".join)
 def test_processor_without_bfloat16_runs_in_float32(limits: dict[str, str], repo: Path) -> None:
     result = run("-c", NO_BFLOAT16, repo, "cpu", env={**environment(), **limits})
     assert result.stdout.split() == ["True"], result.stderr

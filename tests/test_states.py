@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from demucs_infer import convert
 from demucs_infer.apply import apply_model
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
@@ -164,8 +165,7 @@ def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
     reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
     state = demucs.states.get_state(packed, quantizer and quantizer(packed, min_size=0.01))
     path = save_package(tmp_path / "a.th", reference, state=state)
-    result = run("-m", "demucs_infer.convert", path, tmp_path / "b.safetensors")
-    assert result.returncode == 0, result.stderr
+    convert.main([str(path), str(tmp_path / "b.safetensors")])
     expected = load_model(path).state_dict()
     for name, tensor in load_model(tmp_path / "b.safetensors").state_dict().items():
         assert torch.equal(tensor, expected[name])
@@ -173,12 +173,13 @@ def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
     assert all(torch.equal(theirs[name], expected[name]) for name in expected)
 
 
-def test_conversion_fails_in_one_line(tmp_path: Path) -> None:
+def test_conversion_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.th").write_text("no checkpoint")
     for target in ("b.safetensors", "b.th"):
-        result = run("-m", "demucs_infer.convert", tmp_path / "a.th", tmp_path / target)
-        assert result.returncode == 1
-        assert len(result.stderr.splitlines()) == 1
+        with pytest.raises(SystemExit) as exit:
+            convert.main([str(tmp_path / "a.th"), str(tmp_path / target)])
+        assert exit.value.code == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
         assert not (tmp_path / target).exists()
 
 
@@ -392,7 +393,8 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak where Linux tells it")
-@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [True, False])
 def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path: Path) -> None:
     reference, _ = released_pair("955717e8")
     path = save_package(tmp_path / "a.th", reference, half)

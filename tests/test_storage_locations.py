@@ -291,11 +291,12 @@ def test_no_credentials(
     assert "credentials" in errors[0]
 
 
-def test_a_back_end_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['s3fs'] = None;"
-    code += "from demucs_infer.separate import command; command(sys.argv[1:])"
-    result = run("-c", code, "--repo", repo, "-n", "tiny", "s3://bucket/a.wav", cwd=tmp_path)
-    assert_one_line(result, "s3://bucket/a.wav needs s3fs: pip install s3fs")
+def test_a_back_end_that_is_not_installed(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    result = separate("--repo", repo, "-n", "tiny", "gs://bucket/a.wav", cwd=tmp_path)
+    assert_one_line(result, "gs://bucket/a.wav needs gcsfs: pip install gcsfs")
 
 
 def test_stems_stay_below_their_url() -> None:
