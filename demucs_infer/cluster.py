@@ -30,8 +30,8 @@ from .batch.console import ENDING, Ended
 from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.folders import Folders
-from .io.output import Output
 from .storage.locations import location
+from .write.output import Output
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
 RETRIES = 1  # of a track whose worker dies, both among others and alone

@@ -41,10 +41,10 @@ from .errors import (
     SaveAudioError,
 )
 from .io.folders import Folders
-from .io.output import PIPE, WHERE, Output
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location
+from .write.output import PIPE, WHERE, Output
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import soundfile
 import torch
 
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.encode import encoder
-from demucs_infer.io.formats import FORMATS, Encoding
+from demucs_infer.write.encode import encoder
+from demucs_infer.write.formats import FORMATS, Encoding
 
 from .helpers import noise
 
@@ -23,9 +24,9 @@ TAGS = {"title": "Täst", "artist": "A", "album": "B", "date": "2001", "genre": 
 def write(path: Path, wav: torch.Tensor, rate: int, **options: Any) -> None:
     encoding = Encoding(path.suffix[1:], **options)
     with path.open("w+b") as file:
-        sink = encoder(file, encoding, rate, wav.shape[0], TAGS)
+        sink = encoder(file, encoding, rate, wav.shape[0], tags=TAGS)
         for block in wav.split(3333, dim=-1):
-            sink.write(block)
+            sink.write([block])
         sink.close()
 
 
@@ -136,3 +137,25 @@ def test_formats_take_the_next_rate_that_they_have() -> None:
         ("flac", 768_000, 768_000),
     ]:
         assert Encoding(format).samplerate(wanted) == rate, (format, wanted)
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "mp3", "ogg", "opus", "m4a"])
+def test_the_first_error_of_a_file_is_raised(
+    format: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PyAV prints a traceback for each of a file's errors but the first."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 20_000:
+                raise OSError(28, "the disk is full")
+            return super().write(data)
+
+    sink = encoder(Full(), Encoding(format), 48_000, 2)
+    with pytest.raises(OSError, match="the disk is full"):
+        for _ in range(20):
+            sink.write([noise(2, 48_000)])
+        sink.close()
+    sink.abandon()
+    del sink
+    assert capfd.readouterr().err == ""

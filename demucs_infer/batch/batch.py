@@ -28,11 +28,6 @@ from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
 from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError, OptionError
-from ..io.container import Picture, read_cover
-from ..io.encode import encoding_errors
-from ..io.output import PIPE, PIPE_NAME, Output
-from ..io.player import check_length
-from ..io.writer import BLOCK, Extras, StemFile, Target, TrackWriter
 from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
@@ -40,6 +35,12 @@ from ..read.packets import Damage
 from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
 from ..storage.spool import Spool, Workspace
+from ..write.encode import encoding_errors
+from ..write.metadata import read_cover
+from ..write.output import PIPE, PIPE_NAME, Output
+from ..write.player import check_length
+from ..write.video import Picture
+from ..write.writer import Extras, StemFile, Target, TrackWriter
 from .console import standard_input
 from .tracks import TrackJob, plan_jobs
 
@@ -137,8 +138,7 @@ class _Unwritten:
     files: contextlib.ExitStack
     begin: float
     title: str | None
-    blocks: float  # estimated number of blocks to encode
-    encoded: int = 0
+    encoded: float = 0  # the fraction of its samples
     future: Future[None] | None = None
 
 
@@ -206,6 +206,7 @@ class Batch:
         except DemucsInferError as exc:  # of a store
             self._fail(job.track, exc)
         else:
+            self.output.mention_leftovers(job.files)
             stems = {name: StemFile(path) for name, path in job.paths.items()}
             name = self.separator.name
             self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
@@ -223,6 +224,7 @@ class Batch:
 
     def _decode(self, job: TrackJob) -> _Decoded:
         job.check_targets()
+        self.output.mention_leftovers(job.files)
         with contextlib.ExitStack() as stack:
             if job.track == PIPE:
                 file = AudioFile(self._input, name=PIPE_NAME)
@@ -271,15 +273,15 @@ class Batch:
 
     def _extras(self, file: AudioFile, decoder: Decoder, stack: contextlib.ExitStack) -> Extras:
         """Return the parts of the file that the output needs besides its samples."""
-        output = self.output
-        if output.format == "mp4":
-            return Extras(picture=Picture(file, *decoder.samples))
-        if not output.is_together:
-            return Extras()
+        output, kind = self.output, self.output.encoding.kind
         rate = decoder.rate
         differs = output.keep_rate and rate != self.separator.samplerate
-        own = differs and output.encoding.samplerate(rate) == rate
-        return Extras(read_cover(file), original=self._spool(stack) if own else None)
+        own = kind.is_together and differs and output.encoding.samplerate(rate) == rate
+        return Extras(
+            read_cover(file, kind.covers),
+            Picture(file, *decoder.samples) if kind.has_picture else None,
+            self._spool(stack) if own else None,
+        )
 
     def _separated(
         self, job: TrackJob, decoded: Future[_Decoded], title: str | None
@@ -318,20 +320,18 @@ class Batch:
             damaged=track.damage or None,
             player=job.page,
         )
-        blocks = len(job.paths) * (1 if job.page is None else 2) * position / BLOCK
-        return _Unwritten(result, writer, track.files.pop_all(), begin, title, blocks)
+        return _Unwritten(result, writer, track.files.pop_all(), begin, title)
 
     def _finish(self, track: _Unwritten) -> None:
         """Encode the stems of a track and report it."""
 
-        def check() -> None:
-            self._check_stop()
-            track.encoded += 1
+        def advance(fraction: float) -> None:
+            track.encoded = fraction
 
         result = track.result
         with track.files:
             try:
-                stems = track.writer.finish(check)
+                stems = track.writer.finish(self._check_stop, advance)
             except Exception as exc:
                 self._fail(result.input, exc)
             else:
@@ -346,7 +346,7 @@ class Batch:
             options = {"dynamic_ncols": True, "leave": False, "disable": None}
             with tqdm(total=1.0, desc=track.title, bar_format=form, **options) as bar:
                 while not wait([track.future], 0.2).done:
-                    bar.n = min(1, track.encoded / track.blocks)
+                    bar.n = track.encoded
                     bar.refresh()
         track.future.result()
 
@@ -405,7 +405,7 @@ def warn_of_full_disk(
                 seconds = AudioFile(job.track).duration
                 lengths.append(min(seconds, separator.excerpt.duration or seconds))
     samples, encoding = separator.samplerate * separator.audio_channels, output.encoding
-    size = (encoding.bitrate or encoding.kind.bitrate) * 125.0  # bytes per second of a stem
+    size = (encoding.bits_per_second or 0) / 8  # bytes per second of a stem
     if encoding.depth:
         size = samples * encoding.depth / 8 * (1 if "pcm" in encoding.codec else COMPRESSED)
     stems = len(output.stems(separator.stems))

@@ -18,7 +18,6 @@ from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from ..io.folders import Folders
-from ..io.output import PIPE, Output
 from ..log import logger
 from ..storage.locations import (
     Identities,
@@ -31,6 +30,7 @@ from ..storage.locations import (
     location,
     reading,
 )
+from ..write.output import PIPE, Output
 from .console import standard_input
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
@@ -58,6 +58,7 @@ class TrackJob:
 
     track: Location
     naming: Callable[[Location], Mapping[str, Location]]
+    is_written: Callable[[Location], bool]
     paging: Callable[[Location], Location | None] = lambda track: None
 
     @property
@@ -79,7 +80,7 @@ class TrackJob:
     @property
     def is_done(self) -> bool:
         """Whether all of its stems are there; they appear when they are whole."""
-        return all(exists(path) for path in self.files)
+        return all(map(self.is_written, self.files))
 
     def check_targets(self) -> None:
         """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
@@ -312,7 +313,7 @@ def plan_jobs(
     below = (folders or Folders()).of
     naming = partial(output.paths, model=model, stems=output.stems(sources), folder_of=below)
     paging = partial(output.page, model=model, folder_of=below)
-    jobs = [TrackJob(location(track), naming, paging) for track in tracks]
+    jobs = [TrackJob(location(track), naming, output.is_written, paging) for track in tracks]
     for job in jobs:
         _check_name(job.track)
     if output.is_pipe:

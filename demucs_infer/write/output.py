@@ -10,14 +10,14 @@ import re
 import string
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ..engine.options import STEMS, number, option
-from ..errors import OptionError, SaveAudioError
+from ..errors import LoadAudioError, OptionError, SaveAudioError
 from ..log import logger
 from ..storage.locations import (
     TEMPORARY,
@@ -27,10 +27,12 @@ from ..storage.locations import (
     below,
     check,
     check_folder,
+    exists,
     location,
     parent_name,
+    reading,
 )
-from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
+from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MIX, MP3_PRESETS, Encoding
 from .stems import Stem, mix
 
 if TYPE_CHECKING:
@@ -43,15 +45,18 @@ PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
 FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
+PAGE_ENCODING = Encoding("mp3", bitrate=128)
 OTHER_METHODS = ("none", "add", "minus")
 DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
 PAGE = "player"  # the name of a track's page to listen with, among its stems
-MIX = "mix"  # the first stream of a file of all stems
-MOST_STEMS = 4  # of a stem file
-STANDARD = ("drums", "bass", "other", "vocals")  # in the order of a stem file
-REST = ("guitar", "piano")  # which such a file has no room for: they go to "other"
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
+CHOICES = {
+    "format": tuple(ALL_FORMATS),
+    "clip": (None, *CLIP_MODE_NAMES),
+    "other_method": OTHER_METHODS,
+    "depth": (None, "auto"),
+}
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
@@ -162,10 +167,23 @@ class Output:
         choices=OTHER_METHODS,
     )
     encoding: Encoding = field(init=False, repr=False)
+    _mentioned: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "encoding", self._encoding())
-        self._check_choices()
+        bits = 32 if self.as_float else self.bits_per_sample
+        if self.as_float and 32 not in ALL_FORMATS[self.format].codecs:
+            raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
+        encoding = Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
+        object.__setattr__(self, "encoding", encoding)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                wanted = ", ".join(filter(None, allowed))
+                raise OptionError(f"{name}={getattr(self, name)!r}: use {wanted}")
+        if self.is_together and self.clip in ("clamp", "tanh"):
+            raise OptionError(
+                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
+                " gain: use rescale-all"
+            )
         check(self._folder)
         if isinstance(self._folder, Url) and self._folder.is_web:
             raise OptionError(f"{self._folder}: URLs of the web can only be read")
@@ -178,49 +196,26 @@ class Output:
             raise SaveAudioError("standard output is closed: nothing can be written to it")
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
+        # The template makes sense, and the encoders are there.
         values = self._values(Path("track.wav"), "model", str)
         self._file(self._template, {**values, "folder": "folder"}, "stem", self.format)
-        from .encode import check_encoder  # not before an output is wanted
-
-        check_encoder(self.encoding)
-
-    def _encoding(self) -> Encoding:
-        bits = self.bits_per_sample
-        if self.as_float:
-            if self.format != "wav":
-                raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
-            bits = 32
-        return Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
-
-    def _check_choices(self) -> None:
-        if self.clip not in (None, *CLIP_MODE_NAMES):
-            raise OptionError(f"clip={self.clip!r}: use {', '.join(CLIP_MODE_NAMES)}")
-        if self.is_together and self.clip in ("clamp", "tanh"):
-            raise OptionError(
-                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
-                " gain: use rescale-all"
-            )
-        if self.other_method not in OTHER_METHODS:
-            raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
-        if self.depth not in (None, "auto"):
-            raise OptionError(f"depth={self.depth!r}: use 'auto', or bits_per_sample")
+        encoding.check_encoder()
+        if self.player:
+            PAGE_ENCODING.check_encoder()
 
     @property
     def is_together(self) -> bool:
-        """Whether one file holds all stems of a track, behind the mix."""
-        return self.format in TOGETHER
+        """True if one file holds all stems of a track, behind the mix."""
+        return self.encoding.kind.is_together
 
     @property
     def clip_mode(self) -> str | None:
-        """What happens to samples beyond ±1; stems in one file are all lowered by the same."""
+        """The clip mode; stems in one file are all lowered by the same."""
         return "rescale-all" if self.is_together and self.clip == "rescale" else self.clip
 
     def encoding_for(self, bits: int) -> Encoding:
-        """How the stems of a track are encoded that has `bits` (32: float)."""
-        fits = [depth for depth in self.encoding.kind.codecs if depth <= bits]
-        if self.depth is None or self.encoding.kind.is_lossy or not fits:
-            return self.encoding
-        return replace(self.encoding, bits=max(fits))
+        """Return the encoding for the stems of a track that has `bits` (32: float)."""
+        return self.encoding if self.depth is None else self.encoding.for_depth(bits)
 
     @property
     def _template(self) -> str:
@@ -234,11 +229,11 @@ class Output:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether the stem goes to standard output."""
+        """True if the stem goes to standard output."""
         return self._folder == PIPE
 
     def workspace(self, patience: float = 0) -> Workspace:
-        """Room for what is not finished: among the stems if they are local, to be renamed there.
+        """Return a hidden folder for unfinished files: among the stems if these are local.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
         """
@@ -250,74 +245,46 @@ class Output:
         check_folder(folder)
         return Workspace(_temporary_folder(), patience)
 
+    def _sums(self, sources: Sequence[str]) -> list[Stem]:
+        """Return the stems that are written as sums of `sources`."""
+        stem, method = self.two_stems, self.other_method
+        if stem is None:
+            return self.encoding.kind.arranged(sources)
+        rest = Stem(f"no_{stem}", tuple(source for source in sources if source != stem))
+        return [Stem(stem, (stem,)), *([rest] if method == "add" else [])]
+
     def stems(self, sources: Sequence[str]) -> list[str]:
-        """Names of the stems that are written of those that the model gives.
+        """Return the names of what is written of the stems that the model gives.
 
         Raises `OptionError` if one file cannot hold them.
         """
-        if self.two_stems is not None:
-            names = [self.two_stems, *self._rest]
-        else:
-            names = [stem.name for stem in self._arranged(sources)]
+        names = [stem.name for stem in self._sums(sources)]
+        if self.two_stems is not None and self.other_method == "minus":
+            names.append(f"minus_{self.two_stems}")
         if not self.is_together:
             return names
         if MIX in names:
             raise OptionError(f"a stem {MIX!r} and the mix would have one name: use another")
         return [MIX, *names]
 
-    def _arranged(self, stems: Sequence[str]) -> list[Stem]:
-        """The stems in their order, and which of `stems` are summed where there is no room."""
-        kept = [Stem(name, (name,)) for name in stems]
-        if self.format != "stem.mp4":
-            return kept
-        if set(stems) == {*STANDARD, *REST}:
-            rest = {"other": REST}
-            return [Stem(name, (name, *rest.get(name, ()))) for name in STANDARD]
-        if len(stems) > MOST_STEMS:
-            raise OptionError(
-                f"stem.mp4 holds {MOST_STEMS} stems, not {len(stems)}: choose with --stems, or"
-                " write mka"
-            )
-        if set(stems) == {*STANDARD}:
-            return [Stem(name, (name,)) for name in STANDARD]
-        return kept
+    def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
+        """Return a block of each name of `stems`, from the model's and the `mixture` on demand."""
+        picked = [mix(stem, stems) for stem in self._sums(list(stems))]
+        if self.two_stems is not None and self.other_method == "minus":
+            picked.append(mixture() - picked[0])
+        return [mixture(), *picked] if self.is_together else picked
 
     def warn(self, sources: Sequence[str]) -> None:
-        """Say which of the stems that the model gives are not written as they are."""
-        if self.two_stems is None:
-            for stem in self._arranged(sources):
-                if len(stem.sources) > 1:
-                    rest = " and ".join(stem.sources[1:])
-                    logger.warning(
-                        "%s holds %d stems: %s are added to %r",
-                        *(self.format, MOST_STEMS, rest, stem.name),
-                    )
+        """Warn of the stems of the model that are not written as they are."""
+        for stem in self._sums(sources) if self.two_stems is None else ():
+            if len(stem.sources) > 1:
+                rest = " and ".join(stem.sources[1:])
+                logger.warning("%s: %s are added to %r", self.format, rest, stem.name)
 
     @property
     def needed(self) -> list[str] | None:
         """The sources that have to be separated; None for all."""
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
-
-    @property
-    def _rest(self) -> list[str]:
-        prefix = {"add": "no", "minus": "minus"}.get(self.other_method)
-        return [f"{prefix}_{self.two_stems}"] if prefix else []
-
-    def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        """What is written of a block: `stems` `[C, n]` by name, and `mixture` on demand."""
-        first = [mixture()] if self.is_together else []
-        return first + self._pick(mixture, stems)
-
-    def _pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        if self.two_stems is None:
-            return [mix(stem, stems) for stem in self._arranged(list(stems))]
-        stem = stems[self.two_stems]
-        if self.other_method == "none":
-            return [stem]
-        if self.other_method == "minus":
-            return [stem, mixture() - stem]
-        others = (other for name, other in stems.items() if name != self.two_stems)
-        return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
 
     def paths(
         self,
@@ -362,6 +329,42 @@ class Output:
             return template
         folder = template.removesuffix(".{ext}")
         return folder + ("." if folder == template else "/") + "{stem}.{ext}"
+
+    def is_written(self, path: Location) -> bool:
+        """Return True if a file is there that is of the format, as far as its header shows.
+
+        Raises an error of a store that is out of reach.
+        """
+        from ..read.decode import AudioFile
+        from ..read.packets import AV_ERRORS
+
+        if not exists(path):
+            return False
+        try:
+            with reading(path) as file:
+                if path.name.endswith(".html"):
+                    return file.read(15).lower().startswith(b"<!doctype html")
+                with AudioFile(cast(BinaryIO, file))._open() as container:
+                    return ALL_FORMATS[self.format].fits(container)
+        except (LoadAudioError, *AV_ERRORS):
+            return False
+
+    def mention_leftovers(self, files: Iterable[Location]) -> None:
+        """Warn once of files that are in the folder of a track and not among its `files`."""
+        own = [path for path in files if isinstance(path, Path)]
+        if (
+            self._mentioned
+            or self.is_pipe
+            or "{track" not in self._template.rpartition("/")[0].rpartition("/")[2]
+        ):
+            return
+        for folder in {path.parent for path in own if path.parent.is_dir()}:
+            others = sorted(path.name for path in set(folder.iterdir()) - set(own))
+            if others := [name for name in others if not name.startswith(".")]:
+                self._mentioned.append(folder)
+                names = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+                logger.warning("%s: also has files that are not of this run: %s", folder, names)
+                return
 
     def track_name(self, track: Location) -> str:
         """What `{track}` stands for."""
