@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch.batch import Batch, TrackResult, checked_stems
+from .batch.batch import Batch, TrackResult
 from .batch.console import ENDING, Ended
 from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
@@ -83,7 +83,8 @@ class SeparateTracks:
         # That thread may hold the last reference to this object, and cannot wait for itself.
         stack.callback(self._model_thread.shutdown, wait=False)
         self.separator = self._in_turn(partial(Separator, **options))
-        self._stems = checked_stems(self.separator, self.output)
+        self._stems = self.separator.stems
+        self.output.check_stems(self.separator.model.sources, self._stems)
         self._space = stack.enter_context(self.output.workspace())
         weakref.finalize(self, stack.close)
 

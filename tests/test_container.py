@@ -21,7 +21,7 @@ from demucs_infer.audio import AudioFile
 from demucs_infer.errors import OptionError
 from demucs_infer.read import boxes
 from demucs_infer.write.encode import encoder
-from demucs_infer.write.formats import MIX, Encoding
+from demucs_infer.write.formats import MIX, find_format
 from demucs_infer.write.metadata import EVERY_COVER, read_cover
 
 from .helpers import (
@@ -106,7 +106,7 @@ def song(tmp_path: Path) -> Path:
 def test_cover_is_copied_and_never_decoded(cover: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.stem.mp4"
     with path.open("w+b") as file:
-        target = encoder(file, Encoding("stem.mp4"), RATE, 2, ["mix", "a"], cover=cover)
+        target = encoder(file, find_format("stem.mp4"), RATE, 2, ["mix", "a"], cover=cover)
         target.write([noise(2, RATE)] * 2)
         target.close()
     assert read_cover(AudioFile(path), EVERY_COVER) == cover

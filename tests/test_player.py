@@ -41,13 +41,13 @@ def write(path: Path, parts: dict[str, np.ndarray], title: str, artist: str = ""
     progress: list[float] = []
     with output.workspace() as space:
         tags = {"title": title, "artist": artist}
-        target = Target(output, output.encoding, space, RATE, 2, RATE, None, tags, "tiny")
+        target = Target(output.file_format, "rescale", space, RATE, RATE, 2, "tiny", tags)
         paths = {name: path.with_name(f"{index}.wav") for index, name in enumerate(parts)}
         writer = TrackWriter(paths, target, path)
         for start in range(0, SECONDS * RATE, 70_001):
             blocks = [part[:, start : start + 70_001] for part in parts.values()]
             writer.write([torch.from_numpy(block.copy()) for block in blocks])
-        writer.finish(lambda: None, progress.append)
+        writer.finish(progress.append)
         assert progress == sorted(progress)
         assert progress[-1] == 1
         assert [entry.name for entry in space.path.iterdir()] == ["demucs-infer.lock"]

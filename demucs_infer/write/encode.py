@@ -25,12 +25,18 @@ from ..read.pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
 from ..read.tags import clean_tags
 from ..resample import resample
 from ..utils import appearing
-from .formats import ALL_FORMATS, DEFAULT_BITS, LAYOUTS, VORBIS, Encoding, soundfile
+from .formats import ALL_FORMATS, DEFAULT_BITS, LAYOUTS, VORBIS, Format, find_format, soundfile
 
 ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
 VORBIS_COMPRESSION = 0.2  # of libsndfile: quality 8 of 10, about 256 kbit/s
 BLOCK = 2**16  # samples that one frame for an encoder has at most
-PCM = {16: i16_pcm, 24: i24_pcm}  # by depth; other encoders take floating point
+# FFmpeg's sample format of frames, and the function that makes their samples, by depth.
+SAMPLES: dict[int, tuple[str, Callable[[Tensor], Tensor]]] = {
+    0: ("flt", f32_pcm),
+    16: ("s16", i16_pcm),
+    24: ("s32", i24_pcm),
+    32: ("flt", f32_pcm),
+}
 
 Result = TypeVar("Result")
 
@@ -78,7 +84,7 @@ class Encoder:
 
     Args:
         file: a file that is open for writing and reading, and can seek.
-        encoding: the format.
+        format: the format, with its options.
         samplerate: a rate in hertz that the format has.
         channels: of each stream.
         titles: a name for each stream.
@@ -91,43 +97,44 @@ class Encoder:
     def __init__(
         self,
         file: IO[bytes],
-        encoding: Encoding,
+        format: Format,
         samplerate: int,
         channels: int,
         titles: Sequence[str] = ("",),
         tags: Mapping[str, str] | None = None,
         cover: bytes | None = None,
     ) -> None:
-        if channels not in LAYOUTS or channels > encoding.kind.channels:
-            raise SaveAudioError(f"{encoding.format.upper()}: cannot hold {channels} channels")
-        self.file, self.encoding = file, encoding
+        if channels not in LAYOUTS or channels > format.most_channels:
+            raise SaveAudioError(f"{format.name.upper()}: cannot hold {channels} channels")
+        self.file, self.format = file, format
         self.rate, self.channels = samplerate, channels
         self.position = 0
         titles = [decoded(title, "replace") for title in titles]
-        self.metadata = encoding.kind.metadata(clean_tags(tags or {}), cover, titles)
+        self.metadata = format.metadata(clean_tags(tags or {}), cover, titles)
         file.write(self.metadata.head)
         self.sink = _Sink(file, len(self.metadata.head))
         self._open(titles)
         self.sink.check()
 
     def _open(self, titles: Sequence[str]) -> None:
-        kind = self.encoding.kind
-        options = {key: text.format(rate=self.rate) for key, text in kind.options.items()}
+        options = {key: text.format(rate=self.rate) for key, text in self.format.muxer.items()}
         options |= self.metadata.options
-        self.container: Any = av.open(self.sink, "w", format=kind.container, options=options)
+        self.container: Any = av.open(self.sink, "w", format=self.format.container, options=options)
         self.container.metadata.update(self.metadata.names)
         self._streams = [self._add_stream(title) for title in titles]
         self.metadata.attach(self.container)
 
     def _add_stream(self, title: str) -> Any:
-        encoding = self.encoding
-        stream = self.container.add_stream(
-            encoding.codec, rate=self.rate, options=encoding.codec_options
-        )
+        format = self.format
+        options = {"compression_level": str(format.preset)} if format.has_preset else {}
+        stream = self.container.add_stream(format.codec, rate=self.rate, options=options)
         stream.layout = LAYOUTS[self.channels]
-        stream.format = encoding.encoder_format
-        if encoding.bits_per_second:
-            stream.bit_rate = encoding.bits_per_second
+        # Some encoders want a plane for each channel. PyAV converts frames to that.
+        samples, _ = SAMPLES[format.depth]
+        formats = stream.codec_context.codec.audio_formats
+        stream.format = next(each.name for each in formats if each.packed.name == samples)
+        if format.bitrate:
+            stream.bit_rate = 1000 * format.bitrate
         if title:
             stream.metadata.update({"title": title, "handler_name": title})
         # Players play the first stream of sound and no other.
@@ -144,16 +151,12 @@ class Encoder:
                 self.position += parts[0].shape[-1]
 
     def _encode(self, blocks: Sequence[Tensor]) -> None:
+        samples, converted = SAMPLES[self.format.depth]
         for stream, block in zip(self._streams, blocks):
-            self._mux(stream.encode(self._frame(block)))
-
-    def _frame(self, block: Tensor) -> Any:
-        encoding = self.encoding
-        samples = PCM.get(encoding.depth, f32_pcm)(block.t().reshape(1, -1)).numpy()
-        layout = LAYOUTS[self.channels]
-        frame = av.AudioFrame.from_ndarray(samples, encoding.frame_format, layout)
-        frame.sample_rate, frame.pts = self.rate, self.position
-        return frame
+            data = converted(block.t().reshape(1, -1)).numpy()
+            frame = av.AudioFrame.from_ndarray(data, samples, LAYOUTS[self.channels])
+            frame.sample_rate, frame.pts = self.rate, self.position
+            self._mux(stream.encode(frame))
 
     def _mux(self, packets: Any) -> None:
         self.container.mux(packets)
@@ -189,10 +192,10 @@ class _VorbisEncoder(Encoder):
         self._sound.close()
 
 
-def encoder(file: IO[bytes], encoding: Encoding, *arguments: Any, **options: Any) -> Encoder:
+def encoder(file: IO[bytes], format: Format, *arguments: Any, **options: Any) -> Encoder:
     """Return the encoder of a format, which takes what `Encoder` does."""
-    kind = _VorbisEncoder if encoding.codec == VORBIS else Encoder
-    return kind(file, encoding, *arguments, **options)
+    kind = _VorbisEncoder if format.codec == VORBIS else Encoder
+    return kind(file, format, *arguments, **options)
 
 
 def encode_mp3(
@@ -208,7 +211,7 @@ def encode_mp3(
     `bitrate` is in kbit/s, `quality` lame's preset from 2 (best) to 7 (fastest). `verbose` is
     accepted, and changes nothing. Raises `SaveAudioError` if the file cannot be written.
     """
-    _write(wav, Path(path), samplerate, Encoding("mp3", bitrate=bitrate, preset=quality))
+    _write(wav, Path(path), samplerate, find_format("mp3", bitrate=bitrate, preset=quality))
 
 
 def save_audio(
@@ -238,34 +241,29 @@ def save_audio(
     """
     path = Path(path)
     name = path.suffix.lower()[1:]
-    kind = ALL_FORMATS.get(name)
-    bits = 32 if as_float and kind and 32 in kind.codecs else bits_per_sample
-    encoding = Encoding(name, bits, bitrate if kind and kind.has_preset else None, preset)
-    encoding.check_encoder()
-    _write(prevent_clip(wav.detach().float(), clip), path, samplerate, encoding)
+    known = ALL_FORMATS.get(name)
+    bits = 32 if as_float and known and 32 in known.codecs else bits_per_sample
+    rate = bitrate if known and known.has_preset else None
+    format = find_format(name, bits, rate, preset)
+    format.check_encoder()
+    _write(prevent_clip(wav.detach().float(), clip), path, samplerate, format)
 
 
-def _write(wav: Tensor, path: Path, samplerate: int, encoding: Encoding) -> None:
+def _write(wav: Tensor, path: Path, samplerate: int, format: Format) -> None:
     if not wav.shape[-1]:
         raise SaveAudioError(f"{path}: there are no samples to write")
-    samplerate = _hertz(samplerate)
-    rate = encoding.samplerate(samplerate)
-    wav = resample(f32_pcm(wav.cpu()), samplerate, rate)
+    try:
+        hertz = index(samplerate)
+    except TypeError:
+        hertz = 0
+    if hertz < 1:
+        raise OptionError(f"samplerate={samplerate!r} is not a whole number of hertz")
+    rate = format.samplerate(hertz)
+    wav = resample(f32_pcm(wav.cpu()), hertz, rate)
     with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
-        target = encoder(file, encoding, rate, wav.shape[0])
+        target = encoder(file, format, rate, wav.shape[0])
         target.write([wav])
         target.close()
-
-
-def _hertz(samplerate: int) -> int:
-    """`samplerate`, of whatever type whole numbers have. Raises `OptionError` for others."""
-    try:
-        number = index(samplerate)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise OptionError(f"samplerate={samplerate!r} is no whole number of hertz")
-    return number
 
 
 @contextmanager

@@ -41,25 +41,17 @@ FRAMES = (
 PADDING, LARGEST_BLOCK = 2**13, 2**24 - 1  # bytes, of FLAC
 LONGEST_NAME = 32  # characters of a stem's name in a stem file
 COLOURS = ("#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-MASTERING = {  # of the player that mixes the stems: switched off, with the values of a new file
-    "compressor": {
-        "enabled": False,
-        "ratio": 3,
-        "output_gain": 0.5,
-        "input_gain": 0.5,
-        "release": 0.3,
-        "attack": 0.003,
-        "threshold": 0,
-        "hp_cutoff": 300,
-        "dry_wet": 50,
-    },
-    "limiter": {"enabled": False, "release": 0.05, "threshold": 0, "ceiling": -0.35},
-}
+# Of the player that mixes the stems: switched off, with the values of a new file.
+MASTERING = json.loads("""{
+    "compressor": {"enabled": false, "ratio": 3, "output_gain": 0.5, "input_gain": 0.5,
+        "release": 0.3, "attack": 0.003, "threshold": 0, "hp_cutoff": 300, "dry_wet": 50},
+    "limiter": {"enabled": false, "release": 0.05, "threshold": 0, "ceiling": -0.35}
+}""")
 
 
-def cover_type(cover: bytes) -> str | None:
+def cover_type(cover: bytes | None) -> str | None:
     """Return the media type of a picture's file, or None if it is of another kind."""
-    found = (kind for magic, kind in COVERS.items() if re.match(magic, cover, re.DOTALL))
+    found = (kind for magic, kind in COVERS.items() if re.match(magic, cover or b"", re.DOTALL))
     return next(found, None)
 
 
@@ -95,34 +87,25 @@ def disposition(stream: Any) -> int:
 
 
 class Metadata:
-    """Tags, under our names, and the cover of a file, where FFmpeg writes the former.
+    """Tags, under our names, and the cover of a file.
 
-    `titles` are those of the streams. An encoder opens FFmpeg's muxer with `options`, writes `head`
-    before its file, gives it `names`, calls `attach`, and calls `finish` when the file is closed.
+    An encoder writes `head` before FFmpeg's file, opens FFmpeg's muxer with `options`, gives it the
+    tags `names`, calls `attach`, and calls `finish` when FFmpeg has closed the file. `titles` are
+    those of the streams.
     """
 
     def __init__(
         self, tags: Mapping[str, str], cover: bytes | None = None, titles: Sequence[str] = ()
     ) -> None:
-        self.tags = tags
-        self.cover = cover
-        self.cover_type = cover_type(cover) if cover else None
-        self.titles = titles
+        self.tags, self.titles = tags, titles
+        self.cover_type = cover_type(cover)
+        self.cover = cover if cover and self.cover_type else b""
+        self.head, self.options = b"", dict[str, str]()
+        self.names = dict(tags)
+        self.prepare()
 
-    @property
-    def options(self) -> dict[str, str]:
-        """Options of FFmpeg's muxer."""
-        return {}
-
-    @property
-    def head(self) -> bytes:
-        """Bytes before FFmpeg's."""
-        return b""
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Tags for FFmpeg."""
-        return dict(self.tags)
+    def prepare(self) -> None:
+        """Set `head`, `options` and `names` where they differ."""
 
     def attach(self, container: Any) -> None:
         """Add the cover to a container that is not yet written."""
@@ -132,122 +115,100 @@ class Metadata:
 
 
 class Matroska(Metadata):
-    """FFmpeg writes the tags and, since PyAV 16, attachments."""
+    """Matroska: FFmpeg writes the tags and, since PyAV 16, attachments."""
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The tags under Matroska's names."""
-        return {TAGS[name].matroska if name in TAGS else name: v for name, v in self.tags.items()}
+    def prepare(self) -> None:
+        self.names = {TAGS[n].matroska if n in TAGS else n: text for n, text in self.tags.items()}
 
     def attach(self, container: Any) -> None:
-        """Attach the cover under the name that Matroska gives covers."""
         if self.cover and self.cover_type and hasattr(container, "add_attachment"):
             suffix = self.cover_type.removeprefix("image/").replace("jpeg", "jpg")
+            # By this name, players know a cover.
             container.add_attachment(f"cover.{suffix}", self.cover_type, self.cover)
 
 
 class Mp3(Metadata):
-    """ID3v2.4 before the file, instead of FFmpeg's."""
+    """MP3, with a tag of ID3v2.4 before it instead of FFmpeg's."""
 
-    @property
-    def options(self) -> dict[str, str]:
-        """No tag by FFmpeg."""
-        return {"id3v2_version": "0"}
-
-    @property
-    def head(self) -> bytes:
-        """The tag, or nothing."""
-        return _id3(self.tags, self.cover, self.cover_type)
+    def prepare(self) -> None:
+        self.head, self.options = _id3(self.tags, self.cover), {"id3v2_version": "0"}
 
 
 class Wave(Metadata):
-    """FFmpeg writes some tags as INFO; all are in a chunk of ID3 as well if there are others."""
+    """WAV: FFmpeg writes some tags as INFO. If there are others, a chunk of ID3 has all tags."""
 
     INFO = frozenset("title artist album comment copyright date genre track".split())
 
     def finish(self, file: IO[bytes]) -> None:
-        """Append the chunk, and count it in the size of the file."""
         if self.tags.keys() <= self.INFO:
             return
-        tag = _id3(self.tags, None, None)
+        tag = _id3(self.tags, b"")
         tag += b"\0" * (len(tag) % 2)
         size = file.seek(0, 2) + 8 + len(tag)
         file.write(struct.pack("<4sI", b"id3 ", len(tag)) + tag)
         file.seek(0)
-        place, layout = (4, "<I") if file.read(4) == b"RIFF" else (20, "<Q")  # RF64: in `ds64`
+        # RF64 has its size in the chunk `ds64`.
+        place, layout = (4, "<I") if file.read(4) == b"RIFF" else (20, "<Q")
         file.seek(place)
         file.write(struct.pack(layout, size - 8))
 
 
-def _id3(tags: Mapping[str, str], cover: bytes | None, kind: str | None) -> bytes:
+def _id3(tags: Mapping[str, str], cover: bytes) -> bytes:
     """Return a tag of ID3v2.4 in UTF-8."""
-    frames = b""
+
+    def syncsafe(number: int) -> bytes:
+        return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))
+
+    contents = list[tuple[str, bytes]]()
     for name, value in tags.items():
         frame = TAGS[name].id3 if name in TAGS else name if name in FRAMES else "TXXX"
         # A comment and lyrics have a language, here unknown, and a description.
         before = {"COMM": "XXX\0", "USLT": "XXX\0", "TXXX": f"{name}\0"}.get(frame, "")
-        frames += _frame(frame, f"\3{before}{value}".encode())
-    if cover and kind:
-        frames += _frame("APIC", b"\0%s\0%c\0%s" % (kind.encode(), FRONT, cover))
-    return b"ID3\4\0\0" + _syncsafe(len(frames)) + frames if frames else b""
-
-
-def _frame(name: str, content: bytes) -> bytes:
-    return name.encode() + _syncsafe(len(content)) + b"\0\0" + content
-
-
-def _syncsafe(number: int) -> bytes:
-    return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))
+        contents.append((frame, f"\3{before}{value}".encode()))
+    if cover:
+        kind = str(cover_type(cover)).encode()
+        contents.append(("APIC", b"\0%s\0%c\0%s" % (kind, FRONT, cover)))
+    frames = b"".join(n.encode() + syncsafe(len(c)) + b"\0\0" + c for n, c in contents)
+    return b"ID3\4\0\0" + syncsafe(len(frames)) + frames if frames else b""
 
 
 class Mp4(Metadata):
-    """FFmpeg writes the usual tags; the others and the cover go behind them."""
+    """MP4: FFmpeg writes the usual tags. The others and the cover go behind them."""
 
     COVER_TYPES: Mapping[str, int] = {"image/jpeg": 13, "image/png": 14, "image/bmp": 27}
+    ATOMS = ("sonm", "soar", "soal")  # Other items have free names.
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The tags that FFmpeg knows, with the tempo as a whole number."""
-        known = {n: value for n, value in self.tags.items() if n in TAGS and TAGS[n].mp4 is None}
+    def prepare(self) -> None:
+        self.names = {n: text for n, text in self.tags.items() if n in TAGS and not TAGS[n].mp4}
+        # The tempo is a whole number.
         with contextlib.suppress(KeyError, ValueError, OverflowError):
-            known["tmpo"] = str(round(float(self.tags["bpm"])))
-        return known
+            self.names["tmpo"] = str(round(float(self.tags["bpm"])))
 
     def finish(self, file: IO[bytes]) -> None:
-        """Append the items to `ilst`."""
         items = b""
-        known = self.names
         for name, value in self.tags.items():
             atom = TAGS[name].mp4 if name in TAGS else name
             if atom == "tmpo":
-                atom = None if known.get("tmpo") == value else "BPM"
-            if atom is not None:
-                items += _item(atom, value)
-        kind = self.COVER_TYPES.get(self.cover_type or "")
-        if self.cover and kind:
-            items += boxes.box(b"covr", _data(kind, self.cover))
+                atom = None if self.names.get("tmpo") == value else "BPM"
+            data = boxes.box(b"data", struct.pack(">II", 1, 0) + value.encode())
+            if atom in self.ATOMS:
+                items += boxes.box(atom.encode(), data)
+            elif atom is not None:
+                mean = boxes.box(b"mean", bytes(4) + b"com.apple.iTunes")
+                free = boxes.box(b"name", bytes(4) + atom.encode())
+                items += boxes.box(b"----", mean + free + data)
+        if kind := self.COVER_TYPES.get(self.cover_type or ""):
+            items += boxes.box(
+                b"covr", boxes.box(b"data", struct.pack(">II", kind, 0) + self.cover)
+            )
         if items:
             boxes.add(file, (b"moov", b"udta", b"meta", b"ilst"), items)
 
 
-def _item(name: str, value: str) -> bytes:
-    """Return an item of text: an atom, or one with a name of its own."""
-    data = _data(1, value.encode())
-    if name in ("sonm", "soar", "soal"):
-        return boxes.box(name.encode(), data)
-    mean = boxes.box(b"mean", bytes(4) + b"com.apple.iTunes")
-    return boxes.box(b"----", mean + boxes.box(b"name", bytes(4) + name.encode()) + data)
-
-
-def _data(kind: int, content: bytes) -> bytes:
-    return boxes.box(b"data", struct.pack(">II", kind, 0) + content)
-
-
 class StemMp4(Mp4):
-    """An MP4 file with the box that tells players its stems."""
+    """A stem file: MP4 with a box that tells players its stems."""
 
     def finish(self, file: IO[bytes]) -> None:
-        """Append the items and the box."""
         super().finish(file)
         stems = [
             {"name": name[:LONGEST_NAME], "color": colour}
@@ -259,17 +220,17 @@ class StemMp4(Mp4):
 
 
 class _Vorbis(Metadata):
-    """Comments as Vorbis has them, in the place of those that the encoder wrote."""
+    """Comments of Vorbis, in the place of those that the encoder wrote."""
 
     def _picture(self) -> bytes:
         """Return the cover as FLAC has it. Its size in pixels may be 0 for unknown."""
-        if not self.cover or not self.cover_type:
+        if not self.cover:
             return b""
-        kind = self.cover_type.encode()
+        kind = str(self.cover_type).encode()
         head = struct.pack(">II", FRONT, len(kind)) + kind
         return head + struct.pack(">6I", 0, 0, 0, 0, 0, len(self.cover)) + self.cover
 
-    def _comments(self, old: bytes, **more: str) -> bytes:
+    def _comments(self, old: bytes, more: Mapping[str, str]) -> bytes:
         """Return the comments behind the vendor's name of the `old` ones."""
         vendor = old[: 4 + int.from_bytes(old[:4], "little")]
         named = [(TAGS[n].vorbis if n in TAGS else n, value) for n, value in self.tags.items()]
@@ -278,32 +239,26 @@ class _Vorbis(Metadata):
             f"{re.sub('[^ -<>-}]', '_', name)}={value}".encode()
             for name, value in [*named, *more.items()]
         ]
-        return (
-            vendor
-            + struct.pack("<I", len(texts))
-            + b"".join(struct.pack("<I", len(text)) + text for text in texts)
-        )
+        parts = [struct.pack("<I", len(text)) + text for text in texts]
+        return vendor + struct.pack("<I", len(texts)) + b"".join(parts)
 
 
 class Flac(_Vorbis):
-    """Blocks of comments and of the cover, instead of FFmpeg's comments and padding."""
+    """FLAC: blocks of comments and of the cover, in the place of FFmpeg's comments and padding."""
 
-    @property
-    def options(self) -> dict[str, str]:
-        """Bytes for the blocks."""
-        comments = len(self._comments(b"")) + PADDING
-        if len(self._picture()) + comments > LARGEST_BLOCK:
-            logger.warning("a cover of %d bytes is left out: FLAC has less", len(self.cover or b""))
-            self.cover = None
-        return {"metadata_header_padding": str(len(self._picture()) + comments)}
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
+    def prepare(self) -> None:
+        space = len(self._comments(b"", {})) + PADDING
+        if len(self.cover) + space > LARGEST_BLOCK - 100:
+            logger.warning("a cover of %d bytes is left out: FLAC has less", len(self.cover))
+            self.cover = b""
+        self.names = {}
+        self.options = {"metadata_header_padding": str(len(self._picture()) + space)}
 
     def finish(self, file: IO[bytes]) -> None:
-        """Replace all blocks behind the first one, which describes the stream."""
+        def block(kind: int, content: bytes) -> bytes:
+            return bytes([kind]) + len(content).to_bytes(3, "big") + content
+
+        # The first block describes the stream.
         file.seek(4)
         first = at = 4 + 4 + int.from_bytes(file.read(4)[1:], "big")
         last, comments = False, b""
@@ -313,30 +268,24 @@ class Flac(_Vorbis):
             last, size = bool(head[0] & 0x80), int.from_bytes(head[1:], "big")
             comments = file.read(size) if head[0] & 0x7F == 4 else comments
             at += 4 + size
-        blocks = [(4, self._comments(comments)), (6, self._picture())]
-        data = b"".join(_block(kind, content) for kind, content in blocks if content)
+        data = block(4, self._comments(comments, {}))
+        data += block(6, self._picture()) if self.cover else b""
         file.seek(first)
-        file.write(data + _block(0x81, bytes(at - first - len(data) - 4)))
-
-
-def _block(kind: int, content: bytes) -> bytes:
-    return bytes([kind]) + len(content).to_bytes(3, "big") + content
+        file.write(data + block(0x81, bytes(at - first - len(data) - 4)))
 
 
 class Ogg(_Vorbis):
-    """Comments with the cover among them, where the encoder was given as many bytes of spaces."""
+    """Ogg: the cover is among the comments. The encoder gets as many bytes of spaces to write."""
 
-    @property
-    def names(self) -> dict[str, str]:
-        """A comment that is as long as all of ours."""
-        return {"comment": " " * len(self._packet(b""))}
+    def prepare(self) -> None:
+        self.names = {"comment": " " * len(self._packet(b""))}
 
     def _packet(self, old: bytes) -> bytes:
         picture = base64.b64encode(self._picture()).decode()
-        return self._comments(old, **{"METADATA_BLOCK_PICTURE": picture} if picture else {})
+        return self._comments(old, {"METADATA_BLOCK_PICTURE": picture} if picture else {})
 
     def finish(self, file: IO[bytes]) -> None:
-        """Replace the second packet, page by page."""
+        # The comments are the second packet, which may take many pages.
         pages: list[tuple[int, int, bytearray, int]] = []  # start, head, page, bytes of the packet
         at, ended = 0, False
         while not ended:
@@ -361,10 +310,10 @@ class Ogg(_Vorbis):
             file.write(page)
 
 
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
 def _ogg_checksum(page: bytearray) -> bytes:
     """Return the CRC of a page: that of zlib with all bits in the other order, from 0 on."""
     crc = zlib.crc32(page.translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
-
-
-MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

@@ -32,7 +32,7 @@ from ..storage.locations import (
     parent_name,
     reading,
 )
-from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MIX, MP3_PRESETS, Encoding
+from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MIX, MP3_PRESETS, Format, find_format
 from .stems import Stem, mix
 
 if TYPE_CHECKING:
@@ -45,18 +45,13 @@ PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
 FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
-PAGE_ENCODING = Encoding("mp3", bitrate=128)
+PAGE_FORMAT = find_format("mp3", bitrate=128)  # of the sounds of a page to listen with
 OTHER_METHODS = ("none", "add", "minus")
 DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
 PAGE = "player"  # the name of a track's page to listen with, among its stems
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
-CHOICES = {
-    "format": tuple(ALL_FORMATS),
-    "clip": (None, *CLIP_MODE_NAMES),
-    "other_method": OTHER_METHODS,
-    "depth": (None, "auto"),
-}
+FolderOf = Callable[[Location], str]
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
@@ -166,18 +161,23 @@ class Output:
         " models that STEM needs (a quarter of htdemucs_ft), add runs all (default: %(default)s)",
         choices=OTHER_METHODS,
     )
-    encoding: Encoding = field(init=False, repr=False)
+    file_format: Format = field(init=False, repr=False)  # `format`, with its options
     _mentioned: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        bits = 32 if self.as_float else self.bits_per_sample
-        if self.as_float and 32 not in ALL_FORMATS[self.format].codecs:
+        known = ALL_FORMATS.get(self.format)
+        if self.as_float and known and 32 not in known.codecs:
             raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
-        encoding = Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
-        object.__setattr__(self, "encoding", encoding)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                wanted = ", ".join(filter(None, allowed))
+        bits = 32 if self.as_float else self.bits_per_sample
+        chosen = find_format(self.format, bits, self.bitrate, self.preset, self.codec)
+        object.__setattr__(self, "file_format", chosen)
+        for name, choices in (
+            ("clip", (None, *CLIP_MODE_NAMES)),
+            ("other_method", OTHER_METHODS),
+            ("depth", (None, "auto")),
+        ):
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(filter(None, choices))
                 raise OptionError(f"{name}={getattr(self, name)!r}: use {wanted}")
         if self.is_together and self.clip in ("clamp", "tanh"):
             raise OptionError(
@@ -197,25 +197,20 @@ class Output:
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
         # The template makes sense, and the encoders are there.
-        values = self._values(Path("track.wav"), "model", str)
-        self._file(self._template, {**values, "folder": "folder"}, "stem", self.format)
-        encoding.check_encoder()
+        self._file(self._template, Path("track.wav"), "model", lambda track: "folder", "stem")
+        chosen.check_encoder()
         if self.player:
-            PAGE_ENCODING.check_encoder()
+            PAGE_FORMAT.check_encoder()
 
     @property
     def is_together(self) -> bool:
         """True if one file holds all stems of a track, behind the mix."""
-        return self.encoding.kind.is_together
+        return self.file_format.is_together
 
     @property
     def clip_mode(self) -> str | None:
         """The clip mode; stems in one file are all lowered by the same."""
         return "rescale-all" if self.is_together and self.clip == "rescale" else self.clip
-
-    def encoding_for(self, bits: int) -> Encoding:
-        """Return the encoding for the stems of a track that has `bits` (32: float)."""
-        return self.encoding if self.depth is None else self.encoding.for_depth(bits)
 
     @property
     def _template(self) -> str:
@@ -239,17 +234,21 @@ class Output:
         """
         from ..storage.spool import Workspace
 
-        folder = self._folder
-        if isinstance(folder, Path) and not self.is_pipe:
-            return Workspace(folder, patience)
-        check_folder(folder)
-        return Workspace(_temporary_folder(), patience)
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            return Workspace(self._folder, patience)
+        check_folder(self._folder)
+        try:
+            return Workspace(Path(tempfile.gettempdir()), patience)
+        except OSError as exc:
+            raise SaveAudioError(
+                f"no folder for temporary files, set TMPDIR: {exc.strerror}"
+            ) from exc
 
     def _sums(self, sources: Sequence[str]) -> list[Stem]:
         """Return the stems that are written as sums of `sources`."""
         stem, method = self.two_stems, self.other_method
         if stem is None:
-            return self.encoding.kind.arranged(sources)
+            return self.file_format.arranged(sources)
         rest = Stem(f"no_{stem}", tuple(source for source in sources if source != stem))
         return [Stem(stem, (stem,)), *([rest] if method == "add" else [])]
 
@@ -274,12 +273,24 @@ class Output:
             picked.append(mixture() - picked[0])
         return [mixture(), *picked] if self.is_together else picked
 
-    def warn(self, sources: Sequence[str]) -> None:
-        """Warn of the stems of the model that are not written as they are."""
-        for stem in self._sums(sources) if self.two_stems is None else ():
-            if len(stem.sources) > 1:
-                rest = " and ".join(stem.sources[1:])
-                logger.warning("%s: %s are added to %r", self.format, rest, stem.name)
+    def check_stems(self, sources: Sequence[str], separated: Sequence[str]) -> None:
+        """Raise `OptionError` if the stems need others than are `separated` of `sources`.
+
+        Stems that are written as a part of another one are mentioned.
+        """
+        if self.two_stems is None:
+            for stem in self._sums(separated):
+                if len(stem.sources) > 1:
+                    rest = " and ".join(stem.sources[1:])
+                    logger.warning("%s: %s are added to %r", self.format, rest, stem.name)
+            return
+        if self.two_stems not in sources:
+            raise OptionError(
+                f"there is no stem {self.two_stems!r}: the model has {', '.join(sources)}"
+            )
+        missing = [name for name in self.needed or sources if name not in separated]
+        if missing:
+            raise OptionError(f"two stems need {', '.join(missing)}, too: choose no stems for that")
 
     @property
     def needed(self) -> list[str] | None:
@@ -291,9 +302,9 @@ class Output:
         track: Named,
         model: str,
         stems: Sequence[str],
-        folder_of: Callable[[Location], str] = lambda track: "",
+        folder_of: FolderOf = lambda track: "",
     ) -> dict[str, Location]:
-        """The file of each stem of `track`; all are within the folder, whatever the names are.
+        """Return the file of each stem of `track`, within the folder whatever the names are.
 
         `folder_of` gives the track's folder below the one that was named.
         """
@@ -304,8 +315,7 @@ class Output:
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        values = self._values(track, model, folder_of)
-        paths = {stem: self._file(self._template, values, stem, self.format) for stem in stems}
+        paths = {stem: self._file(self._template, track, model, folder_of, stem) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
@@ -313,22 +323,54 @@ class Output:
         return paths
 
     def page(
-        self, track: Location, model: str, folder_of: Callable[[Location], str] = lambda track: ""
+        self, track: Location, model: str, folder_of: FolderOf = lambda track: ""
     ) -> Location | None:
-        """The page to listen to `track` with, if one is wanted: beside the stems."""
+        """Return the page to listen to `track` with, if one is wanted.
+
+        It is beside the stems, or in a folder that is called like their one file.
+        """
         if not self.player:
             return None
-        values = self._values(track, model, folder_of)
-        return self._file(self._page_template, values, PAGE, "html")
-
-    @property
-    def _page_template(self) -> str:
-        """The template of a page: beside the stems, or in a folder named like their one file."""
         template = self._template
-        if "{stem}" in template:
-            return template
-        folder = template.removesuffix(".{ext}")
-        return folder + ("." if folder == template else "/") + "{stem}.{ext}"
+        if "{stem}" not in template:
+            folder = template.removesuffix(".{ext}")
+            template = folder + ("." if folder == template else "/") + "{stem}.{ext}"
+        return self._file(template, track, model, folder_of, PAGE, "html")
+
+    def _file(
+        self,
+        template: str,
+        track: Location,
+        model: str,
+        folder_of: FolderOf,
+        stem: str,
+        ext: str | None = None,
+    ) -> Location:
+        """Return the file in the output folder that a template means."""
+        # Looking a folder up takes long for a million tracks.
+        folder = folder_of(track) if "{folder" in template else ""
+        values = {
+            "track": _safe(self.track_name(track)),
+            "trackext": _split(track)[1],
+            "parent": _safe(parent_name(track)),
+            "folder": "/".join(_safe(name) for name in folder.split("/") if name),
+            "model": model,
+            "stem": stem,
+            "ext": ext or self.format,
+        }
+        try:
+            _check_template(template)
+            relative = template.format(**values)
+        except (LookupError, ValueError) as exc:
+            known = ", ".join(f"{{{value}}}" for value in values)
+            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
+        if template.startswith("{folder") and not folder:
+            relative = relative.lstrip("/")
+        # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
+        if TEMPORARY in relative.lower():
+            pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
+            relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
+        return below(self._folder, relative)
 
     def is_written(self, path: Location) -> bool:
         """Return True if a file is there that is of the format, as far as its header shows.
@@ -352,11 +394,8 @@ class Output:
     def mention_leftovers(self, files: Iterable[Location]) -> None:
         """Warn once of files that are in the folder of a track and not among its `files`."""
         own = [path for path in files if isinstance(path, Path)]
-        if (
-            self._mentioned
-            or self.is_pipe
-            or "{track" not in self._template.rpartition("/")[0].rpartition("/")[2]
-        ):
+        *_, folder_name, _ = ("", *self._template.split("/"))
+        if self._mentioned or self.is_pipe or "{track" not in folder_name:
             return
         for folder in {path.parent for path in own if path.parent.is_dir()}:
             others = sorted(path.name for path in set(folder.iterdir()) - set(own))
@@ -367,38 +406,8 @@ class Output:
                 return
 
     def track_name(self, track: Location) -> str:
-        """What `{track}` stands for."""
+        """Return the value of `{track}`."""
         return PIPE_NAME if track == PIPE else _split(track)[0]
-
-    def _values(
-        self, track: Location, model: str, folder_of: Callable[[Location], str]
-    ) -> dict[str, str]:
-        """What the fields of a template stand for, but for the stem."""
-        # Looked up only where it is wanted: it takes long, for a million tracks.
-        folder = folder_of(track) if "{folder" in self._template else ""
-        return {
-            "track": _safe(self.track_name(track)),
-            "trackext": _split(track)[1],
-            "parent": _safe(parent_name(track)),
-            "folder": "/".join(_safe(name) for name in folder.split("/") if name),
-            "model": model,
-        }
-
-    def _file(self, template: str, values: dict[str, str], stem: str, ext: str) -> Location:
-        """Return the file in the output folder that a template means."""
-        values = {**values, "stem": stem, "ext": ext}
-        try:
-            _check_template(template)
-            relative = template.format(**values)
-        except (LookupError, ValueError) as exc:
-            known = ", ".join(f"{{{value}}}" for value in values)
-            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        relative = relative if values["folder"] else relative.lstrip("/")
-        # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
-        if TEMPORARY in relative.lower():
-            pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
-            relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
-        return below(self._folder, relative)
 
 
 @lru_cache(maxsize=16)
@@ -411,21 +420,14 @@ def _check_template(template: str) -> None:
             raise ValueError(f"{name} is no field")
 
 
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError as exc:
-        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
-
-
 def _split(track: Location) -> tuple[str, str]:
-    """Name and suffix of a track; ".name" has no suffix, and "..." is no more than a name."""
+    """Split a track's name and suffix; ".name" has no suffix, and "..." is only a name."""
     name, _, suffix = track.name.rpartition(".")
     return (name, suffix) if name.strip(".") else (track.name, "")
 
 
 def _safe(name: str) -> str:
-    """`name` as the name of a folder: dots alone mean another one; Windows drops them at an end."""
+    """Make `name` safe as a directory name: never "." or "..", without dots that Windows strips."""
     if os.name == "nt":
         name = re.sub(r'[<>:"/\\|?*]', "_", name).rstrip(". ")
     return name if name.strip(".") else "_"

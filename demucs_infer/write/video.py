@@ -55,10 +55,14 @@ class Picture:
     def open(self) -> Iterator[tuple[Any, Any]]:
         """Open the container, and yield it with its first stream that moves."""
         with self.audio._open(PICTURES) as container:
-            stream = next(filter(_moves, container.streams.video), None)
-            if stream is None:
+            streams = [
+                stream
+                for stream in container.streams.video
+                if not disposition(stream) & STILL and stream.codec_context is not None
+            ]
+            if not streams:
                 raise SaveAudioError(f"{self.audio.name}: has no picture: use --format m4a")
-            yield container, stream
+            yield container, streams[0]
 
     def _find_start(self) -> None:
         """Find the picture that is shown when the sound begins, and the key frame before it.
@@ -108,10 +112,6 @@ class Picture:
                     f"{self.audio.name}: its picture ({stream.codec_context.name}) cannot be in"
                     " MP4: use --format m4a"
                 ) from exc
-
-
-def _moves(stream: Any) -> bool:
-    return not disposition(stream) & STILL and stream.codec_context is not None
 
 
 def _first_sound(container: Any) -> Fraction:

@@ -1,4 +1,4 @@
-"""The stems of a track on their way into files, which appear together when all are whole.
+"""Write the stems of a track into files, which appear together when all are whole.
 
     block of stems ──▶ resample ──▶ clip ──▶ encoder ──▶ temporary file ──rename──▶ stem
                            └──▶ spool ──rescale──▶ ┘
@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +28,8 @@ from ..resample import Resampler
 from ..storage.locations import Location, Undo, publish, replaced_by
 from ..storage.spool import Spool, Workspace
 from .encode import Encoder, encoder, encoding_errors
-from .formats import MIX, Encoding
-from .output import PAGE_ENCODING, PIPE, Output
+from .formats import MIX, Format
+from .output import PAGE_FORMAT, PIPE
 from .player import Page, write_page
 from .video import Picture, VideoEncoder
 
@@ -46,75 +46,64 @@ class StemFile:
 
 
 @dataclass(frozen=True)
-class Extras:
-    """A track's file has these besides the samples that are separated.
+class Target:
+    """The facts that the files of a track share.
 
-    `original` is its sound at its own rate, where stems are written at that.
+    Args:
+        format: the format, with its options.
+        clip: the clip mode.
+        space: the workspace of unfinished files.
+        samplerate: hertz, of the samples that are written to it.
+        rate: hertz, of the files.
+        channels: of the stems.
+        model: the name of the model.
+        tags: of the track; `title` at least, unless there are none.
+        length: the number of samples that each file gets (default: what resampling gives).
+        cover: the file of a picture.
+        picture: the picture of a video that goes with the stem.
+        original: the mix at `rate`, if that is not made from the samples that are written.
     """
 
+    format: Format
+    clip: str | None
+    space: Workspace
+    samplerate: int
+    rate: int
+    channels: int
+    model: str
+    tags: Mapping[str, str]
+    length: int | None = None
     cover: bytes | None = None
     picture: Picture | None = None
     original: Spool | None = None
 
-
-@dataclass(frozen=True)
-class Target:
-    """The files of a track have this in common.
-
-    `length` is the number of samples that each gets at `rate` hertz; None: what resampling gives.
-    """
-
-    output: Output
-    encoding: Encoding
-    space: Workspace
-    samplerate: int  # of the model
-    channels: int
-    rate: int
-    length: int | None
-    tags: Mapping[str, str]
-    model: str
-    extras: Extras = field(default_factory=Extras)
-
     @property
     def sounds(self) -> Target:
-        """The target of a page's sounds."""
-        return replace(
-            self,
-            encoding=PAGE_ENCODING,
-            channels=min(self.channels, PAGE_ENCODING.kind.channels),
-            rate=PAGE_ENCODING.samplerate(self.samplerate),
-            length=None,
-            tags={},
-            extras=Extras(),
-        )
+        """The target of the sounds of a page to listen with."""
+        channels = min(self.channels, PAGE_FORMAT.most_channels)
+        rate = PAGE_FORMAT.samplerate(self.samplerate)
+        space, old_rate = self.space, self.samplerate
+        return Target(PAGE_FORMAT, "rescale-all", space, old_rate, rate, channels, self.model, {})
 
 
 class _Signal:
-    """A stem on its way: resampled, measured, and kept until its gain is known.
+    """A stem on its way: resampled, measured, and kept in `spool` until its gain is known.
 
-    With a `sink`, which takes samples at the target's rate, it is handed on at once. An `original`
-    is there already, at that rate.
+    With a `sink`, which takes samples at the target's rate, it is handed on at once.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        clip: str | None,
-        sink: Callable[[Tensor], None] | None = None,
-        original: Spool | None = None,
-    ) -> None:
-        self.clip, self.channels = clip, target.channels
-        self.peak = 0.0
-        self.divisor = 1.0
-        self.spool = original
+    def __init__(self, target: Target, name: str, sink: Callable[[Tensor], None] | None) -> None:
+        self.clip, self.channels = target.clip, target.channels
+        self.peak, self.divisor = 0.0, 1.0
         self._sink = sink
         self._resampler: Resampler | None = None
-        if original is None:
-            self._resampler = Resampler(target.samplerate, target.rate, target.length)
-            self.spool = None if sink else target.space.spool(target.channels)
+        if name == MIX and target.original is not None:
+            self.spool: Spool | None = target.original
+            peaks = (block.abs().max().item() for block in target.original.blocks(BLOCK))
+            self.peak = max(peaks, default=0.0)
         else:
-            for block in original.blocks(BLOCK):
-                self.peak = max(self.peak, block.abs().max().item())
+            self.spool = None if sink else target.space.spool(target.channels)
+            self._resampler = Resampler(target.samplerate, target.rate, target.length)
 
     def write(self, block: Tensor | None) -> None:
         """Take samples `[C, n]` at the model's rate, or None for the end."""
@@ -132,40 +121,34 @@ class _Signal:
         elif self.spool is not None:
             self.spool.write(block)
 
-    def blocks(self, advance: Callable[[int], None]) -> Iterator[Tensor]:
-        """Yield the samples that were kept with their gain; `advance` counts them."""
-        for block in self.spool.blocks(BLOCK) if self.spool is not None else ():
-            advance(block.shape[-1])
-            yield block / self.divisor
-
 
 class _FileWriter:
     """A file on its way, with one stem in it or several."""
 
-    def __init__(self, target: Target, names: Sequence[str], clip: str | None) -> None:
+    def __init__(self, target: Target, names: Sequence[str]) -> None:
         self.file = target.space.file()
         self._handle = self.file.open("w+b")
-        extras, together = target.extras, target.encoding.kind.is_together
+        together = target.format.is_together
         tags = dict(target.tags)
         if tags and not together:
             tags["title"] = f"{tags['title']} ({names[0]})"
         # Players show the names of streams.
-        arguments = (self._handle, target.encoding, target.rate, target.channels, names, tags)
-        if extras.picture is not None:
-            self._encoder: Encoder = VideoEncoder(extras.picture, *arguments)
+        arguments = (self._handle, target.format, target.rate, target.channels, names, tags)
+        if target.picture is not None:
+            self._encoder: Encoder = VideoEncoder(target.picture, *arguments)
         else:
-            self._encoder = encoder(*arguments, extras.cover)
-        sink = None if together or clip in RESCALING else lambda block: self._encoder.write([block])
-        self.signals = {
-            name: _Signal(target, clip, sink, extras.original if name == MIX else None)
-            for name in names
-        }
+            self._encoder = encoder(*arguments, target.cover)
+        waits = together or target.clip in RESCALING
+        sink = None if waits else lambda block: self._encoder.write([block])
+        self.signals = {name: _Signal(target, name, sink) for name in names}
 
     def encode(self, advance: Callable[[int], None]) -> None:
-        """Encode the samples that were kept, and make the file whole."""
+        """Encode the samples that were kept, and make the file whole. `advance` counts them."""
         advance(0)
-        for blocks in zip(*(signal.blocks(advance) for signal in self.signals.values())):
-            self._encoder.write(blocks)
+        spools = [s.spool.blocks(BLOCK) for s in self.signals.values() if s.spool is not None]
+        for blocks in zip(*spools):
+            self._encoder.write([b / s.divisor for b, s in zip(blocks, self.signals.values())])
+            advance(sum(block.shape[-1] for block in blocks))
         self._encoder.close()
         self.close()
 
@@ -188,31 +171,26 @@ class TrackWriter:
     def __init__(
         self, paths: Mapping[str, Location], target: Target, page: Location | None
     ) -> None:
-        self.paths = paths
-        self.target = target
-        self.page = page
+        self.paths, self.target, self.page = paths, target, page
         self._writers: list[tuple[Location, _FileWriter]] = []
-        self._sounds: dict[str, _Signal] = {}
         self._finished: dict[Location, Path] = {}  # the file that becomes each path
         self._signals: dict[str, _Signal] = {}
+        self._sounds: dict[str, _Signal] = {}
         for path in dict.fromkeys(paths.values()):
             names = [name for name, other in paths.items() if other == path]
-            writer = self._add(path, target, names, target.output.clip_mode)
+            writer = self._add(path, target, names)
             self._signals |= writer.signals
             self._finished[path] = writer.file
         if page is not None:
             with self._writing(page):
                 self._finished[page] = target.space.file()
             for name in paths:
-                if not (target.output.is_together and name == MIX):
-                    writer = self._add(page, target.sounds, [name], "rescale-all")
-                    self._sounds |= writer.signals
+                if not (target.format.is_together and name == MIX):
+                    self._sounds |= self._add(page, target.sounds, [name]).signals
 
-    def _add(
-        self, path: Location, target: Target, names: Sequence[str], clip: str | None
-    ) -> _FileWriter:
+    def _add(self, path: Location, target: Target, names: Sequence[str]) -> _FileWriter:
         with self._writing(path):
-            writer = _FileWriter(target, names, clip)
+            writer = _FileWriter(target, names)
             self._writers.append((path, writer))
         return writer
 
@@ -235,22 +213,18 @@ class TrackWriter:
                 for name, signal in writer.signals.items():
                     signal.write(blocks[name])
 
-    def finish(
-        self,
-        check: Callable[[], None],
-        progress: Callable[[float], None] = lambda fraction: None,
-    ) -> dict[str, StemFile]:
-        """Encode what is left and let the files appear; what `check` raises ends that.
+    def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
+        """Encode what is left and let the files appear.
 
-        `progress` is told the fraction of the samples that are encoded, from one thread at a time.
+        `progress` is called with the fraction of the samples that are encoded, in one thread at a
+        time. An exception that it raises ends the work.
         """
         self._write(dict.fromkeys(self.paths))
-        clip = self.target.output.clip_mode
-        for signals, mode in ((self._signals, clip), (self._sounds, "rescale-all")):
+        for signals, mode in ((self._signals, self.target.clip), (self._sounds, "rescale-all")):
             loudest = max((signal.peak for signal in signals.values()), default=0.0)
             for signal in signals.values() if mode in RESCALING else ():
                 signal.divisor = rescale_divisor(loudest if mode == "rescale-all" else signal.peak)
-        self._encode(check, progress)
+        self._encode(progress)
         if self.page is not None:
             with self._writing(self.page):
                 self._write_page(self._finished[self.page])
@@ -260,22 +234,16 @@ class TrackWriter:
             for name, signal in self._signals.items()
         }
 
-    def _encode(self, check: Callable[[], None], progress: Callable[[float], None]) -> None:
-        waiting = [
-            signal.spool.length
-            for _, writer in self._writers
-            for signal in writer.signals.values()
-            if signal.spool is not None
-        ]
-        lock, encoded, whole = threading.Lock(), 0, sum(waiting)
+    def _encode(self, progress: Callable[[float], None]) -> None:
+        signals = [s for _, writer in self._writers for s in writer.signals.values()]
+        whole = sum(signal.spool.length for signal in signals if signal.spool is not None)
+        lock, encoded = threading.Lock(), 0
 
         def advance(samples: int) -> None:
             nonlocal encoded
-            check()
             with lock:
                 encoded += samples
-                if samples:
-                    progress(encoded / whole)
+                progress(encoded / max(1, whole))
 
         with worker_pool(min(len(self._writers), os.cpu_count() or 1)) as pool:
             futures = [(path, pool.submit(w.encode, advance)) for path, w in self._writers]
@@ -302,11 +270,16 @@ class TrackWriter:
 
     def _publish(self) -> None:
         """Let all files appear, or none: one that fails takes back those before it."""
-        with contextlib.ExitStack() as published:
+        published: list[Undo] = []
+        try:
             for path, file in self._finished.items():
                 with self._writing(path):
-                    published.callback(_taking_back, _publish(file, path))
-            published.pop_all()
+                    published.append(_publish(file, path))
+        except BaseException:
+            for undo in reversed(published):
+                with contextlib.suppress(OSError, SaveAudioError):
+                    undo()
+            raise
         for file in self._finished.values():
             replaced_by(file).unlink(missing_ok=True)
 
@@ -345,8 +318,3 @@ def standard_output() -> Iterator[IO[bytes]]:
         return
     with open(copy, "wb") as file:  # noqa: PTH123
         yield file
-
-
-def _taking_back(undo: Undo) -> None:
-    with contextlib.suppress(OSError, SaveAudioError):  # the first error is the one to tell
-        undo()
