@@ -38,14 +38,14 @@ from .engine.options import (
 from .engine.plan import ApplyOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
-from .io.output import Output
-from .io.stems import mixed, needed_sources, parse_stems
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
 from .read.decode import AudioInput
 from .read.mixture import Decoder, Excerpt, Limits, Mixture
 from .read.pcm import as_samples, strange_samples
 from .storage.locations import local_copy, location
+from .write.output import Output
+from .write.stems import mixed, needed_sources, parse_stems
 
 __all__ = [
     "LoadAudioError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ import demucs.demucs
 import demucs.hdemucs
 import demucs.htdemucs
 import numpy as np
+import pytest
 import soundfile
 import torch
 import yaml
@@ -30,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.io.boxes import find
+from demucs_infer.read.boxes import find
 from demucs_infer.separate import command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -320,11 +322,20 @@ def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str
     return path
 
 
+def probe(path: Path, *entries: str) -> Any:
+    """Run ffprobe on a file and return its JSON."""
+    if shutil.which("ffprobe") is None:
+        pytest.skip("needs ffprobe")
+    command = ["ffprobe", "-v", "error", "-of", "json", *entries, str(path)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
 def stem_box(path: Path) -> dict[str, Any]:
     """The JSON of a stem file."""
-    box = find(data := path.read_bytes(), b"moov", b"udta", b"stem")
-    assert box is not None
-    return json.loads(data[box.content : box.stop])
+    with path.open("rb") as file:
+        box = find(file, b"moov", b"udta", b"stem")[2]
+        file.seek(box.content)
+        return json.loads(file.read(box.stop - box.content))
 
 
 def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import av
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import decoded, logger
+from .boxes import read_tempo
 from .packets import AV_ERRORS, MAX_CHANNELS, SAMPLE_RATES, Damage, TrackDecoder
 from .pcm import convert_audio
 from .quirks import Link, find_links, open_container
@@ -79,11 +80,15 @@ class AudioFile:
     @property
     def tags(self) -> dict[str, str]:
         """The tags that describe the music, such as `title` and `artist`, under FFmpeg's names."""
-        with self._open() as container:
+        with self._links() as links, self._container(links[0]) as container:
             # Ogg keeps tags in its streams.
             streams = container.streams.audio[:1]
             metadata = [stream.metadata for stream in streams] + [container.metadata]
-            return clean_tags({name: text for tags in metadata for name, text in tags.items()})
+            tags = {name: text for tags in metadata for name, text in tags.items()}
+            tempo = (
+                read_tempo(cast(IO[bytes], links[0])) if "mp4" in container.format.name else None
+            )
+            return clean_tags(tags if tempo is None else {**tags, "tmpo": str(tempo)})
 
     @property
     def bits(self) -> int:
