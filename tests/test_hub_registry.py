@@ -110,14 +110,12 @@ def test_checkpoints() -> None:
     assert len(found) == 34
     assert len({checkpoint.file for checkpoint in found.values()}) == 34
     for sig, checkpoint in found.items():
-        assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256), sig
         checksum = re.search(r"-([0-9a-f]{8})\.th$", checkpoint.file)
         if not registry.is_community(sig):
             assert checkpoint.file.startswith(f"{sig}-")
             assert checksum
         if checksum:
             assert checkpoint.sha256.startswith(checksum[1])
-        assert checkpoint.description
         assert registry.is_community(sig) == bool(checkpoint.source)
 
 
@@ -127,7 +125,6 @@ def test_bags() -> None:
     assert len(found) == 17
     assert {sig for bag in found.values() for sig in bag["models"]} == set(known) - {"demo"}
     for name, bag in found.items():
-        assert bag["description"], name
         assert len(bag.get("weights", bag["models"])) == len(bag["models"])
         assert all(len(row) == len(bag["sources"]) for row in bag.get("weights", []))
         for sig in bag["models"]:
