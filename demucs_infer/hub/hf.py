@@ -176,16 +176,18 @@ class RemoteFile:
         url = model.url(file)
         limits = replace(http.LIMITS, longest=http.LIMITS.span)
         with http.request(url, limits, token_header(), "HEAD", stop_at=COMMIT_HEADER) as answer:
-            reason = ERRORS.get(answer.headers.get("X-Error-Code", ""))
+            reason = ERRORS.get(answer.header("X-Error-Code"))
             if reason:
-                raise http.HostError(url, reason.format(model, file), status=answer.status)
-            if answer.status >= 400:
+                raise http.HostError(
+                    url, reason.format(model, file), status=answer.response.status_code
+                )
+            if answer.response.status_code >= 400:
                 answer.check()
-            etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
+            etag = answer.header("X-Linked-ETag") or answer.header("ETag")
             etag = etag.removeprefix("W/").strip('"').lower()
-            commit = answer.headers.get(COMMIT_HEADER, "")
+            commit = answer.header(COMMIT_HEADER)
             # The length of a redirect is not that of the file.
-            own = None if "Location" in answer.headers else answer.number()
+            own = None if answer.header("Location") else answer.number()
             length = answer.number("X-Linked-Size")
         return cls(
             commit if SHA1.fullmatch(commit) else "",
