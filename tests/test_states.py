@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import pickle
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +27,6 @@ from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub.checkpoints import read_package
 from demucs_infer.states import (
     copy_state,
     get_quantizer,
@@ -80,37 +77,11 @@ def test_half_precision_becomes_float32(theirs: torch.nn.Module, tmp_path: Path)
         assert torch.equal(tensor, theirs.state_dict()[name].half().float())
 
 
-def test_hybrid_checkpoints(tmp_path: Path) -> None:
-    reference = shake(demucs.hdemucs.HDemucs(**HYBRID, dconv_lstm=1))
-    model = load_model(save_package(tmp_path / "a.th", reference))
-    assert type(model) is HDemucs
-    mix = noise(2, 30_000)[None]
-    with torch.no_grad():
-        assert_close(model(mix), reference(mix))
-
-
 def test_the_installed_reference_is_not_touched(theirs: torch.nn.Module, tmp_path: Path) -> None:
     path = save_package(tmp_path / "a.th", theirs)
     code = "import sys; from demucs_infer.states import load_model; load_model(sys.argv[1]);"
     code += "sys.exit(any(name.partition('.')[0] == 'demucs' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
-
-
-def test_own_packages_are_read_back(tmp_path: Path) -> None:
-    model = HTDemucs(**TINY)
-    path = save_package(tmp_path / "a.th", model)
-    assert load_model(path).segment == model.segment
-
-
-@pytest.mark.parametrize("quantizer", [diffq.UniformQuantizer, diffq.DiffQuantizer])
-def test_quantized_checkpoints(quantizer: type, tmp_path: Path) -> None:
-    reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
-    state = demucs.states.get_state(packed, quantizer(packed, min_size=0.01))
-    path = save_package(tmp_path / "a.th", reference, state=state)
-    demucs.states.set_state(reference, state)
-    mix = noise(2, 3000)[None]
-    with torch.no_grad():
-        assert_close(load_model(path)(mix), reference(mix))
 
 
 def test_a_quantized_checkpoint_without_diffq(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,16 +142,6 @@ def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name])
     theirs = demucs.hf.load_safetensors_model(tmp_path / "b.safetensors").state_dict()
     assert all(torch.equal(theirs[name], expected[name]) for name in expected)
-
-
-def test_conversion_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.th").write_text("no checkpoint")
-    for target in ("b.safetensors", "b.th"):
-        with pytest.raises(SystemExit) as exit:
-            convert.main([str(tmp_path / "a.th"), str(tmp_path / target)])
-        assert exit.value.code == 1
-        assert len(capsys.readouterr().err.splitlines()) == 1
-        assert not (tmp_path / target).exists()
 
 
 def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
@@ -262,16 +223,6 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
         "huge list": b"\x80\x04" + b"](" * 100_000 + b".",
     }
     return {name: pickle.dumps({"state": call}) for name, call in calls.items()} | handmade
-
-
-@pytest.mark.parametrize("name", hostile_pickles(Path("proof")))
-def test_hostile_pickles_are_refused_and_run_nothing(name: str, tmp_path: Path) -> None:
-    proof = tmp_path / "proof"
-    path = archive(tmp_path / "a.th", hostile_pickles(proof)[name])
-    with pytest.raises(ModelLoadingError, match=r"a\.th") as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value)
-    assert not proof.exists()
 
 
 def test_a_folder_of_hostile_files(theirs: torch.nn.Module, tmp_path: Path, track: Path) -> None:
@@ -404,78 +355,14 @@ def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path:
     assert 0.9 * weights <= int(result.stdout) * 1024 <= 2.2 * weights
 
 
-def tensor_pickle(size: tuple, stride: tuple, offset: int = 0, numel: int = 4) -> bytes:
-    """A pickled tensor with the shape as given, over a storage of four values."""
-
-    class Storage:
-        pass
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: object):
-            if isinstance(obj, Storage):
-                return ("storage", torch.FloatStorage, "0", "cpu", numel)
-            return None
-
-    buffer = io.BytesIO()
-    arguments = (Storage(), offset, size, stride, False, None)
-    call = Reduce(torch._utils._rebuild_tensor_v2, *arguments)
-    Pickler(buffer, 2).dump({"state": {"x": call}})
-    return buffer.getvalue()
-
-
-def test_tensors_are_read(tmp_path: Path) -> None:
-    values = torch.arange(4.0).numpy().tobytes()
-    path = archive(tmp_path / "a.th", tensor_pickle((2, 2), (1, 2)), **{"0": values})
-    assert read_package(path)["state"]["x"].tolist() == [[0, 2], [1, 3]]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ((5,), (1,)),
-        ((2, 2), (4, 1)),
-        ((-2,), (1,)),
-        ((2,), (-1,)),
-        ((2,), (1,), 3),
-        ((2,), (1,), -1),
-        ((10**12,), (0,)),
-        ((2, 2), (1,)),
-        ((4,), (1,), 0, 10**9),
-    ],
-    ids=str,
-)
-def test_tensors_outside_of_their_storage_are_refused(arguments: tuple, tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.th", tensor_pickle(*arguments), **{"0": bytes(16)})
-    with pytest.raises(ModelLoadingError, match="refused"):
-        load_model(path)
-
-
-def test_files_that_are_no_archives(theirs: torch.nn.Module, tmp_path: Path) -> None:
-    path = save_package(tmp_path / "a.th", theirs)
-    whole = path.read_bytes()
-    for content in (b"", b"x", b"text\n" * 100, whole[: len(whole) // 2], whole[1000:]):
-        path.write_bytes(content)
-        with pytest.raises(ModelLoadingError):
-            load_model(path)
-    torch.save({"state": {}}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ModelLoadingError):
-        load_model(path)
+def test_files_that_are_no_packages(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadingError, match="no such checkpoint"):
         load_model(tmp_path / "b.th")
     with pytest.raises(ModelLoadingError, match=r"is a \.th or"):
         load_model(tmp_path / "b.txt")
-    torch.save([1, 2], path)
+    torch.save([1, 2], tmp_path / "a.th")
     with pytest.raises(ModelLoadingError, match="holds a list"):
-        load_model(path)
-
-
-def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.th"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", pickle.dumps({}))
-        file.writestr("archive/data/0", bytes(10**8))
-    with pytest.raises(ModelLoadingError, match="compressed"):
-        load_model(path)
+        load_model(tmp_path / "a.th")
 
 
 def test_states(tmp_path: Path) -> None:

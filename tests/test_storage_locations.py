@@ -267,9 +267,7 @@ def test_one_line_says_what_is_wrong(
     assert not bucket.find("bucket")
 
 
-@pytest.mark.parametrize("side", ["in", "out"])
 def test_no_credentials(
-    side: str,
     bucket: s3fs.S3FileSystem,
     command: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -280,15 +278,10 @@ def test_no_credentials(
     s3fs.S3FileSystem.clear_instance_cache()
     Path("a.wav").write_bytes(wav(0.1))
     with pytest.raises(SystemExit):
-        command(*(["s3://bucket/a.wav"] if side == "in" else ["a.wav", "-o", "s3://bucket/out"]))
-    errors = [
-        x
-        for x in capsys.readouterr().err.splitlines()
-        if not x.startswith(("Separating", "Stems in"))
-    ]
-    assert len(errors) == 1
-    assert "s3://bucket/" in errors[0]
-    assert "credentials" in errors[0]
+        command("a.wav", "-o", "s3://bucket/out", "-q")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "s3://bucket/" in error
+    assert "credentials" in error
 
 
 def test_a_back_end_that_is_not_installed(
