@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
+from ..engine.options import SeparationOptions
 from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..io.container import Picture, read_cover
@@ -35,7 +36,7 @@ from ..io.player import check_length
 from ..io.writer import BLOCK, Extras, StemFile, Target, TrackWriter
 from ..log import logger
 from ..read.decode import AudioFile
-from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
+from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
 from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
@@ -62,9 +63,7 @@ class StemSource(Protocol):
     @property
     def stems(self) -> list[str]: ...
     @property
-    def limits(self) -> Limits: ...
-    @property
-    def excerpt(self) -> Excerpt: ...
+    def options(self) -> SeparationOptions: ...
     def plan(self, length: int) -> list[Pass]: ...
     def blocks(
         self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
@@ -236,7 +235,7 @@ class Batch:
     ) -> _Decoded:
         separator, output = self.separator, self.output
         channels, model_rate = separator.audio_channels, separator.samplerate
-        decoder = Decoder(file, model_rate, channels, separator.limits, separator.excerpt)
+        decoder = Decoder(file, model_rate, channels, separator.options)
         extras = self._extras(file, decoder, stack)
         spool, moments = self._spool(stack), Moments()
         for block in decoder.chunks(None if extras.original is None else extras.original.write):
@@ -403,7 +402,7 @@ def warn_of_full_disk(
         with contextlib.suppress(DemucsInferError, OSError):  # They are raised again later.
             if isinstance(job.track, Path) and job.track.is_file() and not job.is_done:
                 seconds = AudioFile(job.track).duration
-                lengths.append(min(seconds, separator.excerpt.duration or seconds))
+                lengths.append(min(seconds, separator.options.duration or seconds))
     samples, encoding = separator.samplerate * separator.audio_channels, output.encoding
     size = (encoding.bitrate or encoding.kind.bitrate) * 125.0  # bytes per second of a stem
     if encoding.depth:
