@@ -31,7 +31,6 @@ from .engine.options import (
     SeparationOptions,
     SeparatorOptions,
     takes,
-    updates,
 )
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
@@ -176,7 +175,7 @@ class Separator:
         """The name of the model in paths of stems: without the folder of its file."""
         return model_label(self._chosen(ModelOptions).model)
 
-    @updates(SeparationOptions)
+    @takes(SeparationOptions, some=True)
     def update_parameter(self, changes: dict[str, Any]) -> None:
         """Change the options that are given, for the separations that follow.
 

@@ -1,7 +1,7 @@
 """Options of a separation: a field of a dataclass is an option's default, help, type and flag.
 
-`Separator`, `update_parameter`, `--help` and the docstrings are made of these fields (`takes`,
-`updates`, `add_flags`). One frozen `SeparationOptions` goes from the interface to the decoder, the
+`Separator`, `update_parameter`, `--help` and the docstrings are made of these fields (`takes`
+and `add_flags`). One frozen `SeparationOptions` goes from the interface to the decoder, the
 engine and the backends. Importing this module does not import PyTorch.
 """
 
@@ -15,7 +15,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -53,8 +53,13 @@ def option(default: Any, help: str, *flags: str, section: str = "", **how: Any) 
         flags: the flags on the command line (default: the field's name); "" for none.
         section: a title in `--help`, for this option and those after it.
         how: arguments of `add_argument`; and `group`: options of one group exclude each other; and
-            `shortcuts`: further flags, with the value that each stands for.
+            `shortcuts`: further flags, with the value that each stands for. An option that is False
+            by default needs no `action`, and one with a `number` as its `type` no `metavar`.
     """
+    if default is False:
+        how.setdefault("action", "store_true")
+    if isinstance(how.get("type"), number):
+        how.setdefault("metavar", how["type"].metavar)
     metadata = {"help": help, "flags": flags, "section": section, "how": how}
     return field(default=default, metadata=metadata)
 
@@ -66,6 +71,7 @@ class number:
     kind: Callable[[str], Any]
     wanted: str
     fits: Callable[[Any], bool]
+    metavar: str | None = None
 
     def __call__(self, text: str) -> Any:
         """Parse `text`."""
@@ -89,13 +95,15 @@ def parse_time(text: str) -> float:
     return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
 
 
-COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0 and n == n // 1)
-POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1 and n == n // 1)
-WHOLE = number(int, "a whole number", lambda n: n == n // 1)
-OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
-TIME = number(parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: 0 <= x < math.inf)
-DURATION = number(parse_time, "a time above 0 such as 90 or 1:30", lambda x: 0 < x < math.inf)
-SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < math.inf)
+COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0 and n == n // 1, "N")
+POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1 and n == n // 1, "N")
+WHOLE = number(int, "a whole number", lambda n: n == n // 1, "N")
+OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1, "PART")
+SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < math.inf, "SECONDS")
+TIME = number(
+    parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: 0 <= x < math.inf, "TIME"
+)
+DURATION = replace(TIME, wanted="a time above 0 such as 90 or 1:30", fits=SECONDS.fits)
 
 
 @dataclass(frozen=True)
@@ -152,13 +160,11 @@ class SeparationOptions:
         " without an offset, always the same result (default: %(default)s)",
         section=HOW,
         type=COUNT,
-        metavar="N",
     )
     overlap: float = option(
         0.25,
         "part of a window that the next one covers, from 0 to less than 1 (default: %(default)s)",
         type=OVERLAP,
-        metavar="PART",
     )
     split: bool = option(
         True,
@@ -172,7 +178,6 @@ class SeparationOptions:
         None,
         "length of a window in seconds: less needs less memory (default: the model's)",
         type=SECONDS,
-        metavar="SECONDS",
         group="windows",
     )
     jobs: int = option(
@@ -182,7 +187,6 @@ class SeparationOptions:
         "--jobs",
         section=RUNS,
         type=COUNT,
-        metavar="N",
     )
     progress: bool = option(False, "show progress bars on standard error", "")
     callback: Callback | None = option(
@@ -204,17 +208,15 @@ class SeparationOptions:
         "separate a file from this time on: 90, 1:30 or 1:02:03.5 (in Python seconds)",
         section=HOW,
         type=TIME,
-        metavar="TIME",
     )
     duration: float | None = option(
-        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=DURATION, metavar="TIME"
+        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=DURATION
     )
     seed: int | None = option(
         None,
         "draw the offsets of the shifts of each track from this number: the same stems each time",
         section=HOW,
         type=WHOLE,
-        metavar="N",
     )
     precision: str = option(
         "float32",
@@ -231,27 +233,22 @@ class SeparationOptions:
         choices=tuple(ENGINES),
     )
     compile: bool = option(
-        False,
-        "compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
-        action="store_true",
+        False, "compile the network with PyTorch, which takes minutes: for many tracks on a GPU"
     )
     batch_size: int | None = option(
         None,
         "windows in one batch (default: on a GPU what its memory holds, else 1)",
         type=POSITIVE,
-        metavar="N",
     )
     max_duration: float | None = option(
         None,
         "refuse tracks that are longer, as soon as that is known (default: any length)",
         section=READ,
         type=SECONDS,
-        metavar="SECONDS",
     )
     strict: bool = option(
         False,
         "a track that is damaged or cut off is an error, instead of separated without the damage",
-        action="store_true",
     )
 
     def __post_init__(self) -> None:
@@ -333,24 +330,6 @@ def values_of(options: type, args: argparse.Namespace) -> dict[str, Any]:
 # The parameters of functions.
 
 
-def takes(
-    options: Callable[Given, Any],
-) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Given], Result]]:
-    """Decorate a method of (self, options) so that it is called with the fields of `options`.
-
-    Its signature and docstring then show each of them, and type checkers know them.
-    """
-
-    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Any, Given], Result]:
-        @functools.wraps(method)
-        def wrapped(self: Any, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-            return method(self, options(*args, **kwargs))
-
-        return _documented(wrapped, options)
-
-    return decorate
-
-
 class _NotProvided:
     """Stands for an argument that was not given, where `None` is a value."""
 
@@ -361,38 +340,35 @@ class _NotProvided:
 NotProvided: Any = _NotProvided()
 
 
-def updates(
-    options: Callable[Given, Any],
+def takes(
+    options: Callable[Given, Any], *, some: bool = False
 ) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Given], Result]]:
-    """Decorate a method of (self, changes) so that it is called with some fields of `options`."""
+    """Decorate a method of (self, options) so that it is called with the fields of `options`.
+
+    Its signature and docstring then show each of them, and type checkers know them. With `some`,
+    each field may be left out, and the method gets a dictionary of those that are given.
+    """
+    signature = inspect.signature(options)
 
     def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Any, Given], Result]:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-            given = inspect.signature(options).bind(*args, **kwargs).arguments
+            if not some:
+                return method(self, options(*args, **kwargs))
+            given = signature.bind(*args, **kwargs).arguments
             return method(self, {n: v for n, v in given.items() if v is not NotProvided})
 
-        return _documented(wrapped, options, default=NotProvided)
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        for parameter in signature.parameters.values():
+            parameters.append(parameter.replace(default=NotProvided) if some else parameter)
+        new: Any = wrapped
+        new.__signature__ = inspect.Signature(parameters, return_annotation=None)
+        lines = [inspect.getdoc(method) or "", "", "Args:"]
+        for f in fields(options):  # type: ignore[arg-type]
+            if f.metadata:
+                text = f"    {f.name}: {f.metadata['help'] % {'default': f.default}}"
+                lines.append(textwrap.fill(text, width=96, subsequent_indent=" " * 8))
+        new.__doc__ = "\n".join(lines)
+        return new
 
     return decorate
-
-
-def _documented(method: Any, options: Any, **change: Any) -> Any:
-    """Give `method` the fields of `options` in its signature and its docstring."""
-    parameters = inspect.signature(options).parameters.values()
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = inspect.Signature(
-        [this, *(parameter.replace(**change) for parameter in parameters)], return_annotation=None
-    )
-    lines = [
-        textwrap.fill(
-            f"{f.name}: {f.metadata['help'] % {'default': f.default}}",
-            width=96,
-            initial_indent="    ",
-            subsequent_indent="        ",
-        )
-        for f in fields(options)
-        if f.metadata
-    ]
-    method.__doc__ = "\n".join([f"{inspect.getdoc(method)}\n\nArgs:", *lines])
-    return method

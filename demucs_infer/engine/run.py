@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 from math import isinf
 from typing import Any
 
@@ -146,8 +145,9 @@ def _run_windows(
             module = members[index].module
             homes[index] = members[index].device
             module.to(batches.device).eval()
-            runs = fast_copy(module) if batches.device.type == "cpu" else module
-            ready[index] = replace(members[index], runs=runs)
+            ready[index] = member = Member(module)
+            if batches.device.type == "cpu":
+                member.runs = fast_copy(module)
         return ready[index]
 
     def release(index: int) -> None:

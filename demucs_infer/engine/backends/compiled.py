@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from ... import __version__
 from ...errors import OptionError
 from ...log import logger
-from ..model import Model
+from ..model import Model, Network
 from ..options import SeparationOptions
 from . import Backend, EngineModel
 
-Compiled = Callable[..., tuple[Tensor, ...]]
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -46,36 +45,24 @@ class CompilingBackend(Backend):
         self.cache = CompiledCache(None if cache is None else cache / self.name)
 
     @abstractmethod
-    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Compiled:
+    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Network:
         """Compile the network of `model` for tensors of the shapes of `inputs`.
 
         Threads may share the result. Raises `OptionError` for a network that the engine cannot run.
         """
 
     def converted(self, model: Model) -> nn.Module:
-        return EngineModel(model, _Network(self, model))
+        lock, compiled = threading.Lock(), dict[tuple[torch.Size, ...], Network]()
 
+        def network(*inputs: Tensor) -> tuple[Tensor, ...]:
+            shapes = tuple(x.shape for x in inputs)
+            with lock:
+                if not compiled:
+                    compiled[shapes] = self.compiled(model, inputs)
+            # PyTorch runs windows of other lengths: at the end of a track, of some models.
+            return compiled.get(shapes, model.network)(*inputs)
 
-class _Network:
-    """The network of `model`, compiled once, for the shape of the first window.
-
-    PyTorch runs windows of other lengths: those at the end of a track, for models of any length.
-    """
-
-    def __init__(self, backend: CompilingBackend, model: Model) -> None:
-        self._backend, self._model = backend, model
-        self._lock = threading.Lock()
-        self._compiled: Compiled | None = None
-        self._shapes: tuple[torch.Size, ...] = ()
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        shapes = tuple(x.shape for x in inputs)
-        with self._lock:
-            if self._compiled is None:
-                self._compiled = self._backend.compiled(self._model, inputs)
-                self._shapes = shapes
-        run = self._compiled if shapes == self._shapes else self._model.network
-        return run(*inputs)
+        return EngineModel(model, network)
 
 
 def cache_name(model: Model, inputs: Sequence[Tensor], *facts: object) -> str:

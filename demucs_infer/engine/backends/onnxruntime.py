@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ...errors import DemucsInferError, MissingDependencyError, OptionError
 from ...log import logger
-from ..model import Model, cast
+from ..model import Model, Network, cast
 from ..options import GRAPH_PRECISIONS, SeparationOptions
 from . import NetworkModule
-from .compiled import Compiled, CompilingBackend, cache_name
+from .compiled import CompilingBackend, cache_name
 
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 SUFFIX = "ExecutionProvider"
@@ -87,7 +87,7 @@ class Backend(CompilingBackend):
         yield from (name for name in self._available if name not in (CPU, *ONLY_BY_NAME))
         yield CPU
 
-    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Compiled:
+    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Network:
         precision = self.options.precision
         file = f"{cache_name(model, inputs, precision)}-{precision}.onnx"
         graph = self.cache.load(file)

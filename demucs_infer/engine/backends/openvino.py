@@ -15,10 +15,10 @@ from torch import Tensor
 from ...errors import MissingDependencyError, OptionError
 from ...log import logger
 from ..machine import ONEDNN, limit_on_bfloat16
-from ..model import Model
+from ..model import Model, Network
 from ..options import SeparationOptions
 from . import NetworkModule
-from .compiled import Compiled, CompilingBackend, cache_name
+from .compiled import CompilingBackend, cache_name
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's precisions
 PYTORCH_DEVICES = ("cuda", "mps")
@@ -56,7 +56,7 @@ class Backend(CompilingBackend):
             return f"OpenVINO has no instructions for it on {self.target}"
         return limit_on_bfloat16(*ONEDNN) if self.target == "CPU" else None
 
-    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Compiled:
+    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Network:
         compiled = self._compile(model, inputs)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
