@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
+from ..engine.options import SeparationOptions
 from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError
 from ..log import logger
 from ..read.decode import AudioFile
-from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
+from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
 from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
@@ -62,9 +63,7 @@ class StemSource(Protocol):
     @property
     def stems(self) -> list[str]: ...
     @property
-    def limits(self) -> Limits: ...
-    @property
-    def excerpt(self) -> Excerpt: ...
+    def options(self) -> SeparationOptions: ...
     def plan(self, length: int) -> list[Pass]: ...
     def blocks(
         self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
@@ -237,7 +236,7 @@ class Batch:
     def _decode_file(self, job: TrackJob, file: AudioFile, stack: contextlib.ExitStack) -> _Track:
         separator, output, form = self.separator, self.output, self.output.file_format
         channels, model_rate = separator.audio_channels, separator.samplerate
-        decoder = Decoder(file, model_rate, channels, separator.limits, separator.excerpt)
+        decoder = Decoder(file, model_rate, channels, separator.options)
         rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
         keeps_rate = rate == decoder.rate != model_rate
         # The mix of a file of all stems then needs no resampling.
@@ -370,7 +369,7 @@ def warn_of_full_disk(
         with contextlib.suppress(DemucsInferError, OSError):  # They are raised again later.
             if isinstance(job.track, Path) and job.track.is_file() and not job.is_done:
                 seconds = AudioFile(job.track).duration
-                lengths.append(min(seconds, separator.excerpt.duration or seconds))
+                lengths.append(min(seconds, separator.options.duration or seconds))
     rate, channels = separator.samplerate, separator.audio_channels
     stems = len(output.stems(separator.stems))
     size = output.file_format.bytes_per_second(rate, channels)
