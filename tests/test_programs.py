@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import multiprocessing
 import sys
 import threading
@@ -81,15 +82,18 @@ def test_missing_standard_error_stops_nothing(
 
 
 @pytest.mark.parametrize("place", ["apply.tqdm", "apply.tqdm.tqdm", "tqdm.tqdm"])
-def test_hooks_see_every_window(
+def test_hooks_see_every_window_and_may_raise(
     place: str, libraries: list[Library], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def program(library: Library) -> list[Any]:
         seen: list[Any] = []
+        most = math.inf
 
         def hook(iterable: Any, **options: Any) -> Any:
             seen.append((options["unit"], options["unit_scale"]))
             for item in iterable:
+                if len(seen) > most:
+                    raise KeyError("stop")
                 seen.append("window")
                 yield item
 
@@ -101,24 +105,12 @@ def test_hooks_see_every_window(
             separated(library)
             assert not seen
             separated(library, library.bag(), progress=True)
+            most = len(seen) + 1
+            with pytest.raises(KeyError, match="stop"):
+                separated(library, progress=True)
         return seen
 
     assert len(same(libraries, program)) > 4
-
-
-def test_hook_may_raise(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
-    def hook(iterable: Any, **options: Any) -> Any:
-        yield from list(iterable)[:1]
-        raise KeyError("stop")
-
-    def program(library: Library) -> str:
-        with monkeypatch.context() as patch:
-            patch.setattr(library.apply, "tqdm", types.SimpleNamespace(tqdm=hook))
-            with pytest.raises(KeyError) as caught:
-                separated(library, progress=True)
-        return str(caught.value)
-
-    same(libraries, program)
 
 
 def test_callback_stops_and_leaves_no_thread_and_a_whole_line(libraries: list[Library]) -> None:
