@@ -23,7 +23,7 @@ from demucs_infer.states import load_model, save_model
 from demucs_infer.storage import http
 
 from .helpers import noise
-from .hub import Hub, serving_hub
+from .hub import serving_hub
 from .tools import synth
 from .web import Web
 
@@ -74,10 +74,8 @@ def test_released_bags_on_both_hosts(
 def test_the_comparison_on_loopback(
     published: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "LIMITS", http.Limits(attempts=1, backoff=0))
     (tmp_path / "a.th").write_bytes(published.content)
     model = load_model(tmp_path / "a.th")
-    hub: Hub
     with serving_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         twin = save_model(model, tmp_path / "a.safetensors").read_bytes()

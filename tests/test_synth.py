@@ -79,14 +79,6 @@ def test_notes_are_in_tune_and_do_not_click(hz):
         assert abs(1200 * np.log2(found / (harmonic * hz))) < 25
 
 
-def test_patterns_are_bars_of_notes_and_rests():
-    assert [*synth.events("..x--o-.")] == [("x", 2, 3), ("o", 5, 2)]
-    grooves = itertools.chain.from_iterable(groove.values() for groove in synth.GROOVES)
-    styles = itertools.chain.from_iterable(synth.STYLES.values())
-    for pattern in (*grooves, *synth.BASS_LINES, *styles):
-        assert len(pattern) == synth.STEPS, pattern
-
-
 def test_the_command_writes_a_mix(songs, tmp_path: Path):
     command = ["tests.tools.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS]
     assert run("-m", *command).returncode == 0
