@@ -55,6 +55,9 @@ def test_files_are_separated_as_in_the_reference(
     with pytest.raises(LoadAudioError, match=r"none\.wav: no such file"):
         separator.separate_audio_file("none.wav")
     assert (separator.samplerate, separator.audio_channels) == (8000, 2)
+    with Separator("tiny", fast_repo, device="auto") as other:
+        assert other.model is not None
+    assert other.model is None  # when it is closed
 
 
 def test_mono_is_repeated(separator: Separator) -> None:

@@ -161,12 +161,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.registry.cache_clear()
 
 
-@pytest.mark.parametrize("options", [[], ["--offline"]], ids=str)
-def test_damaged_package_is_to_be_installed_again(options: list[str], package: Path) -> None:
-    (package / "demo.safetensors").write_bytes(b"")
-    damaged = separate("--download", "demo", *options)
-    assert_one_line(damaged, "demo.safetensors", "damaged", "Install")
-    (package / "demo.safetensors").unlink()
-    missing = separate("--download", "demo", *options)
-    assert_one_line(missing, "demo.safetensors", "Install")
-    assert damaged.stdout == missing.stdout == ""
+def test_damaged_package_is_to_be_installed_again(package: Path) -> None:
+    path = package / "demo.safetensors"
+    path.write_bytes(b"")
+    assert_one_line(separate("--download", "demo"), path.name, "damaged", "Install")
+    path.unlink()
+    for options in ([], ["--offline"]):
+        missing = separate("--download", "demo", *options)
+        assert_one_line(missing, path.name, "Install")
+        assert missing.stdout == ""

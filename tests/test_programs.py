@@ -63,7 +63,9 @@ def separated(library: Library, model: nn.Module | None = None, **options: Any) 
 # --- progress -----------------------------------------------------------------------------------
 
 
-def test_bars_go_to_the_standard_error_of_a_program(libraries: list[Library]) -> None:
+def test_bars_go_to_the_standard_error_of_a_program_if_it_has_one(
+    libraries: list[Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def program(library: Library) -> bool:
         window: Any = WriteAndFlush()
         with contextlib.redirect_stderr(window):
@@ -71,11 +73,6 @@ def test_bars_go_to_the_standard_error_of_a_program(libraries: list[Library]) ->
         return "100%|" in window.text
 
     assert same(libraries, program)
-
-
-def test_missing_standard_error_stops_nothing(
-    libraries: list[Library], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     same(libraries, separated)
     separated(libraries[1], progress=True)  # the reference stops here
@@ -186,14 +183,6 @@ def test_separators_that_others_finish(finish: Any, libraries: list[Library]) ->
         return separator.separate_tensor(MIX, 8000)[1]["bass"]
 
     same(libraries, program)
-
-
-def test_separator_closes_its_model(repo: Path) -> None:
-    from demucs_infer.api import Separator
-
-    with Separator("tiny", repo, device="auto") as separator:
-        assert separator.model is not None
-    assert separator.model is None
 
 
 def test_main_raises_errors_of_tracks_and_reports_missing_ones(

@@ -44,10 +44,9 @@ def test_wav_of_24_bits_in_32_is_decoded(channels: int, tmp_path: Path) -> None:
         assert container.streams.audio[0].codec_context.name == "pcm_f24le"
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.caf", "a.w64", "a.rf64"])
-def test_id3_tags_before_a_container_are_skipped(name: str, tmp_path: Path) -> None:
-    path, plain = tmp_path / name, tmp_path / f"plain-{name}"
-    kind = {"a.aiff": "AIFF", "a.caf": "CAF", "a.w64": "W64", "a.rf64": "RF64"}.get(name, "WAV")
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "CAF", "W64", "RF64"])
+def test_id3_tags_before_a_container_are_skipped(kind: str, tmp_path: Path) -> None:
+    path, plain = tmp_path / f"a.{kind.lower()}", tmp_path / f"plain.{kind.lower()}"
     soundfile.write(plain, noise(2, 1000).T.numpy(), 44100, format=kind, subtype="PCM_16")
     path.write_bytes(ID3 + ID3 + plain.read_bytes())
     assert torch.equal(AudioFile(path).read(), AudioFile(plain).read())
