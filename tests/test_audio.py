@@ -44,7 +44,7 @@ def test_video_without_audio_is_an_error(tmp_path: Path) -> None:
             AudioFile(path).read(streams=streams)
 
 
-def test_excerpts_of_a_file(tmp_path: Path) -> None:
+def test_excerpts_are_read_by_time(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     wav = noise(2, 44100)
     save_audio(wav, path, 44100, as_float=True, clip="none")

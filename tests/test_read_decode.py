@@ -305,7 +305,7 @@ def test_all_links_of_a_chained_ogg_file_are_read(
 
 
 @pytest.mark.parametrize(("total", "missing"), [(0, False), (1000, False), (10**6, True)])
-def test_wrong_length_in_a_flac_header(
+def test_wrong_length_in_a_flac_header_loses_no_samples(
     total: int, missing: bool, folder: Path, tmp_path: Path
 ) -> None:
     data = bytearray(made(folder, "a.flac").read_bytes())
@@ -332,7 +332,7 @@ def test_dsf_is_decoded_as_by_ffmpeg(tmp_path: Path) -> None:
     assert not damage
 
 
-def test_opus_of_one_short_packet(folder: Path, tmp_path: Path) -> None:
+def test_opus_file_of_one_short_packet_is_decoded(folder: Path, tmp_path: Path) -> None:
     """The decoder returns its only frame when it is flushed, without a time base."""
     path = tmp_path / "a.opus"
     sine = "sine=d=0.02:r=48000"
