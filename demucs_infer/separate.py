@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/speed.md.
+# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/performance.md.
 SPIN_COUNT = 100_000
 HELP_WIDTH = 78  # columns
 # The options that -h shows.
