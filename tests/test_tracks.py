@@ -41,8 +41,16 @@ def test_folders_are_searched(music: Path) -> None:
 
 
 def test_a_file_that_is_named_comes_once_whatever_it_is(music: Path) -> None:
-    named = [music / "cover.jpg", music / "a.WAV", Path("music/../music/a.WAV"), Path("none.wav")]
-    assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], named[3], PIPE]
+    named = [music / "cover.jpg", music / "a.WAV", Path("music/../music/a.WAV")]
+    assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], PIPE]
+
+
+def test_missing_files_stop_no_other(music: Path) -> None:
+    faults: list[str] = []
+    names = ["none.wav", "music/a.WAV/b.wav", music / "a.WAV"]
+    found = find_tracks(names, report=lambda name, error: faults.append(str(error)))
+    assert list(found) == [music / "a.WAV"]
+    assert faults == ["none.wav: no such file", "music/a.WAV/b.wav: no such file"]
 
 
 def test_a_folder_without_audio_is_an_error(music: Path) -> None:
@@ -53,7 +61,8 @@ def test_a_folder_without_audio_is_an_error(music: Path) -> None:
 def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:
     pattern = music / "*.[wW]*"
     assert list(find_tracks([pattern], expand=True)) == [music / "a.WAV"]
-    assert list(find_tracks([pattern], expand=False)) == [pattern]
+    with pytest.raises(LoadAudioError, match="no such file"):
+        list(find_tracks([pattern], expand=False))
     (music / "song [1].wav").touch()
     assert list(find_tracks([music / "song [1].wav"], expand=True)) == [music / "song [1].wav"]
 

@@ -19,18 +19,16 @@ from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
-from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError
 from ..log import logger
 from ..read.decode import AudioFile
-from ..read.mixture import Decoder, Excerpt, Limits, Mixture, Moments
+from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
 from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
@@ -46,29 +44,6 @@ from .tracks import TrackJob, plan_jobs
 
 MEASURED = 20  # tracks whose headers are read
 CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
-
-
-class StemSource(Protocol):
-    """The members of a `Separator` that a batch needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def samplerate(self) -> int: ...
-    @property
-    def audio_channels(self) -> int: ...
-    @property
-    def model(self) -> Any: ...
-    @property
-    def stems(self) -> list[str]: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def excerpt(self) -> Excerpt: ...
-    def plan(self, length: int) -> list[Pass]: ...
-    def blocks(
-        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
-    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -142,15 +117,16 @@ class _Track:
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
-    `announce` is called before a track is separated. It returns a title for the progress bar, or
-    None if standard error is not a terminal. `report` is called with each result, one at a time,
-    from any thread. `call` calls a function with arguments where the model may run: batches that
-    share a model share a thread for it.
+    `separator` is a `Separator`, or has its `name`, `samplerate`, `audio_channels`, `stems`,
+    `limits`, `excerpt`, `plan` and `blocks`. `announce` is called before a track is separated. It
+    returns a title for the progress bar, or None if standard error is not a terminal. `report` is
+    called with each result, one at a time, from any thread. `call` calls a function with arguments
+    where the model may run: batches that share a model share a thread for it.
     """
 
     def __init__(
         self,
-        separator: StemSource,
+        separator: Any,
         output: Output,
         space: Workspace,
         *,
@@ -305,6 +281,7 @@ class Batch:
             try:
                 stems = track.writer.finish(progress)
             except Exception as exc:
+                track.writer.discard()
                 self._fail(track.job.track, exc)
                 return
         result = TrackResult(
@@ -346,7 +323,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
+def separate_file(separator: Any, track: Location, output: Output) -> TrackResult:
     """Separate one track. Its error is raised."""
     output.check_stems(separator.model.sources, separator.stems)
     jobs = plan_jobs([track], output, separator.name, separator.stems)
@@ -359,7 +336,7 @@ def separate_file(separator: StemSource, track: Location, output: Output) -> Tra
 
 
 def warn_of_full_disk(
-    separator: StemSource, output: Output, space: Workspace, jobs: Sequence[TrackJob]
+    separator: Any, output: Output, space: Workspace, jobs: Sequence[TrackJob]
 ) -> None:
     """Warn if the disk of the output folder clearly has too little space for the stems of `jobs`.
 

@@ -244,6 +244,16 @@ class Output:
                 f"no folder for temporary files, set TMPDIR: {exc.strerror}"
             ) from exc
 
+    def check_folder(self) -> None:
+        """Raise `SaveAudioError` if files in the output folder cannot be made. Makes nothing."""
+        self.workspace()  # asks a store
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            folder = self._folder.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
+
     def _sums(self, sources: Sequence[str]) -> list[Stem]:
         """Return the stems that are written as sums of `sources`."""
         stem, method = self.two_stems, self.other_method

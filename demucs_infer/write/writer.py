@@ -165,7 +165,7 @@ class TrackWriter:
     """Takes the stems of a track block by block, and makes them appear together.
 
     `page` is that of its page to listen with, if there is to be one. Raises `SaveAudioError` if
-    something cannot be written; nothing of the track is left then.
+    something cannot be written. A caller that does not finish calls `discard`.
     """
 
     def __init__(
@@ -176,32 +176,27 @@ class TrackWriter:
         self._finished: dict[Location, Path] = {}  # the file that becomes each path
         self._signals: dict[str, _Signal] = {}
         self._sounds: dict[str, _Signal] = {}
-        for path in dict.fromkeys(paths.values()):
-            names = [name for name, other in paths.items() if other == path]
-            writer = self._add(path, target, names)
-            self._signals |= writer.signals
-            self._finished[path] = writer.file
-        if page is not None:
-            with self._writing(page):
-                self._finished[page] = target.space.file()
-            for name in paths:
-                if not (target.format.is_together and name == MIX):
-                    self._sounds |= self._add(page, target.sounds, [name]).signals
-
-    def _add(self, path: Location, target: Target, names: Sequence[str]) -> _FileWriter:
-        with self._writing(path):
-            writer = _FileWriter(target, names)
-            self._writers.append((path, writer))
-        return writer
-
-    @contextlib.contextmanager
-    def _writing(self, path: Location) -> Iterator[None]:
         try:
-            with encoding_errors(path):
-                yield
+            for path in dict.fromkeys(paths.values()):
+                names = [name for name, other in paths.items() if other == path]
+                writer = self._add(path, target, names)
+                self._signals |= writer.signals
+                self._finished[path] = writer.file
+            if page is not None:
+                with encoding_errors(page):
+                    self._finished[page] = target.space.file()
+                for name in paths:
+                    if not (target.format.is_together and name == MIX):
+                        self._sounds |= self._add(page, target.sounds, [name]).signals
         except BaseException:
             self.discard()
             raise
+
+    def _add(self, path: Location, target: Target, names: Sequence[str]) -> _FileWriter:
+        with encoding_errors(path):
+            writer = _FileWriter(target, names)
+        self._writers.append((path, writer))
+        return writer
 
     def write(self, stems: Sequence[Tensor]) -> None:
         """Take a block of every stem, each `[C, n]`, in the order of the paths."""
@@ -209,7 +204,7 @@ class TrackWriter:
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
         for path, writer in self._writers:
-            with self._writing(path):
+            with encoding_errors(path):
                 for name, signal in writer.signals.items():
                     signal.write(blocks[name])
 
@@ -226,7 +221,7 @@ class TrackWriter:
                 signal.divisor = rescale_divisor(loudest if mode == "rescale-all" else signal.peak)
         self._encode(progress)
         if self.page is not None:
-            with self._writing(self.page):
+            with encoding_errors(self.page):
                 self._write_page(self._finished[self.page])
         self._publish()
         return {
@@ -248,7 +243,7 @@ class TrackWriter:
         with worker_pool(min(len(self._writers), os.cpu_count() or 1)) as pool:
             futures = [(path, pool.submit(w.encode, advance)) for path, w in self._writers]
         for path, future in futures:
-            with self._writing(path):
+            with encoding_errors(path):
                 future.result()
 
     def _write_page(self, file: Path) -> None:
@@ -273,7 +268,7 @@ class TrackWriter:
         published: list[Undo] = []
         try:
             for path, file in self._finished.items():
-                with self._writing(path):
+                with encoding_errors(path):
                     published.append(_publish(file, path))
         except BaseException:
             for undo in reversed(published):
