@@ -92,22 +92,6 @@ def test_formats_are_read(suffix: str, codec: str, rate: int, layout: str, tmp_p
     assert file.read(streams=0, samplerate=44100, channels=2).shape[0] == 2
 
 
-def test_the_sound_of_a_video(tmp_path: Path) -> None:
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg4", rate=25)
-        video.width = video.height = 32
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=44100)
-        for _ in range(25):
-            container.mux(video.encode(av.VideoFrame(32, 32, "yuv420p")))
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 88200), np.float32), "flt", "stereo")
-        frame.sample_rate = 44100
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
-    assert AudioFile(path).read(streams=0).shape[0] == 2
-
-
 def test_a_video_without_audio_has_no_sound(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
@@ -145,6 +129,11 @@ def test_a_file_that_breaks_off_is_read_with_a_warning(
     assert "cut off at the end" in caplog.text
 
 
+def wav_without_samples() -> bytes:
+    soundfile.write(file := io.BytesIO(), np.zeros((0, 2)), 44100, format="WAV")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -153,23 +142,21 @@ def test_a_file_that_breaks_off_is_read_with_a_warning(
         ("text.mp3", b"These are words, and no music.\n" * 50, "text.mp3"),
         ("header.wav", b"RIFF\x24\x00\x00\x00WAVEfmt ", "header.wav"),
         ("zeros.mp3", bytes(5000), "zeros.mp3"),
+        ("folder", "folder", "is a folder"),
+        ("none.wav", wav_without_samples(), "no audio samples"),
     ],
 )
 def test_files_that_are_no_audio(
-    name: str, content: bytes | None, message: str, tmp_path: Path
+    name: str, content: bytes | str | None, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(LoadAudioError, match=message) as caught:
         AudioFile(path).read(streams=0)
     assert "\n" not in str(caught.value)
-
-
-def test_a_wav_without_samples(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), 44100)
-    with pytest.raises(LoadAudioError, match="no audio samples"):
-        AudioFile(tmp_path / "none.wav").read(streams=0)
 
 
 def test_file_objects_and_bytes(tmp_path: Path) -> None:
@@ -213,22 +200,11 @@ def test_a_rate_that_is_none_of_music(rate: int, tmp_path: Path) -> None:
         AudioFile(tmp_path / "a.wav").read(streams=0, samplerate=44_100)
 
 
-def test_a_folder_is_no_audio_file(tmp_path: Path) -> None:
-    with pytest.raises(LoadAudioError, match="is a folder"):
-        AudioFile(tmp_path).read()
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(LoadAudioError, match="not a regular file"):
         AudioFile(tmp_path / "pipe").read()
-
-
-def test_names_that_look_like_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_audio(noise(1, 100), Path("concat:x.wav"), 44100)
-    assert AudioFile("concat:x.wav").read(streams=0).shape == (1, 100)
 
 
 @pytest.mark.parametrize(
@@ -278,11 +254,8 @@ def test_clip_modes_equal_the_reference(mode: str, gain: float) -> None:
     assert_close(prevent_clip(wav, mode), demucs.audio.prevent_clip(wav, mode), 1e-7)
 
 
-def test_the_clip_modes_are_those_of_the_command_line() -> None:
+def test_clip_modes_are_those_of_the_command_line() -> None:
     assert tuple(CLIP_MODES) == CLIP_MODE_NAMES
-
-
-def test_unknown_clip_mode() -> None:
     with pytest.raises(OptionError, match="'loud'"):
         prevent_clip(torch.zeros(1, 1), "loud")
 
@@ -294,11 +267,7 @@ def test_channels() -> None:
     assert torch.equal(convert_audio_channels(wav[:1], 2), wav[[0, 0]])
     with pytest.raises(OptionError, match="4 channels of 3"):
         convert_audio_channels(wav, 4)
-
-
-def test_resampling_equals_the_reference() -> None:
-    wav = noise(1, 5000)
-    theirs = demucs.audio.convert_audio(wav, 48000, 44100, 2)
+    theirs = demucs.audio.convert_audio(wav := noise(1, 5000), 48000, 44100, 2)
     assert_close(convert_audio(wav, 48000, 44100, 2), theirs, 1e-6)
 
 
@@ -310,23 +279,10 @@ def test_mp3(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp3").stat().st_size < (tmp_path / "b.mp3").stat().st_size / 2
     with pytest.raises(OptionError, match="preset 9"):
         encode_mp3(wav, tmp_path / "c.mp3", quality=9)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("a.xyz", {}, "xyz"),
-        ("a", {}, "without suffix"),
-        ("a.wav", {"bits_per_sample": 20}, "20"),
-        ("a.flac", {"bits_per_sample": 32}, "32"),
-    ],
-)
-def test_formats_that_cannot_be_written(
-    name: str, options: dict, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(OptionError, match=message):
-        save_audio(noise(2, 10), tmp_path / name, 44100, **options)
-    assert not list(tmp_path.iterdir())
+    for name in ("c.xyz", "c", "c.flac"):
+        with pytest.raises(OptionError):
+            save_audio(wav, tmp_path / name, 44100, bits_per_sample=32)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", [f"a.{name}" for name in formats.FORMATS])
