@@ -32,12 +32,7 @@ from .engine.options import (
     option,
     values_of,
 )
-from .errors import (
-    DemucsInferError,
-    DownloadError,
-    ModelLoadingError,
-    OptionError,
-)
+from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
 from .io.folders import Folders
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label

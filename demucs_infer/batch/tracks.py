@@ -183,7 +183,8 @@ class _Search:
             return self._below(name)
         if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
             matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
-            return [track for match in matches for track in self._local(match, False)]
+            if found := [track for match in matches for track in self._local(match, False)]:
+                return found
         try:
             if name != PIPE:
                 name.stat()

@@ -142,9 +142,7 @@ class Output:
         choices=CLIP_MODE_NAMES,
     )
     keep_rate: bool = option(
-        False,
-        "write at the sample rate of the track instead of the model's",
-        action="store_true",
+        False, "write at the sample rate of the track instead of the model's", action="store_true"
     )
     two_stems: str | None = option(
         None,
@@ -308,11 +306,7 @@ class Output:
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
 
     def paths(
-        self,
-        track: Named,
-        model: str,
-        stems: Sequence[str],
-        folder_of: FolderOf = lambda track: "",
+        self, track: Named, model: str, stems: Sequence[str], folder_of: FolderOf = lambda track: ""
     ) -> dict[str, Location]:
         """Return the file of each stem of `track`, within the folder whatever the names are.
 
