@@ -309,7 +309,8 @@ def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str
         bf = "0" if codec == "wmv2" else "2"  # pictures that are decoded before their time
         picture = file.add_stream(codec, rate=FPS, options={"g": "12", "bf": bf})
         picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
-        stream = file.add_stream("aac", rate=44_100, layout="stereo")
+        sound_codec = "mp2" if path.suffix in (".mpg", ".vob") else "aac"
+        stream = file.add_stream(sound_codec, rate=44_100, layout="stereo")
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             frame.pts, frame.time_base = index + round(picture_at * FPS), Fraction(1, FPS)

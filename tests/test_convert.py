@@ -62,7 +62,9 @@ def test_refused_conversions_write_nothing(repo: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "in.ckpt")
     config = write_config(tmp_path / "config.yaml", "mel_band_roformer", {})
     out = tmp_path / "out.safetensors"
+    (tmp_path / "bad.th").write_text("no checkpoint")
     for arguments, words in (
+        ([tmp_path / "bad.th", out], ["bad.th"]),
         (["--config", config, tmp_path / "in.ckpt", out], ["mel_band_roformer"]),
         ([repo / "tiny.th", tmp_path / "out.txt"], [".safetensors", ".onnx"]),
         (["--dynamic", repo / "tiny.th", out], ["onnx"]),

@@ -117,7 +117,7 @@ class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
     `separator` is a `Separator`, or has its `name`, `samplerate`, `audio_channels`, `stems`,
-    `limits`, `excerpt`, `plan` and `blocks`. `announce` is called before a track is separated. It
+    `options`, `plan` and `blocks`. `announce` is called before a track is separated. It
     returns a title for the progress bar, or None if standard error is not a terminal. `report` is
     called with each result, one at a time, from any thread. `call` calls a function with arguments
     where the model may run: batches that share a model share a thread for it.
@@ -209,7 +209,7 @@ class Batch:
             else:
                 path = stack.enter_context(local_copy(job.track, self.space.path))
                 file = AudioFile(path, name=str(job.track))
-            decoder = Decoder(file, model_rate, channels, separator.limits, separator.excerpt)
+            decoder = Decoder(file, model_rate, channels, separator.options)
             rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
             keeps_rate = rate == decoder.rate != model_rate
             spool = stack.enter_context(contextlib.closing(self.space.spool(channels)))
@@ -341,7 +341,7 @@ def warn_of_full_disk(
         with contextlib.suppress(DemucsInferError, OSError):  # They are raised again later.
             if isinstance(job.track, Path) and job.track.is_file() and not job.is_done:
                 seconds = AudioFile(job.track).duration
-                lengths.append(min(seconds, separator.excerpt.duration or seconds))
+                lengths.append(min(seconds, separator.options.duration or seconds))
     rate, channels = separator.samplerate, separator.audio_channels
     stems = len(output.stems(separator.stems))
     size = output.file_format.bytes_per_second(rate, channels)

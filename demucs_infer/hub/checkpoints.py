@@ -81,17 +81,13 @@ class Content:
             text = " ".join(str(exc).split()) or type(exc).__name__
             raise ModelLoadingError(f"{self.path}: is not valid YAML ({text[:300]})") from exc
 
-    def damage(self, checksum: str) -> str:
-        """Describe how the SHA-256 differs from `checksum`, its leading digits, or return ""."""
+    def checked(self, checksum: str, remedy: str = "Fetch it again") -> Content:
+        """Return this. Raises `ModelLoadingError` unless the SHA-256 starts with `checksum`."""
         actual = sha256(self.data).hexdigest()[: len(checksum)] if checksum else ""
-        if actual == checksum:
-            return ""
-        return f"{self.path}: is damaged: its checksum is {actual} and should be {checksum}"
-
-    def check(self, checksum: str) -> None:
-        """Raise `ModelLoadingError` unless the SHA-256 starts with `checksum`."""
-        if damage := self.damage(checksum):
-            raise ModelLoadingError(f"{damage}: fetch it again")
+        if actual != checksum:
+            text = f"{self.path}: is damaged: its checksum is {actual} and should be {checksum}"
+            raise ModelLoadingError(". ".join(filter(None, (text, remedy))))
+        return self
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -1,6 +1,6 @@
-"""Tags of audio files: the names that formats have for them, and which ones a stem is to have.
+"""Select, rename and clean the tags that go from a track into its stems.
 
-Whatever the formats, every tag that is read or written passes `clean_tags`.
+All tags that are read or written pass `clean_tags`, whatever the format.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ..log import decoded
 
-MAX_TAG, MAX_TAGS = 10_000, 100  # characters of one tag, and how many are kept
-# Names of what is said of the old file and its level, not of the music: stems are other audio.
+MAX_TAG, MAX_TAGS = 10_000, 100  # characters of a tag, and number of tags
+# Tags that describe the file and its level. They would be wrong for stems.
 OF_THE_FILE = re.compile(
     r"encoder.*|encoded_by|encoding.*|tsse|tool|.*_brands?|minor_version|creation_time|handler_name"
     r"|name|vendor_id|language|bps|duration|tlen|length|md5|acoustid_fingerprint"
@@ -20,12 +20,12 @@ OF_THE_FILE = re.compile(
     r"|replaygain.*|r128_.*|mp3gain_.*|loudness.*|waveformatextensible_channel_mask"
     r"|id3v2_priv.*|serato.*|traktor.*"
 )
-# In values, line breaks and tabs are text; FFmpeg ends one at the first NUL.
+# Line breaks and tabs belong to a text. FFmpeg ends it at the first NUL.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class Names(NamedTuple):
-    """What formats call a tag; None where FFmpeg's MP4 muxer writes it."""
+    """The names of a tag by format. `mp4` is None if FFmpeg's muxer writes the tag by itself."""
 
     id3: str
     vorbis: str
@@ -33,9 +33,9 @@ class Names(NamedTuple):
     matroska: str
 
 
-# The names of a tag: ours, which is FFmpeg's if it has one; the frame of ID3v2.4; the Vorbis
-# comment; the item of MP4 (-: FFmpeg writes it; four small letters: an atom; else a free name);
-# the tag of Matroska; then further names under which files have it.
+# The columns: our name, which is FFmpeg's if it has one; the frame of ID3v2.4; the Vorbis comment;
+# the item of MP4 (-: FFmpeg writes it; four lower-case letters: an atom; others: a free-form name);
+# the tag of Matroska; further names that files use.
 _TABLE = """
 title         TIT2 TITLE           -            TITLE
 artist        TPE1 ARTIST          -            ARTIST
@@ -76,13 +76,13 @@ LYRICS = re.compile(r"(?i)lyrics-[a-z]{3}")  # FFmpeg's name, with a language
 
 
 def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return those of `tags` that a stem is to have, under our names, as text for any format.
+    """Return the tags that a stem gets, under our names, as text for any format.
 
-    Empty and overlong ones are left out, bytes that are not text become U+FFFD. Of several tags
-    that mean the same, the first one counts.
+    Empty and overlong tags are left out. Bytes that are not UTF-8 become U+FFFD. Of several tags
+    with the same meaning, the first one counts.
     """
     clean: dict[str, str] = {}
-    # Lyrics with a language are lyrics for certain. FFmpeg also calls a description "comment".
+    # Names with a language are surely lyrics. FFmpeg also calls a description "comment".
     names = sorted(tags, key=lambda name: (not LYRICS.fullmatch(name), name == "comment"))
     for name, value in ((name, tags[name]) for name in names):
         name, value = _text(name), _text(value)

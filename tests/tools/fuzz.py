@@ -416,10 +416,11 @@ def _sound(folder: Path, kind: str, codec: str) -> bytes:
 
 def _read_audio(path: Path) -> None:
     from demucs_infer.audio import AudioFile
-    from demucs_infer.read.mixture import Decoder, Limits
+    from demucs_infer.engine.options import SeparationOptions
+    from demucs_infer.read.mixture import Decoder
 
     file = AudioFile(path)
-    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).chunks():
+    for _ in Decoder(file, 44100, 2, SeparationOptions(max_duration=600)).chunks():
         pass
     _ = file.tags, file.info
 
