@@ -152,6 +152,7 @@ def test_unknown_names_suggest_the_nearest(repo: Path) -> None:
         ("HTDemucs_FT", "htdemucs_ft"),
         ("955717e9", "955717e8"),
         ("drum_sep", "drumsep"),
+        ("hdemucs", "hdemucs_mmi"),
     ):
         with pytest.raises(ModelLoadingError, match=rf"Did you mean {nearest}\?"):
             get_model(name)
