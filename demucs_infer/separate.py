@@ -24,14 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .batch.console import Console, Ended, put, streams_and_signals
 from .catalog import add_catalog_flags, download_models, print_models
-from .engine.options import (
-    POSITIVE,
-    SeparationOptions,
-    SeparatorOptions,
-    add_flags,
-    option,
-    values_of,
-)
+from .engine.options import SeparationOptions, SeparatorOptions
 from .errors import (
     DemucsInferError,
     DownloadError,
@@ -40,6 +33,7 @@ from .errors import (
     OptionError,
     SaveAudioError,
 )
+from .fields import POSITIVE, add_flags, option, values_of
 from .io.folders import Folders
 from .io.output import PIPE, WHERE, Output
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error

@@ -11,8 +11,9 @@ import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
-from demucs_infer.engine.options import SeparationOptions, parse_time
+from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.fields import parse_time
 from demucs_infer.read.packets import Damage
 from demucs_infer.separate import main
 

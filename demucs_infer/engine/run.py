@@ -10,6 +10,7 @@ Shapes: `[B, C, T]` mixtures and `[B, S, C, T]` stems (batch, sources, channels,
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -115,7 +116,13 @@ def separate(
                 total.add(start + late, output[..., late:], share.to(output.device)[..., late:])
             del output  # before the next window, which needs the memory
             if step.complete > total.start:
-                yield _finite(total.take(min(step.complete, source.length)))
+                block = total.take(min(step.complete, source.length))
+                if not block.isfinite().all():
+                    raise DemucsInferError(
+                        "the model gives values that are not finite (NaN or Inf)"
+                    )
+                yield block
+                del block
 
 
 def _run_windows(
@@ -198,17 +205,11 @@ def _run_windows(
 
 def _batched(steps: Sequence[Step], batches: BatchRunner) -> Iterator[list[Step]]:
     """Yield consecutive steps that make a batch: windows of one model and of one length."""
-    group: list[Step] = []
-    for step in steps:
-        if group and (len(group) >= batches.size or _kind(step) != _kind(group[0])):
+    for _, alike in itertools.groupby(
+        steps, lambda step: (step.task.model, step.window.stop - step.window.start)
+    ):
+        while group := list(itertools.islice(alike, batches.size)):  # which may change
             yield group
-            group = []
-        group.append(step)
-    yield group
-
-
-def _kind(step: Step) -> tuple[int, int]:
-    return step.task.model, step.window.stop - step.window.start
 
 
 def _read_window(model: Member, source: Source, step: Step, segment: float | None) -> Tensor:
@@ -244,13 +245,10 @@ def _show_progress(
         planned: Sequence[Any] = task.windows if title is None else steps
         shown: Iterable[Any] = planned
         if options.progress and options.split:
-            rate = bag.samplerate
-            seconds = round(task.stride / rate, 2)
-            named = {}
+            seconds, named = round(task.stride / bag.samplerate, 2), {}
             if title is not None:
-                seconds, named = length / rate / len(planned), {"desc": title}
-            look = {"unit": "seconds", "unit_scale": seconds, "ncols": BAR_WIDTH}
-            shown = bar(planned, **look, **named)
+                seconds, named = length / bag.samplerate / len(planned), {"desc": title}
+            shown = bar(planned, unit="seconds", unit_scale=seconds, ncols=BAR_WIDTH, **named)
         windows, count = iter(shown), 0
         try:
             for _ in windows:
@@ -265,13 +263,6 @@ def _show_progress(
                 f"the progress bar went through {count} windows of {len(planned)}:"
                 " a replacement of tqdm must yield each once"
             )
-
-
-def _finite(block: Tensor) -> Tensor:
-    """Return `block`. Raises `DemucsInferError` if it has values that are not finite."""
-    if not block.isfinite().all():
-        raise DemucsInferError("the model gives values that are not finite (NaN or Inf)")
-    return block
 
 
 def stem_indices(sources: Sequence[str], stems: Sequence[str] | None) -> list[int]:
