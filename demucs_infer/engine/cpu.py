@@ -18,26 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..blocks import (
-    BLSTM,
-    DConv,
-    HDecLayer,
-    HEncLayer,
-    LayerScale,
-    LocalState,
-    MultiWrap,
-    ScaledEmbedding,
-)
+from .. import blocks, transformer
 from ..compat import autocast_on_cpu, has_tiles
 from ..demucs import Demucs
 from ..hdemucs import EPSILON, HybridUNet
-from ..transformer import (
-    Attention,
-    CrossLayer,
-    CrossTransformerEncoder,
-    SelfLayer,
-    SequenceGroupNorm,
-)
 from ..utils import run_network, standardize
 from .machine import onednn_is_faster
 from .model import changes_type
@@ -205,14 +189,14 @@ def gated_in_tiles(y: Tensor, rewrite: Any) -> Tensor:
     return gated
 
 
-class FastHEncLayer(HEncLayer):
+class FastHEncLayer(blocks.HEncLayer):
     """Runs its gate in tiles, unless it has norms."""
 
     def gated(self, y: Tensor) -> Tensor:
         return super().gated(y) if self.norm else gated_in_tiles(y, self.rewrite)
 
 
-class FastHDecLayer(HDecLayer):
+class FastHDecLayer(blocks.HDecLayer):
     """Runs its gate in tiles, unless it has norms. `deferred` leaves `upsampled` to the caller."""
 
     deferred = False
@@ -225,7 +209,7 @@ class FastHDecLayer(HDecLayer):
         return super().gated(y) if self.norm else gated_in_tiles(y, self.rewrite)
 
 
-class FastMultiWrap(MultiWrap):
+class FastMultiWrap(blocks.MultiWrap):
     """`deferred` leaves `upsampled` to the caller."""
 
     deferred = False
@@ -247,7 +231,7 @@ class FastSequential(nn.Sequential):
         return x
 
 
-class FastDConv(DConv):
+class FastDConv(blocks.DConv):
     """Runs short items in tiles. For a long one, the end of a branch is one product of matrices."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,7 +288,7 @@ class FastDConv(DConv):
         return x
 
 
-class FastLocalState(LocalState):
+class FastLocalState(blocks.LocalState):
     """Scores as many queries at once as fit into a tile."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,7 +303,7 @@ class FastLocalState(LocalState):
         return x + self.proj(torch.cat(mixed, dim=3).flatten(1, 2))
 
 
-class FastBLSTM(BLSTM):
+class FastBLSTM(blocks.BLSTM):
     """Passes the weights to the LSTM's function.
 
     `nn.LSTM.forward` may rewrite its list of weights, so that threads would disturb each other.
@@ -354,7 +338,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _dense(F.linear(_by_onednn(x), weight, bias))
 
 
-class FastAttention(Attention):
+class FastAttention(transformer.Attention):
     """Attends head by head, by oneDNN: 50 instead of 79 ms on an EPYC with AVX-512."""
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -387,14 +371,14 @@ class FastAttention(Attention):
         return mixed
 
 
-class FastSelfLayer(SelfLayer):
+class FastSelfLayer(transformer.SelfLayer):
     """The feed-forward block by oneDNN."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.gamma_2(_dense(self.linear2(self.activation(self.linear1(_by_onednn(x))))))
 
 
-class FastCrossLayer(CrossLayer):
+class FastCrossLayer(transformer.CrossLayer):
     """The feed-forward block by oneDNN."""
 
     feed_forward = FastSelfLayer.feed_forward  # type: ignore[assignment]
@@ -403,18 +387,19 @@ class FastCrossLayer(CrossLayer):
 # Models, and the tables of fast layers.
 
 
-class FastDemucs(Demucs):
+class _ChannelsLast:
+    def network(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        network: Any = super().network  # type: ignore[misc]
+        outputs: tuple[Tensor, ...] = network(*map(channels_last, inputs))
+        return outputs
+
+
+class FastDemucs(_ChannelsLast, Demucs):  # type: ignore[misc]
     """Works with channels last."""
 
-    def network(self, x: Tensor) -> tuple[Tensor]:
-        return super().network(channels_last(x))
 
-
-class FastHybridUNet(HybridUNet):
+class FastHybridUNet(_ChannelsLast, HybridUNet):  # type: ignore[misc]
     """Works with channels last."""
-
-    def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        return super().network(channels_last(x), channels_last(xt))
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         x, xt = super()._bottom(x, xt)
@@ -509,24 +494,17 @@ MODELS = {HybridUNet: FastHybridUNet, Demucs: FastDemucs}
 # The steps that `DeferringHybridUNet` does in another way.
 STEPS = {name: getattr(HybridUNet, name) for name in ("forward", "network", "_mask", "_ispec")}
 LAYERS: dict[type, type] = {
-    nn.Conv1d: FastConv1d,
-    nn.ConvTranspose1d: FastConvTranspose1d,
-    nn.GroupNorm: FastGroupNorm,
-    nn.Sequential: FastSequential,
-    BLSTM: FastBLSTM,
-    LocalState: FastLocalState,
-    DConv: FastDConv,
-    HEncLayer: FastHEncLayer,
-    HDecLayer: FastHDecLayer,
-    MultiWrap: FastMultiWrap,
+    fast.__bases__[0]: fast
+    for fast in (
+        *(FastConv1d, FastConvTranspose1d, FastGroupNorm, FastSequential, FastBLSTM),
+        *(FastLocalState, FastDConv, FastHEncLayer, FastHDecLayer, FastMultiWrap),
+    )
 }
 PRODUCTS: dict[type, type] = {
-    Attention: FastAttention,
-    SelfLayer: FastSelfLayer,
-    CrossLayer: FastCrossLayer,
+    fast.__bases__[0]: fast for fast in (FastAttention, FastSelfLayer, FastCrossLayer)
 }
 KNOWN = {
-    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, ScaledEmbedding, SequenceGroupNorm,
-    nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
-    nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
+    *LAYERS, *PRODUCTS, blocks.LayerScale, blocks.ScaledEmbedding, nn.Conv2d, nn.ConvTranspose2d,
+    nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm, nn.Linear, nn.LSTM, nn.ModuleList,
+    nn.ReLU, transformer.CrossTransformerEncoder, transformer.SequenceGroupNorm,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from math import isinf
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,19 @@ from .model import Member
 from .options import SeparationOptions
 from .overlap_add import OverlapAdd, fade, window_share
 from .plan import Pass, Step, plan_passes, plan_steps
-from .source import Source
 
 # Wraps the windows of a pass to show how many are done, as `tqdm.tqdm` does.
 Bar = Callable[..., Iterable[Any]]
 BAR_WIDTH = 120  # columns
+
+
+class Source(Protocol):
+    """Samples that the engine reads window by window, from the start to the end."""
+
+    length: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return samples `[B, C, stop - start]`, with zeros before 0 and from `length` on."""
 
 
 def separate(
