@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 
 from demucs_infer import resample
 from demucs_infer.api import LoadAudioError, LoadModelError, Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.backends import pytorch
 from demucs_infer.errors import OptionError
-from demucs_infer.hub.registry import bags
 
-from .helpers import SOURCES, assert_close, fast_model, noise, save_package
+from .helpers import SOURCES, assert_close, noise
 
 
 @pytest.mark.parametrize(("model", "rate"), [("tiny", 8000), ("tiny", 11_025), ("pair", None)])
@@ -127,11 +125,6 @@ def test_file_with_nan_is_refused(separator: Separator, tmp_path: Path) -> None:
         separator.separate_audio_file(tmp_path / "none.wav")
 
 
-def test_properties(separator: Separator) -> None:
-    assert (separator.samplerate, separator.audio_channels) == (8000, 2)
-    assert separator.model.sources == SOURCES
-
-
 def test_update_parameter_changes_the_next_calls(repo: Path) -> None:
     calls: list[dict] = []
     separator = Separator("tiny", repo, device="cpu", shifts=0)
@@ -183,23 +176,6 @@ def test_only_the_wanted_stems_are_returned(separator: Separator, fast_repo: Pat
     assert list(separator.separate_tensor(wav)[1]) == SOURCES
     with pytest.raises(OptionError, match="'voice'"):
         separator.update_parameter(stems=["voice"])
-
-
-def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(tmp_path: Path) -> None:
-    bag = bags()["htdemucs_ft"]
-    for signature in bag["models"]:
-        save_package(tmp_path / f"{signature}.th", fast_model(int(signature[:4], 16)))
-    (tmp_path / "ft.yaml").write_text(yaml.safe_dump(bag))
-    wav, counts, drums = noise(2, 15_000), [], []
-    for stems in (None, ["drums"]):
-        calls: list[dict[str, Any]] = []
-        separator = Separator(
-            "ft", tmp_path, device="cpu", shifts=0, stems=stems, callback=calls.append
-        )
-        drums.append(separator.separate_tensor(wav)[1]["drums"])
-        counts.append(len(calls))
-    assert counts[0] == 4 * counts[1] > 0
-    assert torch.equal(*drums)
 
 
 def test_precision_and_engine_are_options(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

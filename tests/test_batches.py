@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
-from demucs_infer.engine.batches import BatchRunner
+from demucs_infer.engine.model import BatchRunner
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "htdemucs"
 # Engines, each with its module in `backends`.
-ENGINES: Mapping[str, str] = {
-    "torch": "pytorch",
-    "openvino": "openvino",
-    "onnxruntime": "onnxruntime",
-}
+ENGINES = {"torch": "pytorch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
 PRECISIONS = ("float32", "bfloat16", "float16")
 GRAPH_PRECISIONS = ("float32", "float16")  # of a network in ONNX
 # Titles in --help.

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from ..errors import DemucsInferError, OptionError
 from ..utils import DummyPoolExecutor, center_trim
 from .bag import BagOfModels, as_bag, check_segment
-from .batches import BatchRunner
 from .cpu import fast_copy
 from .machine import kept_memory
-from .model import Member
+from .model import BatchRunner, Member
 from .options import SeparationOptions
 from .overlap_add import OverlapAdd, fade, window_share
 from .plan import Pass, Step, plan_passes, plan_steps
@@ -67,7 +66,7 @@ def separate(
         model: a model or a bag.
         source: the mixture.
         options: those of `apply_model` and `Separator`; `stems` are names of sources.
-        bar: makes a progress bar for each pass, if the options want progress.
+        bar: makes a progress bar, if the options want progress.
         in_lockstep: let the passes of a bag and of shifts advance together, so that the sum is a
             window or two of each; else they run one after the other, as in the reference, and
             blocks come during the last one.
@@ -151,22 +150,10 @@ def _run_windows(
     """
     members, last = bag.members, {step.task.model: step for step in steps}
     homes: dict[int, torch.device | None] = {}  # of the models that are on the device
-    ready: dict[int, Member] = {}
     pending: deque[tuple[list[Step], Future[list[Tensor]]]] = deque()
     groups = _batched(steps, batches)
 
-    def bring(index: int) -> Member:
-        if index not in ready:
-            module = members[index].module
-            homes[index] = members[index].device
-            module.to(batches.device).eval()
-            ready[index] = member = Member(module)
-            if batches.device.type == "cpu":
-                member.runs = fast_copy(module)
-        return ready[index]
-
     def release(index: int) -> None:
-        del ready[index]
         home = homes.pop(index)
         # A model outside of a bag stays where it was brought, as in the reference.
         if home is not None and not stay and len(members) > 1:
@@ -191,7 +178,12 @@ def _run_windows(
             while len(pending) <= ahead and (group := next(groups, None)):
                 for step in group:
                     report(step, "start")
-                member = bring(group[0].task.model)
+                index = group[0].task.model
+                member = members[index]
+                if index not in homes:
+                    homes[index] = member.device
+                    module = member.module.to(batches.device).eval()
+                    member.runs = fast_copy(module) if batches.device.type == "cpu" else module
                 windows = [_read_window(member, source, step, options.segment) for step in group]
                 pending.append((group, executor.submit(batches.run, member, windows, stems)))
                 del windows
@@ -207,7 +199,7 @@ def _run_windows(
     finally:
         for _, future in pending:
             future.cancel()
-        for index in list(ready):
+        for index in list(homes):
             release(index)
 
 
