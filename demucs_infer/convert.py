@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .engine.options import GraphOptions, add_flags, values_of
+from .engine.options import GraphOptions
 from .errors import DemucsInferError, ModelLoadingError, OptionError
+from .fields import add_flags, values_of
 from .log import fatal
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.options import DEFAULT_MODEL, ModelOptions, add_flags
+from .engine.options import DEFAULT_MODEL, ModelOptions
 from .errors import ModelLoadingError
+from .fields import add_flags
 from .hub import hf
 from .hub.registry import REMOTE_ROOT, bag_files, is_offline, released_files
 from .repo import CHECKPOINT_SUFFIXES, AnyModelRepo, BagOnlyRepo, LocalRepo, RemoteRepo

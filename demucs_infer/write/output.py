@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ..engine.options import STEMS, number, option
+from ..engine.options import STEMS
 from ..errors import LoadAudioError, OptionError, SaveAudioError
+from ..fields import number, option
 from ..log import logger
 from ..storage.locations import (
     TEMPORARY,

@@ -69,17 +69,11 @@ class Backend(CompilingBackend):
 
     def _compile(self, model: Model, inputs: Sequence[Tensor]) -> Any:
         """Return the compiled network, from the cache if it is there and fits this machine."""
-        core, precision, threads = (
-            self.openvino.Core(),
-            self.options.precision,
-            torch.get_num_threads(),
-        )
-        hints: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        core, threads = self.openvino.Core(), torch.get_num_threads()
+        precision, hints = self.options.precision, {"PERFORMANCE_HINT": "LATENCY"}
+        hints["INFERENCE_PRECISION_HINT"] = HINTS[precision]
         if self.target == "CPU":
-            hints["INFERENCE_NUM_THREADS"] = threads
+            hints["INFERENCE_NUM_THREADS"] = str(threads)
         device = core.get_property(self.target, "FULL_DEVICE_NAME")
         machine = (self.target, device, platform.machine(), threads)
         facts = (precision, machine, self.openvino.get_version())
