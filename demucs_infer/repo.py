@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf, registry
-from .hub.checkpoints import Bag, Content, read_package, read_state
+from .hub.checkpoints import Bag, Content, read_package, read_weights
 from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
 from .hub.registry import Checkpoint
@@ -144,7 +144,7 @@ class RemoteRepo(ModelOnlyRepo):
         if architecture is None:
             return read_package(content)
         klass = ClassName(architecture["klass"])
-        return {**architecture, "klass": klass, "state": read_state(content)}
+        return {**architecture, "klass": klass, "state": read_weights(content)}
 
     def read(self, sig: str) -> Content:
         """Return the verified bytes of a checkpoint, which is downloaded if it is not there.

@@ -152,14 +152,6 @@ def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     return _read_with(readers[path.suffix], file)
 
 
-def read_state(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
-    """Read a PyTorch file of a model's weights and nothing else, whatever its suffix.
-
-    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
-    """
-    return _read_with(read_pickled, file)
-
-
 def read_weights(file: str | os.PathLike[str] | Content) -> dict[str, Tensor]:
     """Read the weights of a file that a training saved, with or without the training's state.
 
