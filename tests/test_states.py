@@ -39,7 +39,17 @@ from demucs_infer.states import (
     swap_state,
 )
 
-from .helpers import TINY, archive, assert_close, noise, released_pair, run, save_package, shake
+from .helpers import (
+    TINY,
+    archive,
+    assert_close,
+    noise,
+    released_pair,
+    run,
+    save_package,
+    shake,
+    wav,
+)
 
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
@@ -248,6 +258,7 @@ def test_a_folder_of_hostile_files(
         (folder / f"{name}2.safetensors").write_bytes(content)
     hostile = sorted(path.stem for path in folder.iterdir())
     assert len(hostile) > 25
+    (tmp_path / "track.wav").write_bytes(wav(0.1))
     for name in hostile:
         with pytest.raises(SystemExit) as exit:
             separate.main(["--repo", str(folder), "-n", name, str(tmp_path / "track.wav")])
