@@ -220,7 +220,7 @@ class RemoteRepo(ModelOnlyRepo):
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
-        """Say how to do without a download, with the URLs and digests of the files."""
+        """Describe how to do without a download, with the URLs and digests of the files."""
         texts = []
         for sig in signatures:
             sources = sources_of(sig, self._checkpoints[sig])
