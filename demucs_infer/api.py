@@ -24,28 +24,24 @@ from torch import Tensor, nn
 from .apply import Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
 from .batch.batch import TrackResult, separate_file
-from .engine.backends import EngineOptions, backend_of
-from .engine.backends.base import Backend
+from .engine.backends import Backend, backend_of
 from .engine.options import (
     ModelOptions,
     NotProvided,
     SeparationOptions,
     SeparatorOptions,
-    options_of,
     takes,
-    updates,
 )
-from .engine.plan import ApplyOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .hub.registry import cache_folder
-from .io.output import Output
-from .io.stems import mixed, needed_sources, parse_stems
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
 from .read.decode import AudioInput
-from .read.mixture import Decoder, Excerpt, Limits, Mixture
+from .read.mixture import Decoder, Mixture
 from .read.pcm import as_samples, strange_samples
 from .storage.locations import local_copy, location
+from .write.output import Output
+from .write.stems import mixed, needed_sources, parse_stems
 
 __all__ = [
     "LoadAudioError",
@@ -78,20 +74,20 @@ def _attribute(option: str) -> str:
 
 
 class Separator:
-    """A model with the options of a separation. The model is loaded once, when this is made.
+    """A model with the options of a separation. The constructor loads the model, once.
 
-    As a context manager it lets go of the model at the end of the block (see `close`).
+    As a context manager it releases the model at the end of the block (see `close`).
 
     Each option is an attribute, with an underscore before its name; the model's name is `_name`.
     Subclasses and callers may set these and `_model`, `_samplerate` and `_audio_channels`, with or
-    without a call of `__init__`, and may override `_load_model` and `_load_audio`: a separation is
-    made of what is set when it begins.
+    without a call of `__init__`, and may override `_load_model` and `_load_audio`. A separation
+    uses the attributes as they are when it begins.
     """
 
     _model: Any = None
     _samplerate: int | None = None
     _audio_channels: int | None = None
-    _backend: tuple[EngineOptions, Backend] | None = None
+    _backend: tuple[tuple[Any, ...], Backend] | None = None
     _running: tuple[nn.Module, Backend, nn.Module] | None = None
 
     @takes(SeparatorOptions)
@@ -129,36 +125,31 @@ class Separator:
         names = (option.name for option in fields(kind))
         return kind(**{name: getattr(self, _attribute(name)) for name in names})
 
+    @property
+    def options(self) -> SeparationOptions:
+        """The options of a separation, as they are set now. Raises `OptionError` for wrong ones."""
+        return self._chosen(SeparationOptions)
+
     def _check(self, options: SeparationOptions) -> None:
-        """Raise `OptionError` for what cannot be had, of the model too, if there is one."""
-        if options.jobs < 0:
-            raise OptionError(f"jobs={options.jobs} must be 0 or more")
-        if options.batch_size is not None and options.batch_size < 1:
-            raise OptionError(f"batch_size={options.batch_size} must be 1 or more")
-        options_of(ApplyOptions, vars(options))
-        options_of(Limits, vars(options))
-        _ = Excerpt(options.start, options.duration)
+        """Raise `OptionError` for options that the engine or the model does not have."""
         self._backend_for(options)
         if self._model is not None:
             check_segment(self._model, options.segment)
             parse_stems(options.stems, self._model.sources)
 
     def _backend_for(self, options: SeparationOptions) -> Backend:
-        cache = self._compiled_folder()
-        wanted: EngineOptions = options_of(EngineOptions, {**vars(options), "cache": cache})
+        """Return the backend for `options`: the one of the last call, unless they changed."""
+        try:
+            cache = cache_folder(self._chosen(ModelOptions).cache_dir)
+        except ModelLoadingError:  # checkpoints have no folder, and compiled networks neither
+            cache = None
+        wanted = (options.engine, options.precision, options.compile, options.device, cache)
         if self._backend is None or self._backend[0] != wanted:
-            self._backend = (wanted, backend_of(wanted))
+            self._backend = (wanted, backend_of(options, cache))
         return self._backend[1]
 
-    def _compiled_folder(self) -> Path | None:
-        """The folder for what engines compile: beside the checkpoints, if they have a folder."""
-        try:
-            return cache_folder(self._chosen(ModelOptions).cache_dir)
-        except ModelLoadingError:
-            return None
-
     def _model_on(self, backend: Backend) -> nn.Module:
-        """The model with its network run by `backend`."""
+        """Return the model with its network run by `backend`."""
         kept = self._running
         if kept is None or kept[0] is not self._model or kept[1] is not backend:
             self._running = kept = (self._model, backend, backend.run(self._model))
@@ -181,21 +172,21 @@ class Separator:
 
     @property
     def name(self) -> str:
-        """Name of the model, as it stands in paths of stems: without the folder of its file."""
+        """The name of the model in paths of stems: without the folder of its file."""
         return model_label(self._chosen(ModelOptions).model)
 
-    @updates(SeparationOptions)
+    @takes(SeparationOptions, some=True)
     def update_parameter(self, changes: dict[str, Any]) -> None:
-        """Change the options that are given, for what is separated from now on.
+        """Change the options that are given, for the separations that follow.
 
-        Raises `OptionError` for a value out of range; nothing is changed then.
+        Raises `OptionError` for a value out of range, and then changes nothing.
         """
-        self._check(replace(self._chosen(SeparationOptions), **changes))
+        self._check(replace(self.options, **changes))
         for name, value in changes.items():
             setattr(self, _attribute(name), value)
 
     def close(self) -> None:
-        """Let go of the model, and of the GPU's memory that it takes. Nothing is separated then."""
+        """Release the model and its memory on a GPU. No separation is possible afterwards."""
         self._model = self._running = self._backend = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -248,7 +239,7 @@ class Separator:
             else:
                 audio = AudioFile(track)
             rate, channels = self.samplerate, self.audio_channels
-            decoder = Decoder(audio, rate, channels, self.limits, self.excerpt)
+            decoder = Decoder(audio, rate, channels, self.options)
             return torch.cat(list(decoder.chunks()), dim=-1)
 
     def _separate(self, origin: Tensor) -> Separation:
@@ -297,55 +288,35 @@ class Separator:
         return other
 
     @property
-    def excerpt(self) -> Excerpt:
-        """The time range of a file that is separated."""
-        options = self._chosen(SeparationOptions)
-        return Excerpt(options.start, options.duration)
-
-    @property
     def stems(self) -> list[str]:
-        """The stems that are separated, in their order."""
-        wanted = self._chosen(SeparationOptions).stems
-        return [stem.name for stem in parse_stems(wanted, self._model.sources)]
-
-    @property
-    def limits(self) -> Limits:
-        """The tracks that are accepted."""
-        limits: Limits = options_of(Limits, vars(self._chosen(SeparationOptions)))
-        return limits
+        """The names of the stems, in their order."""
+        return [stem.name for stem in parse_stems(self.options.stems, self._model.sources)]
 
     def plan(self, length: int) -> list[Pass]:
-        """The passes over a track of `length` samples at the model's rate, with offsets drawn."""
-        options: ApplyOptions = options_of(ApplyOptions, vars(self._chosen(SeparationOptions)))
-        return plan_passes(self._model, length, options)
+        """Plan the passes over `length` samples at the model's rate, and draw their offsets."""
+        return plan_passes(self._model, length, self.options)
 
     def blocks(
         self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
     ) -> Iterator[Tensor]:
-        """The stems of `mixture` block by block, each `[1, S, C, n]`, for the passes of `plan`.
+        """Yield the stems of `mixture` block by block, `[1, S, C, n]`, for the passes of `plan`.
 
         `title` is that of progress bars.
         """
         if self._model is None:
             raise OptionError("this Separator is closed, or has no model")
-        options = self._chosen(SeparationOptions)
+        options = self.options
         self._check(options)
         backend = self._backend_for(options)
         stems = parse_stems(options.stems, self._model.sources)
         sources = needed_sources(stems, self._model.sources)
+        wanted = None if options.stems is None else sources
         blocks = separate_blocks(
             self._model_on(backend),
             mixture,
-            options=options_of(ApplyOptions, vars(options)),
-            in_lockstep=options.callback is None,  # which expects one model after the other
-            progress=options.progress,
-            device=backend.device,
-            num_workers=options.jobs,
-            callback=options.callback,
-            callback_arg=options.callback_arg,
-            stems=None if options.stems is None else sources,
+            options=replace(options, device=backend.device, stems=wanted),
+            in_lockstep=options.callback is None,  # a callback expects one model after the other
             passes=passes,
-            batch_size=options.batch_size,
             stay=True,
             title=title,
         )

@@ -1,6 +1,6 @@
-"""A model is applied to a mixture: the engine's public face.
+"""Apply a model to a mixture: the interface of the engine for programs.
 
-`separate_blocks` is the engine as a stream, `apply_model` the same with tensors at both ends. The
+`separate_blocks` yields stems block by block, `apply_model` takes and returns whole tensors. The
 work is done in `engine`.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,18 +19,10 @@ from torch import Tensor, nn
 
 from .demucs import Demucs
 from .engine.bag import BagOfModels, as_bag, check_segment
+from .engine.options import Callback, SeparationOptions
 from .engine.overlap_add import OverlapAdd, fade, window_share
-from .engine.plan import (
-    MAX_SHIFT,
-    ApplyOptions,
-    Pass,
-    Step,
-    Window,
-    plan_passes,
-    plan_steps,
-    plan_windows,
-)
-from .engine.run import Callback, RunOptions, separate
+from .engine.plan import MAX_SHIFT, Pass, Step, Window, plan_passes, plan_steps, plan_windows
+from .engine.run import separate
 from .engine.source import Source, TensorChunk, tensor_chunk
 from .errors import OptionError
 from .hdemucs import HDemucs
@@ -41,7 +33,6 @@ from .utils import DummyPoolExecutor, center_trim
 
 __all__ = [
     "MAX_SHIFT",
-    "ApplyOptions",
     "BagOfModels",
     "Callback",
     "Demucs",
@@ -51,7 +42,7 @@ __all__ = [
     "Model",
     "OverlapAdd",
     "Pass",
-    "RunOptions",
+    "SeparationOptions",
     "Source",
     "Step",
     "TensorChunk",
@@ -70,13 +61,13 @@ __all__ = [
 ]
 
 Model = Demucs | HDemucs | HTDemucs
-DEFAULTS = ApplyOptions()
+DEFAULTS = SeparationOptions()
 # Seconds of audio, and how many of them a second takes. Elsewhere, programs read the usual bar.
 TERMINAL_BAR = "{l_bar}{bar}| {n:.1f}/{total:.1f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 def _bar(windows: Iterable[Any], **options: Any) -> Iterable[Any]:
-    """A progress bar, by whatever `tqdm` is in this module: programs put their own there."""
+    """Make a progress bar by the `tqdm` of this module, which programs replace by their own."""
     if sys.stderr is None:  # a program without a console, whose own bar may show elsewhere
         options["file"] = io.StringIO()
     elif is_terminal(sys.stderr):
@@ -86,30 +77,30 @@ def _bar(windows: Iterable[Any], **options: Any) -> Iterable[Any]:
 
 
 def separate_blocks(
-    model: nn.Module, source: Source, *, options: ApplyOptions = DEFAULTS, **how: Any
+    model: nn.Module, source: Source, *, options: SeparationOptions = DEFAULTS, **how: Any
 ) -> Iterator[Tensor]:
     """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
 
-    `options` say how the track is cut, `how` are the fields of `RunOptions`. Raises `OptionError`
-    for options that cannot be had, `DemucsInferError` for stems that are not finite.
+    `how` are the keyword arguments of `engine.run.separate`. Raises `OptionError` for options that
+    the model does not have, `DemucsInferError` for stems that are not finite.
     """
-    return separate(model, source, options, RunOptions(**how), _bar)
+    return separate(model, source, options, _bar, **how)
 
 
 def apply_model(
     model: nn.Module,
     mix: Tensor | TensorChunk,
-    shifts: int = 1,
-    split: bool = True,
-    overlap: float = 0.25,
+    shifts: int = DEFAULTS.shifts,
+    split: bool = DEFAULTS.split,
+    overlap: float = DEFAULTS.overlap,
     transition_power: float = 1.0,
-    progress: bool = False,
+    progress: bool = DEFAULTS.progress,
     device: str | torch.device | None = None,
-    num_workers: int = 0,
+    num_workers: int = DEFAULTS.jobs,
     segment: float | None = None,
     pool: Executor | None = None,
     lock: AbstractContextManager[Any] | None = None,
-    callback: Callable[[dict[str, Any]], Any] | None = None,
+    callback: Callback | None = None,
     callback_arg: Mapping[str, Any] | None = None,
     *,
     stems: Sequence[str] | None = None,
@@ -128,7 +119,7 @@ def apply_model(
         overlap: part of a window that the next one covers, from 0 to less than 1.
         transition_power: exponent of the windows' weights, at least 1; higher is more abrupt.
         progress: show a progress bar on standard error for each pass, through `tqdm.tqdm`.
-        device: where the model runs; that of `mix` if not given.
+        device: the device that runs the model (default: that of `mix`).
         num_workers: threads that run windows at once, on a CPU.
         segment: length of a window in seconds, instead of the model's.
         pool: an executor of the caller's to run the windows.
@@ -139,7 +130,7 @@ def apply_model(
             separation and is raised here.
         callback_arg: entries to add to that dictionary.
         stems: the sources that are wanted, in this order (default: all). Models of a bag that do
-            not count for them are not run; the others give what they give among all.
+            not contribute to them are not run.
         seed: draw the offsets of the shifts from this instead of from `random`.
         batch_size: windows in one batch (default: on a GPU what its memory holds, else 1).
 
@@ -147,39 +138,46 @@ def apply_model(
     shape, or with values that are not finite; `DemucsInferError` for stems that are not finite.
     """
     chunk = tensor_chunk(mix)
-    _check_mixture(model, chunk)
-    how = RunOptions(
-        in_lockstep=False,
-        progress=progress,
+    wanted = as_bag(model).audio_channels
+    if len(chunk.shape) != 3 or wanted not in (None, chunk.shape[1]):
+        raise OptionError(
+            f"the mixture must be [batch, {wanted or 'any number of'} channels, samples],"
+            f" not {list(chunk.shape)}: see demucs_infer.audio.convert_audio"
+        )
+    if not chunk.tensor.is_floating_point():
+        raise OptionError(f"the mixture must be floating point, not {chunk.tensor.dtype}")
+    reason = strange_samples(chunk.tensor)
+    if reason:
+        raise OptionError(f"the mixture has values that are {reason}")
+    options = SeparationOptions(
         device=device or chunk.device,
-        stems=stems,
-        num_workers=num_workers,
-        pool=pool,
-        lock=lock,
+        shifts=shifts,
+        overlap=overlap,
+        split=split,
+        segment=segment,
+        jobs=num_workers,
+        progress=progress,
         callback=callback,
         callback_arg=callback_arg,
+        stems=stems,
+        seed=seed,
         batch_size=batch_size,
     )
-    options = ApplyOptions(shifts, split, overlap, transition_power, segment, seed)
+    blocks = separate(
+        model,
+        chunk,
+        options,
+        _bar,
+        in_lockstep=False,
+        transition_power=transition_power,
+        pool=pool,
+        lock=lock,
+    )
     batch, channels, length = chunk.shape
     sources: Any = model.sources if stems is None else stems
     out = chunk.tensor.new_empty(batch, len(sources), channels, length)
     done = 0
-    for block in separate(model, chunk, options, how, _bar):
+    for block in blocks:
         out[..., done : done + block.shape[-1]] = block
         done += block.shape[-1]
     return out
-
-
-def _check_mixture(model: nn.Module, mix: TensorChunk) -> None:
-    channels = as_bag(model).audio_channels
-    if len(mix.shape) != 3 or channels not in (None, mix.shape[1]):
-        raise OptionError(
-            f"the mixture must be [batch, {channels or 'any number of'} channels, samples],"
-            f" not {list(mix.shape)}: see demucs_infer.audio.convert_audio"
-        )
-    if not mix.tensor.is_floating_point():
-        raise OptionError(f"the mixture must be floating point, not {mix.tensor.dtype}")
-    reason = strange_samples(mix.tensor)
-    if reason:
-        raise OptionError(f"the mixture has values that are {reason}")

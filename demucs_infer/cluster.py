@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch.batch import Batch, TrackResult, checked_stems
+from .batch.batch import Batch, TrackResult
 from .batch.console import ENDING, Ended
 from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .io.folders import Folders
-from .io.output import Output
 from .storage.locations import location
+from .write.output import Output
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
 RETRIES = 1  # of a track whose worker dies, both among others and alone
@@ -83,7 +83,8 @@ class SeparateTracks:
         # That thread may hold the last reference to this object, and cannot wait for itself.
         stack.callback(self._model_thread.shutdown, wait=False)
         self.separator = self._in_turn(partial(Separator, **options))
-        self._stems = checked_stems(self.separator, self.output)
+        self._stems = self.separator.stems
+        self.output.check_stems(self.separator.model.sources, self._stems)
         self._space = stack.enter_context(self.output.workspace())
         weakref.finalize(self, stack.close)
 

@@ -112,7 +112,7 @@ def export(
     """
     import torch
 
-    from .engine.backends.graph import network_graph
+    from .engine.backends.onnxruntime import network_graph
     from .utils import appearing
 
     path, ours, example = Path(path), cast(Any, model), list[torch.Tensor]()

@@ -41,16 +41,16 @@ from .errors import (
     SaveAudioError,
 )
 from .io.folders import Folders
-from .io.output import PIPE, WHERE, Output
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location
+from .write.output import PIPE, WHERE, Output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/speed.md.
+# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/performance.md.
 SPIN_COUNT = 100_000
 HELP_WIDTH = 78  # columns
 # The options that -h shows.
@@ -307,7 +307,7 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     _check_folder(output)
 
     from .api import Separator
-    from .batch.batch import Batch, TrackResult, checked_stems, warn_of_full_disk
+    from .batch.batch import Batch, TrackResult, warn_of_full_disk
     from .batch.tracks import plan_jobs
 
     errors: list[Exception] = []
@@ -330,9 +330,10 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     # With --ray, the model here only names its stems.
     here = {name: value for name, value in options.items() if name not in OF_ENGINE}
     separator = Separator(**options) if args.ray is None else Separator(**here, device="cpu")
-    stems = checked_stems(separator, output)
-    jobs = plan_jobs(tracks, output, separator.name, stems, folders)
-    models = getattr(separator.model, "models", None)
+    network: Any = separator.model
+    output.check_stems(network.sources, separator.stems)
+    jobs = plan_jobs(tracks, output, separator.name, separator.stems, folders)
+    models = getattr(network, "models", None)
     shown = folder.resolve() if isinstance(folder, Path) else folder
     console.introduce(None if models is None else len(models), shown)
 

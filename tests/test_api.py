@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,12 @@ def test_files_are_separated_as_in_the_reference(
     ours = separator.separate_audio_file(track)[1]
     for name, theirs in reference.separate_audio_file(track)[1].items():
         assert_close(ours[name], theirs)
+    with track.open("rb") as file:
+        for given in (os.fsencode(track), io.BytesIO(track.read_bytes()), file):
+            for name, stem in separator.separate_audio_file(given)[1].items():
+                assert torch.equal(stem, ours[name])
+    with track.open("r", encoding="latin-1") as text, pytest.raises(LoadAudioError, match="binary"):
+        separator.separate_audio_file(text)
 
 
 def test_mono_is_repeated(separator: Separator) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from demucs_infer.apply import (
-    ApplyOptions,
     BagOfModels,
     OverlapAdd,
+    SeparationOptions,
     TensorChunk,
     apply_model,
     separate_blocks,
@@ -145,16 +145,18 @@ def test_identity_model_returns_its_input_with_any_options(
     length, overlap, shifts, segment, power
 ) -> None:
     mix = noise(2, length)[None]
-    options = ApplyOptions(shifts, True, overlap, power, segment)
+    options = SeparationOptions(shifts=shifts, overlap=overlap, segment=segment)
     for in_lockstep in (False, True):
         bag = BagOfModels([Identity(), Identity()], [[1, 3], [1, 0]])
-        blocks = separate_blocks(bag, tensor_chunk(mix), options=options, in_lockstep=in_lockstep)
+        how = {"in_lockstep": in_lockstep, "transition_power": power}
+        blocks = separate_blocks(bag, tensor_chunk(mix), options=options, **how)
         assert (torch.cat(list(blocks), -1) - mix[:, None]).abs().max() <= 1e-6
 
 
 def test_finished_blocks_are_yielded_before_the_last_window_runs() -> None:
     model = Identity()
-    blocks = separate_blocks(model, tensor_chunk(noise(2, 5000)[None]), options=ApplyOptions(2))
+    options = SeparationOptions(shifts=2)
+    blocks = separate_blocks(model, tensor_chunk(noise(2, 5000)[None]), options=options)
     sizes, calls = [], []
     for block in blocks:
         sizes.append(block.shape[-1])
@@ -179,7 +181,7 @@ class Recorder:
 
 def test_track_is_read_window_by_window_from_start_to_end() -> None:
     source = Recorder()
-    blocks = separate_blocks(Identity(), source, options=ApplyOptions(shifts=2))
+    blocks = separate_blocks(Identity(), source, options=SeparationOptions(shifts=2))
     next(blocks)
     assert max(stop for _, stop in source.reads) <= 3000
     list(blocks)

@@ -28,9 +28,9 @@ from demucs_infer.errors import (
     OptionError,
     SaveAudioError,
 )
-from demucs_infer.io import formats
-from demucs_infer.io.output import CLIP_MODE_NAMES
 from demucs_infer.read.pcm import CLIP_MODES
+from demucs_infer.write import formats
+from demucs_infer.write.output import CLIP_MODE_NAMES
 
 from .helpers import assert_close, noise
 

@@ -23,9 +23,9 @@ from demucs_infer.api import Output, Separator, TrackResult
 from demucs_infer.audio import AudioFile
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.io.formats import FORMATS
 from demucs_infer.read.pcm import prevent_clip
 from demucs_infer.storage import spool
+from demucs_infer.write.formats import FORMATS
 
 from .helpers import (
     SOURCES,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demucs_infer.engine.backends.cache import CompiledCache
+from demucs_infer.engine.backends.compiled import CompiledCache
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs the permissions of POSIX")
 

@@ -14,8 +14,9 @@ from torch.torch_version import TorchVersion
 
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
-from demucs_infer.engine.backends import EngineOptions, backend_of, on_engine, pytorch
+from demucs_infer.engine.backends import backend_of, on_engine, pytorch
 from demucs_infer.engine.machine import X86
+from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.htdemucs import HTDemucs
 
@@ -40,15 +41,14 @@ FLOORS = [
     ("bands", "torch", "bfloat16", 35),
     ("demucs", "torch", "bfloat16", 40),
     ("light", "openvino", "float32", 75),
-    ("light", "onnxruntime", "float32", 75),
     *(
         pytest.param(*values, marks=pytest.mark.slow)
         for values in (
+            ("light", "onnxruntime", "float32", 75),
             ("htdemucs", "openvino", "float32", 75),
             ("htdemucs", "openvino", "bfloat16", 40),
             ("htdemucs", "onnxruntime", "float32", 75),
             ("hdemucs", "onnxruntime", "float32", 75),
-            ("bands", "onnxruntime", "float32", 75),
             ("demucs", "openvino", "float32", 75),
             ("demucs", "onnxruntime", "float32", 75),
         )
@@ -81,7 +81,7 @@ def test_signal_to_error_ratio_of_engines_and_precisions(
     model_class, options = {**FAMILIES, "light": LIGHT}[family]
     theirs, ours = pair(model_class, **options)
     mix = noise(2, 4000)[None]
-    model = on_engine(ours, EngineOptions(engine=engine, precision=precision))
+    model = on_engine(ours, SeparationOptions(engine=engine, precision=precision))
     with torch.no_grad():
         expected, out = theirs(mix), model(mix, stems=[2, 0])
         # The given model has not changed.
@@ -94,7 +94,7 @@ def test_signal_to_error_ratio_of_engines_and_precisions(
 def test_bag_in_bfloat16_keeps_weights_and_segment(with_bfloat16: None) -> None:
     _, ours = pair(HTDemucs, **TINY)
     bag = BagOfModels([ours, ours], [[1, 1, 0, 1], [0, 1, 1, 1]], segment=0.25)
-    half = on_engine(bag, EngineOptions(precision="bfloat16"))
+    half = on_engine(bag, SeparationOptions(precision="bfloat16"))
     mix = noise(2, 9000)[None]
     options = {"shifts": 1, "seed": 3, "stems": ["vocals", "drums"]}
     out, expected = apply_model(half, mix, **options), apply_model(bag, mix, **options)
@@ -106,7 +106,7 @@ def test_bag_in_bfloat16_keeps_weights_and_segment(with_bfloat16: None) -> None:
 def test_windows_of_other_lengths_and_several_threads(engine: str) -> None:
     model_class, options = LIGHT
     ours = pair(model_class, **options)[1]
-    model = on_engine(ours, EngineOptions(engine=engine))
+    model = on_engine(ours, SeparationOptions(engine=engine))
     mix = noise(2, 14_500)[None]
     expected = apply_model(ours, mix, shifts=0)
     assert_close(apply_model(model, mix, shifts=0, num_workers=3), expected)
@@ -123,7 +123,7 @@ def test_cache_of_compiled_networks(
 
     def separated(model: nn.Module, folder: Path = tmp_path) -> Tensor:
         with torch.no_grad():
-            return on_engine(model, EngineOptions(engine=engine, cache=folder))(mix)
+            return on_engine(model, SeparationOptions(engine=engine), folder)(mix)
 
     def files() -> set[Path]:
         return {path for path in cache.iterdir() if path.suffix != ".sha256"}
@@ -164,7 +164,7 @@ def test_error_without_the_package_has_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=f"pip install {package}$"):
-        on_engine(HTDemucs(**TINY), EngineOptions(engine=engine))
+        on_engine(HTDemucs(**TINY), SeparationOptions(engine=engine))
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_error_without_the_package_has_the_command_that_installs_it(
 )
 def test_unsupported_combinations_are_rejected(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        on_engine(HTDemucs(**TINY), EngineOptions(**options))
+        on_engine(HTDemucs(**TINY), SeparationOptions(**options))
 
 
 def test_devices_that_openvino_lacks_are_rejected() -> None:
     pytest.importorskip("openvino")
-    options = EngineOptions(device="openvino:QPU")
+    options = SeparationOptions(device="openvino:QPU")
     with pytest.raises(OptionError, match="no device 'QPU' here, but CPU"):
         on_engine(HTDemucs(**TINY), options)
 
@@ -202,7 +202,7 @@ def test_devices_that_openvino_lacks_are_rejected() -> None:
 )
 def test_providers_of_onnx_runtime_by_name(name: str) -> None:
     pytest.importorskip("onnxruntime")
-    backend = backend_of(EngineOptions(engine="onnxruntime", device=name))
+    backend = backend_of(SeparationOptions(engine="onnxruntime", device=name))
     assert backend.provider == "CPUExecutionProvider"
 
 
@@ -215,9 +215,9 @@ def test_unusable_provider_is_skipped_or_an_error_if_named(monkeypatch: pytest.M
     ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_close(on_engine(ours, EngineOptions(engine="onnxruntime"))(mix), ours(mix))
+        assert_close(on_engine(ours, SeparationOptions(engine="onnxruntime"))(mix), ours(mix))
         with pytest.raises(OptionError, match="cuda: what it needs is not on this machine"):
-            on_engine(ours, EngineOptions(device="onnxruntime:cuda"))(mix)
+            on_engine(ours, SeparationOptions(device="onnxruntime:cuda"))(mix)
 
 
 @pytest.mark.slow
@@ -235,16 +235,15 @@ def test_providers_of_several_gpus_in_half_precision(monkeypatch: pytest.MonkeyP
     found = ["TensorrtExecutionProvider", "DmlExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    model_class, options = FAMILIES["bands"]
-    ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
-    half = on_engine(ours, EngineOptions(device="onnxruntime:directml:1", precision="float16"))
+    ours, mix = pair(LIGHT[0], **LIGHT[1])[1], noise(2, 4000)[None]
+    half = on_engine(ours, SeparationOptions(device="onnxruntime:directml:1", precision="float16"))
     with torch.no_grad():
         assert 50 < decibels(half(mix), ours(mix)) < 100
     assert given == [("DmlExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
     given.clear()
     # TensorRT compiles for minutes, so it is only used by name.
     with torch.no_grad():
-        on_engine(pair(LIGHT[0], **LIGHT[1])[1], EngineOptions(engine="onnxruntime"))(mix)
+        on_engine(ours, SeparationOptions(engine="onnxruntime"))(mix)
     assert given[0] == ("DmlExecutionProvider", {})
 
 
@@ -261,12 +260,9 @@ print(torch.equal(vocals("float32"), vocals("bfloat16")))
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="the variables are for x86")
-@pytest.mark.parametrize(
-    "limits",
-    [AVX2, pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, marks=pytest.mark.slow)],
-    ids="-".join,
-)
+@pytest.mark.parametrize("limits", [AVX2, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}], ids="-".join)
 def test_processor_without_bfloat16_runs_in_float32(limits: dict[str, str], repo: Path) -> None:
     result = run("-c", NO_BFLOAT16, repo, "cpu", env={**environment(), **limits})
     assert result.stdout.split() == ["True"], result.stderr
@@ -282,7 +278,7 @@ def test_openvino_without_bfloat16_runs_in_float32(
     """OpenVINO does not run here: with this variable, it crashes on some processors with AMX."""
     pytest.importorskip("openvino")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    backend = backend_of(EngineOptions(engine="openvino", precision="bfloat16"))
+    backend = backend_of(SeparationOptions(engine="openvino", precision="bfloat16"))
     assert backend.options.precision == "float32"
     assert caplog.messages[0].endswith("float32 is used instead")
 
@@ -290,7 +286,7 @@ def test_openvino_without_bfloat16_runs_in_float32(
 def test_half_precision_on_a_gpu_uses_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast on the CPU stands in for the GPU's."""
     theirs, ours = pair(HTDemucs, **TINY)
-    options = EngineOptions(precision="bfloat16", device="cuda")
+    options = SeparationOptions(precision="bfloat16", device="cuda")
     monkeypatch.setattr(pytorch, "_usable", torch.device)
     monkeypatch.setattr(pytorch, "cuda_has_bfloat16", lambda device: True)
     autocast = torch.autocast

@@ -298,8 +298,8 @@ def test_the_hubs_cache_is_looked_at(second: Hub, published: Web, tmp_path: Path
     models = RemoteRepo.released()
     path = models.path("first")
     assert path.is_relative_to(tmp_path / "hub")
-    listed = run("-c", f"{published.code}{MAIN}", "--list-models", "-v").stdout
-    assert f"in {path.parent}" in listed
+    listed = run("-c", f"{published.code}{MAIN}", "--list-models", "--verbose").stdout
+    assert f" in {path.parent}\n" in listed
     assert not published.paths
     assert len(second.asked) == asked
     path.resolve().write_bytes(b"damaged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from demucs_infer.api import Output, Separator
 from demucs_infer.errors import OptionError, SaveAudioError
 
-from .helpers import SOURCES, Command, assert_one_line, stems_of, write_track
+from .helpers import SOURCES, Command, assert_one_line, json_lines, stems_of, write_track
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,45 @@ def test_output_that_is_a_file_is_one_line(command: Command, tmp_path: Path) -> 
     write_track(tmp_path / "a.wav", 0.1)
     (tmp_path / "out").touch()
     assert_one_line(command("-o", "out", "a.wav"), "out", "cannot be written")
+
+
+def test_skip_existing_takes_only_files_of_the_format(command: Command, tmp_path: Path) -> None:
+    write_track(tmp_path / "a.wav")
+    options = ["--shifts", 0, "--stems", "bass", "--json", "--player", "a.wav"]
+    folder = tmp_path / "separated/tiny/a"
+
+    def skipped(*more: str) -> bool:
+        (result,) = json_lines(command("--skip-existing", *more, *options))
+        return result["skipped"]
+
+    for format in ("wav", "flac", "mp3", "ogg", "opus", "m4a"):
+        assert not skipped("--format", format)
+        assert skipped("--format", format)
+        path = folder / f"bass.{format}"
+        for content in (b"", path.read_bytes()[:40], b"no audio" * 1000):
+            path.write_bytes(content)
+            assert not skipped("--format", format)
+    (folder / "bass.flac").write_bytes((folder / "bass.wav").read_bytes())
+    assert not skipped("--flac")
+    (folder / "player.html").write_bytes(b"")
+    assert not skipped("--flac")
+
+
+def test_other_files_of_a_track_are_mentioned_once(command: Command, tmp_path: Path) -> None:
+    tracks = [write_track(tmp_path / f"{name}.wav") for name in "ab"]
+    assert "bass.wav" not in command("--shifts", 0, *tracks).stderr
+    result = command("--shifts", 0, "--skip-existing", "--two-stems", "vocals", *tracks)
+    assert result.stderr.count("bass.wav, drums.wav, other.wav") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not text")
+def test_a_page_of_a_track_whose_name_is_not_text(command: Command, tmp_path: Path) -> None:
+    """Two names that differ only in bytes which are not UTF-8 become two folders."""
+    names = [os.fsdecode(b"caf" + byte) for byte in (b"\xe8", b"\xe9")]
+    # libsndfile writes no such names.
+    tracks = [write_track(tmp_path / "a.wav").rename(tmp_path / f"{name}.wav") for name in names]
+    assert command("--shifts", 0, "--player", "--stems", "bass", *tracks).returncode == 0
+    for name in names:
+        folder = tmp_path / "separated/tiny" / name
+        assert "caf\ufffd" in (folder / "player.html").read_text("utf-8")
+        assert (folder / "bass.wav").stat().st_size > 100

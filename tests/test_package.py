@@ -73,7 +73,7 @@ def test_names_and_parameters_are_those_of_the_reference() -> None:
 def test_help_and_the_list_of_models_import_no_torch() -> None:
     code = """
 import sys
-import demucs_infer, demucs_infer.log, demucs_infer.errors, demucs_infer.io.stems
+import demucs_infer, demucs_infer.log, demucs_infer.errors, demucs_infer.write.stems
 from demucs_infer.separate import get_parser, main
 get_parser().format_help()
 main(["--list-models"])

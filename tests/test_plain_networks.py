@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from demucs_infer.apply import apply_model
 from demucs_infer.demucs import Demucs
-from demucs_infer.engine.backends import EngineOptions, on_engine
+from demucs_infer.engine.backends import on_engine
 from demucs_infer.engine.cpu import fast_copy
+from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
@@ -319,7 +320,10 @@ def test_copies_and_pickles(models: tuple[nn.Module, nn.Module]) -> None:
             assert torch.equal(other(MIX), expected)
 
 
-@pytest.mark.parametrize("family", [HTDemucs, HDemucs, Demucs])
+@pytest.mark.parametrize(
+    "family",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (HTDemucs, HDemucs)), Demucs],
+)
 def test_traces_and_exports(family: type) -> None:
     options = next(options for kind, options in FAMILIES.values() if kind is family)
     _, ours = pair(family, **options)
@@ -336,7 +340,7 @@ def test_half_precision_starts_from_the_plain_model() -> None:
     half = ours.half() if torch.cuda.is_available() else ours.bfloat16()
     with torch.no_grad():
         assert half(MIX).dtype == torch.float32  # the transforms keep the type of the mixture
-    assert on_engine(ours, EngineOptions()) is ours
+    assert on_engine(ours, SeparationOptions()) is ours
 
 
 def test_steps_that_exporters_write_themselves() -> None:

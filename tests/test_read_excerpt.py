@@ -11,9 +11,8 @@ import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile
-from demucs_infer.engine.options import parse_time
+from demucs_infer.engine.options import SeparationOptions, parse_time
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.read.mixture import Excerpt
 from demucs_infer.read.packets import Damage
 from demucs_infer.separate import main
 
@@ -51,7 +50,7 @@ def test_what_is_no_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("part", [{"start": -1}, {"duration": 0}, {"start": float("nan")}])
 def test_parts_that_there_are_not(part: dict[str, Any], repo: Path, track: Path) -> None:
     with pytest.raises(OptionError, match=next(iter(part))):
-        Excerpt(**part)
+        SeparationOptions(**part)
     with pytest.raises(OptionError):
         Separator("tiny", repo, device="cpu").separate_audio_file(track, **part)
 
@@ -83,7 +82,10 @@ def test_a_part_is_what_a_file_cut_there_would_be(
     whole, rate = torch.cat(list(file.chunks()), dim=-1), file.samplerate()
     first = round((start or 0) * rate)
     last = None if duration is None else first + round(duration * rate)
-    part = torch.cat(list(file.chunks(0, *Excerpt(start, duration).samples(rate))), dim=-1)
+    part = torch.cat(
+        list(file.chunks(0, *SeparationOptions(start=start, duration=duration).excerpt(rate))),
+        dim=-1,
+    )
     assert torch.equal(part, whole[:, first:last])
 
 
@@ -97,7 +99,8 @@ def test_damage_counts_within_a_part(tmp_path: Path, caplog: pytest.LogCaptureFi
     file = AudioFile(path)
     for start, stop, places in ((0, 0.3, 0), (0.5, 1.5, 1), (1.7, None, 0)):
         caplog.clear()
-        first, last = Excerpt(start, stop and stop - start).samples(RATE)
+        options = SeparationOptions(start=start, duration=stop and stop - start)
+        first, last = options.excerpt(RATE)
         damage = Damage()
         assert sum(block.shape[1] for block in file.chunks(0, first, last, damage)) > RATE / 4
         assert (damage.places, len(caplog.messages)) == (places, places)
@@ -113,7 +116,7 @@ def test_the_stems_of_a_part(
     expected = separator.separate_audio_file(cut).stems
     stems = separator.separate_audio_file(track, start=0.5, duration=1).stems
     assert all(torch.equal(stems[name], expected[name]) for name in expected)
-    assert separator.excerpt == Excerpt()
+    assert separator.options.start is None
     common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--float32"]
     options = ["--clip-mode", "none", "--start", "0:00.5", "--duration", "1", "--json"]
     main([*common, *options, "-o", str(tmp_path), str(track)])

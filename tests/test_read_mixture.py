@@ -8,8 +8,9 @@ import soundfile
 import torch
 
 from demucs_infer.audio import AudioFile, convert_audio, save_audio
+from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.read.mixture import CHUNK, Decoder, Limits, Mixture, Moments
+from demucs_infer.read.mixture import CHUNK, Decoder, Mixture, Moments
 
 from .helpers import assert_close, noise
 
@@ -76,7 +77,7 @@ def test_values_that_no_music_has(loud: float, tmp_path: Path) -> None:
 
 def test_a_limit_ends_the_reading_when_it_is_passed(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1, 100 * CHUNK)[0].numpy(), 8000)
-    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=20))
+    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, SeparationOptions(max_duration=20))
     with pytest.raises(LoadAudioError, match=r"a\.wav: is longer than 20 s, the limit here"):
         list(decoder.chunks())
     assert decoder.length < 20 * 8000 + 2 * CHUNK
@@ -84,14 +85,14 @@ def test_a_limit_ends_the_reading_when_it_is_passed(tmp_path: Path) -> None:
 
 def test_a_track_of_the_longest_duration_is_read(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1, 8000)[0].numpy(), 8000)
-    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, Limits(max_duration=1))
+    decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, SeparationOptions(max_duration=1))
     assert torch.cat(list(decoder.chunks()), -1).shape == (2, 8000)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
 def test_a_limit_that_is_none(seconds: float) -> None:
     with pytest.raises(OptionError, match="max_duration"):
-        Limits(max_duration=seconds)
+        SeparationOptions(max_duration=seconds)
 
 
 def test_strict_refuses_a_damaged_track(tmp_path: Path) -> None:
@@ -102,4 +103,4 @@ def test_strict_refuses_a_damaged_track(tmp_path: Path) -> None:
     list(decoder.chunks())
     assert decoder.damage.end_missing
     with pytest.raises(LoadAudioError, match=r"a\.flac: is .*cut off at the end"):
-        list(Decoder(AudioFile(path), 44100, 2, Limits(strict=True)).chunks())
+        list(Decoder(AudioFile(path), 44100, 2, SeparationOptions(strict=True)).chunks())

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 
 from demucs_infer.api import Separator
-from demucs_infer.io.formats import FORMATS
 from demucs_infer.separate import get_parser, main
+from demucs_infer.write.formats import FORMATS
 
 from .helpers import (
     SOURCES,

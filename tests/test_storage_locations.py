@@ -286,14 +286,11 @@ def test_no_credentials(
 
 
 def test_a_back_end_that_is_not_installed(
-    command: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SystemExit):
-        command("s3://bucket/a.wav", "-q")
-    assert "s3://bucket/a.wav needs s3fs: pip install s3fs" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    result = separate("--repo", repo, "-n", "tiny", "gs://bucket/a.wav", cwd=tmp_path)
+    assert_one_line(result, "gs://bucket/a.wav needs gcsfs: pip install gcsfs")
 
 
 def test_stems_stay_below_their_url() -> None:

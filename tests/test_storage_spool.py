@@ -93,6 +93,7 @@ with ThreadPoolExecutor(4) as pool:
 """
 
 
+@pytest.mark.slow
 def test_many_starts_in_one_folder(tmp_path: Path) -> None:
     """In threads and processes: each can be made, and none is removed while it is in use."""
     command = [sys.executable, "-c", STARTS, tmp_path, "30"]

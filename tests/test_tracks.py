@@ -9,8 +9,8 @@ import pytest
 from demucs_infer.batch.tracks import find_tracks, plan_jobs
 from demucs_infer.errors import LoadAudioError, OptionError
 from demucs_infer.io.folders import Folders
-from demucs_infer.io.output import PIPE, Output
 from demucs_infer.storage.locations import Url
+from demucs_infer.write.output import PIPE, Output
 
 from .helpers import SOURCES
 

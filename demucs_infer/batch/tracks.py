@@ -12,13 +12,11 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from ..io.folders import Folders
-from ..io.output import PIPE, Output
 from ..log import logger
 from ..storage.locations import (
     Identities,
@@ -31,6 +29,7 @@ from ..storage.locations import (
     location,
     reading,
 )
+from ..write.output import PIPE, Output
 from .console import standard_input
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
@@ -52,18 +51,28 @@ ENCODINGS = {  # by what a list begins with; the longer ones first, as they begi
 Report = Callable[[Location, DemucsInferError], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrackJob:
-    """A track, and the files that its stems become, by `naming`."""
+    """A track, and the files that its stems become in `output`.
+
+    The paths are made when they are asked for: those of a million tracks would not fit into memory.
+    """
 
     track: Location
-    naming: Callable[[Location], Mapping[str, Location]]
-    paging: Callable[[Location], Location | None] = lambda track: None
+    output: Output
+    model: str
+    stems: Sequence[str]
+    folders: Folders
+
+    @property
+    def paths(self) -> Mapping[str, Location]:
+        """The file of each stem."""
+        return self.output.paths(self.track, self.model, self.stems, self.folders.of)
 
     @property
     def page(self) -> Location | None:
         """The page to listen with, if there is to be one."""
-        return self.paging(self.track)
+        return self.output.page(self.track, self.model, self.folders.of)
 
     @property
     def files(self) -> Iterable[Location]:
@@ -72,14 +81,9 @@ class TrackJob:
         return {**dict.fromkeys(self.paths.values()), **page}
 
     @property
-    def paths(self) -> Mapping[str, Location]:
-        """The file of each stem; of a million tracks they would not fit into memory."""
-        return self.naming(self.track)
-
-    @property
     def is_done(self) -> bool:
-        """Whether all of its stems are there; they appear when they are whole."""
-        return all(exists(path) for path in self.files)
+        """True if all of its files are there; they appear when they are whole."""
+        return all(map(self.output.is_written, self.files))
 
     def check_targets(self) -> None:
         """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
@@ -311,10 +315,8 @@ def plan_jobs(
 
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
-    below = (folders or Folders()).of
-    naming = partial(output.paths, model=model, stems=output.stems(sources), folder_of=below)
-    paging = partial(output.page, model=model, folder_of=below)
-    jobs = [TrackJob(location(track), naming, paging) for track in tracks]
+    names, folders = output.stems(sources), folders or Folders()
+    jobs = [TrackJob(location(track), output, model, names, folders) for track in tracks]
     for job in jobs:
         _check_name(job.track)
     if output.is_pipe:

@@ -43,14 +43,14 @@ class BagOfModels(nn.Module):
         self.sources: list[str] = first.sources
         self.samplerate: int = first.samplerate
         self.audio_channels: int = first.audio_channels
-        # For those who ask; the windows of each model are as long as the model says.
+        # For callers; the engine uses the segment of each model.
         self.segment = min(member.segment for member in members)
         self.weights = _checked_weights(weights, len(members), len(self.sources))
 
     @property
     def members(self) -> list[Member]:
         """The models as the engine runs them."""
-        return [Member.of(model) for model in self.models]
+        return [Member(model) for model in self.models]
 
     @property
     def max_segment(self) -> float:
@@ -59,7 +59,7 @@ class BagOfModels(nn.Module):
 
     @property
     def max_allowed_segment(self) -> float:
-        """The reference's name of `max_segment`."""
+        """`max_segment`, under the name of the reference."""
         return self.max_segment
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _checked_weights(
 
 
 def as_bag(model: nn.Module) -> BagOfModels:
-    """The bag itself, or a bag of the one model."""
+    """Return the bag itself, or a bag of the one model."""
     return model if isinstance(model, BagOfModels) else BagOfModels([model])
 
 
@@ -102,8 +102,8 @@ def check_segment(model: nn.Module, segment: float | None) -> None:
 
 
 def _with_segment(model: nn.Module, segment: float | None) -> nn.Module:
-    """`model`, or a copy that shares its weights but has another `segment`."""
-    if segment is None or segment > Member.of(model).max_segment:
+    """Return `model`, or a copy that shares its weights but has another `segment`."""
+    if segment is None or segment > Member(model).max_segment:
         return model
     model = copy.copy(model)
     model.segment = segment  # type: ignore[assignment]

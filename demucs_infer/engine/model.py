@@ -6,7 +6,6 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, Protocol
@@ -18,18 +17,19 @@ from ..blocks import DConv
 from ..errors import ModelLoadingError
 from ..utils import pick_sources, shortened
 
+# A network between the transforms of a model: real tensors in and out, of fixed shapes.
+Network = Callable[..., tuple[Tensor, ...]]
 
-class Network(Protocol):
-    """What stands between the transforms of a model: real tensors in and out, of fixed shapes."""
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
+# Errors of a network whose configuration is wrong, beside arithmetic and PyTorch's.
+ALSO_RAISED = (AssertionError, TypeError, ValueError)
 
 
 class Model(Protocol):
-    """A model of ours, a `torch.nn.Module` beside all this.
+    """A `torch.nn.Module` of a family of ours.
 
-    `sources` are the names of its stems, `samplerate` is in hertz, and `segment`, the length of a
-    window, in seconds. `options` is the dataclass that describes its architecture.
+    `samplerate` is in hertz, and `segment`, the length of a window, in seconds. `options` is the
+    dataclass that describes the architecture.
     """
 
     sources: list[str]
@@ -47,28 +47,19 @@ class Model(Protocol):
         """
 
     def network(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run what stands between the transforms."""
+        """Run the network between the transforms."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Weights by name."""
 
 
-def _same(length: int) -> int:
-    return length
-
-
-def _nothing(draw: Any) -> None:
-    pass
-
-
-@dataclass(frozen=True)
 class Member:
     """A module as the engine runs it: a model of ours, or any other that separates windows.
 
     A module has `sources`, `samplerate` (hertz) and `segment` (seconds), and is callable on
-    `[B, C, T]`; what else it may have is asked here and nowhere else:
+    `[B, C, T]`. These are optional, and asked for here and nowhere else:
 
-    - `audio_channels` (else any number goes),
+    - `audio_channels` (without it, any number),
     - `max_segment`, the longest window in seconds,
     - `valid_length(length)`, the samples at which a window of `length` is best run,
     - `consume_random(draw)`, which draws what the reference draws for each window,
@@ -77,59 +68,37 @@ class Member:
     `runs` is the module itself, or a copy of it with fast layers.
     """
 
-    module: nn.Module
-    runs: nn.Module
-    sources: list[str]
-    samplerate: int
-    segment: float
-    audio_channels: int | None
-    max_segment: float
-    valid_length: Callable[[int], int]
-    consume_random: Callable[[Any], None]
-    takes_stems: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Member:
-        """Ask `module` for all of it."""
+    def __init__(self, module: nn.Module) -> None:
         ask: Any = module
-        return cls(
-            module,
-            module,
-            list(ask.sources),
-            int(ask.samplerate),
-            float(ask.segment),
-            getattr(ask, "audio_channels", None),
-            float(getattr(ask, "max_segment", inf)),
-            getattr(ask, "valid_length", _same),
-            getattr(ask, "consume_random", _nothing),
-            # As it is called, whatever function it may stand for.
-            "stems" in inspect.signature(module.forward, follow_wrapped=False).parameters,
-        )
+        self.module = self.runs = module
+        self.sources: list[str] = list(ask.sources)
+        self.samplerate = int(ask.samplerate)
+        self.segment = float(ask.segment)
+        self.audio_channels: int | None = getattr(ask, "audio_channels", None)
+        self.max_segment = float(getattr(ask, "max_segment", inf))
+        self.valid_length = getattr(ask, "valid_length", lambda length: length)
+        self.consume_random = getattr(ask, "consume_random", lambda draw: None)
+        # As it is called, even if the function wraps another one.
+        parameters = inspect.signature(module.forward, follow_wrapped=False).parameters
+        self._takes_stems = "stems" in parameters
 
     @property
     def device(self) -> torch.device | None:
-        """The device of its weights; None without any."""
+        """The device of its weights; None without weights."""
         first = next(self.module.parameters(), None)
         return None if first is None else first.device
 
     def __call__(self, windows: Tensor, stems: Sequence[int]) -> Tensor:
-        """The sources `stems` of `windows` `[B, C, T]`, as `[B, S, C, T]`."""
+        """Return the sources `stems` of `windows` `[B, C, T]`, as `[B, S, C, T]`."""
         unproven = getattr(self.module, "unproven", None)
         try:
-            if self.takes_stems:
+            if self._takes_stems:
                 output: Tensor = self.runs(windows, stems=stems)
             else:
                 output = pick_sources(self.runs(windows), stems)
             if unproven and output.shape[-1] != windows.shape[-1]:
                 raise ValueError(f"{list(windows.shape)} becomes {list(output.shape)}")
-        except (
-            ArithmeticError,
-            AssertionError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as exc:
+        except (ArithmeticError, LookupError, RuntimeError, *ALSO_RAISED) as exc:
             # Memory and devices are not the checkpoint's fault.
             if not unproven or re.search("memory|CUDA|MPS", str(exc)):
                 raise
@@ -163,6 +132,7 @@ def cast(model: Model, dtype: torch.dtype, exact: tuple[type[nn.Module], ...] = 
 
 
 def changes_type(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Convert the input of a layer to float32: a hook that the fast layers know."""
     return (inputs[0].float(),)
 
 

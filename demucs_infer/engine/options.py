@@ -1,7 +1,8 @@
-"""Options of a separation, each said once: a field with its default, its help and its flag.
+"""Options of a separation: a field of a dataclass is an option's default, help, type and flag.
 
-`Separator`, `update_parameter` and the command line are made of these fields (`takes`, `updates`,
-`add_flags`). Importing this needs no PyTorch.
+`Separator`, `update_parameter`, `--help` and the docstrings are made of these fields (`takes`
+and `add_flags`). One frozen `SeparationOptions` goes from the interface to the decoder, the
+engine and the backends. Importing this module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -9,20 +10,29 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import math
 import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .backends import ENGINES, GRAPH_PRECISIONS, PRECISIONS
+from ..errors import OptionError
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "htdemucs"
+# Engines, each with its module in `backends`.
+ENGINES: Mapping[str, str] = {
+    "torch": "pytorch",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+}
+PRECISIONS = ("float32", "bfloat16", "float16")
+GRAPH_PRECISIONS = ("float32", "float16")  # of a network in ONNX
 # Titles in --help.
 HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
 READ = "which tracks are accepted"
@@ -35,39 +45,47 @@ Result = TypeVar("Result")
 
 
 def option(default: Any, help: str, *flags: str, section: str = "", **how: Any) -> Any:
-    """A field of options.
+    """Return a field of options.
 
     Args:
-        default: the value without it.
+        default: the value of an option that is not given.
         help: the text for `--help` and `help()`, in which `%(default)s` stands for the default.
-        flags: on the command line (default: the field's name); "" for none.
-        how: what `add_argument` takes, and `group`: options of one group exclude each other; and
-            `shortcuts`: further flags, with the value that each stands for.
+        flags: the flags on the command line (default: the field's name); "" for none.
         section: a title in `--help`, for this option and those after it.
+        how: arguments of `add_argument`; and `group`: options of one group exclude each other; and
+            `shortcuts`: further flags, with the value that each stands for. An option that is False
+            by default needs no `action`, and one with a `number` as its `type` no `metavar`.
     """
+    if default is False:
+        how.setdefault("action", "store_true")
+    if isinstance(how.get("type"), number):
+        how.setdefault("metavar", how["type"].metavar)
     metadata = {"help": help, "flags": flags, "section": section, "how": how}
     return field(default=default, metadata=metadata)
 
 
-def number(
-    kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]
-) -> Callable[[str], Any]:
+@dataclass(frozen=True)
+class number:
     """A type for argparse: a number that `fits`, described as `wanted`."""
 
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+    kind: Callable[[str], Any]
+    wanted: str
+    fits: Callable[[Any], bool]
+    metavar: str | None = None
 
-    return parse
+    def __call__(self, text: str) -> Any:
+        """Parse `text`."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self.wanted}")
+        return value
 
 
 def parse_time(text: str) -> float:
-    """Seconds that "90", "1:30" or "1:02:03.5" mean. Raises `ValueError` for another text."""
+    """Return the seconds of "90", "1:30" or "1:02:03.5". Raises `ValueError` for another text."""
     match = CLOCK.fullmatch(text.strip())
     if match is None:
         raise ValueError(text)
@@ -77,12 +95,15 @@ def parse_time(text: str) -> float:
     return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
 
 
-COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0)
-POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1)
-WHOLE = number(int, "a whole number", lambda n: True)
-OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
-TIME = number(parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: x < float("inf"))
-SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
+COUNT = number(int, "a whole number, 0 or more", lambda n: n >= 0 and n == n // 1, "N")
+POSITIVE = number(int, "a whole number, 1 or more", lambda n: n >= 1 and n == n // 1, "N")
+WHOLE = number(int, "a whole number", lambda n: n == n // 1, "N")
+OVERLAP = number(float, "a number from 0 to less than 1", lambda x: 0 <= x < 1, "PART")
+SECONDS = number(float, "a number of seconds above 0", lambda x: 0 < x < math.inf, "SECONDS")
+TIME = number(
+    parse_time, "a time such as 90, 1:30 or 1:02:03.5", lambda x: 0 <= x < math.inf, "TIME"
+)
+DURATION = replace(TIME, wanted="a time above 0 such as 90 or 1:30", fits=SECONDS.fits)
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SeparationOptions:
-    """How a track is separated: what `Separator.update_parameter` can change."""
+    """How a track is separated: the options that `Separator.update_parameter` can change.
+
+    Raises `OptionError` for a value out of range.
+    """
 
     device: str | torch.device | None = option(
         None,
@@ -136,13 +160,11 @@ class SeparationOptions:
         " without an offset, always the same result (default: %(default)s)",
         section=HOW,
         type=COUNT,
-        metavar="N",
     )
     overlap: float = option(
         0.25,
         "part of a window that the next one covers, from 0 to less than 1 (default: %(default)s)",
         type=OVERLAP,
-        metavar="PART",
     )
     split: bool = option(
         True,
@@ -156,7 +178,6 @@ class SeparationOptions:
         None,
         "length of a window in seconds: less needs less memory (default: the model's)",
         type=SECONDS,
-        metavar="SECONDS",
         group="windows",
     )
     jobs: int = option(
@@ -166,7 +187,6 @@ class SeparationOptions:
         "--jobs",
         section=RUNS,
         type=COUNT,
-        metavar="N",
     )
     progress: bool = option(False, "show progress bars on standard error", "")
     callback: Callback | None = option(
@@ -188,66 +208,72 @@ class SeparationOptions:
         "separate a file from this time on: 90, 1:30 or 1:02:03.5 (in Python seconds)",
         section=HOW,
         type=TIME,
-        metavar="TIME",
     )
     duration: float | None = option(
-        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=TIME, metavar="TIME"
+        None, "separate as much of a file: 90, 1:30 or 1:02:03.5", type=DURATION
     )
     seed: int | None = option(
         None,
-        "draw the offsets of the shifts from this number, anew for each track: the same stems each"
-        " time",
+        "draw the offsets of the shifts of each track from this number: the same stems each time",
         section=HOW,
         type=WHOLE,
-        metavar="N",
     )
     precision: str = option(
         "float32",
-        "of the network: bfloat16 is faster on CPUs and GPUs that have it (where they have not,"
-        " float32 is used), float16 on GPUs; the error stays far below what is heard (default:"
+        "precision of the network: bfloat16 is faster on CPUs and GPUs that have it (on others,"
+        " float32 is used), float16 on GPUs; the error is far too small to hear (default:"
         " %(default)s)",
         section=RUNS,
         choices=PRECISIONS,
     )
     engine: str = option(
         "torch",
-        "runs the network; openvino is faster on a CPU, onnxruntime has providers for the GPUs of"
-        " many makers (default: %(default)s)",
+        "library that runs the network; openvino is faster on a CPU, onnxruntime has providers for"
+        " the GPUs of many makers (default: %(default)s)",
         choices=tuple(ENGINES),
     )
     compile: bool = option(
-        False,
-        "compile the network with PyTorch, which takes minutes: for many tracks on a GPU",
-        action="store_true",
+        False, "compile the network with PyTorch, which takes minutes: for many tracks on a GPU"
     )
     batch_size: int | None = option(
         None,
         "windows in one batch (default: on a GPU what its memory holds, else 1)",
         type=POSITIVE,
-        metavar="N",
     )
     max_duration: float | None = option(
         None,
         "refuse tracks that are longer, as soon as that is known (default: any length)",
         section=READ,
         type=SECONDS,
-        metavar="SECONDS",
     )
     strict: bool = option(
         False,
         "a track that is damaged or cut off is an error, instead of separated without the damage",
-        action="store_true",
     )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, how = getattr(self, option.name), option.metadata.get("how", {})
+            kind, known = how.get("type"), how.get("choices")
+            if known is not None and value not in known:
+                raise OptionError(f"{option.name}={value!r}: choose from {', '.join(known)}")
+            if isinstance(kind, number) and value is not None and not kind.fits(value):
+                raise OptionError(f"{option.name}={value} must be {kind.wanted}")
+
+    def excerpt(self, rate: int) -> tuple[int, int | None]:
+        """Return the first sample of a file at `rate` hertz, and the end or None for the file's."""
+        first = round((self.start or 0) * rate)
+        return first, None if self.duration is None else first + round(self.duration * rate)
 
 
 @dataclass(frozen=True)
 class SeparatorOptions(SeparationOptions, ModelOptions):
-    """All that a `Separator` takes, in demucs's order."""
+    """The options of a `Separator`, in the order of demucs."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What a network is like in ONNX, see `export`."""
+    """The options of a network in ONNX, see `export`."""
 
     precision: str = option(
         "float32",
@@ -255,11 +281,6 @@ class GraphOptions:
         choices=GRAPH_PRECISIONS,
     )
     dynamic: bool = option(False, "take any batch in ONNX, not one window", action="store_true")
-
-
-def options_of(options: type, given: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `options` with those of `given` that are fields of it."""
-    return options(**{f.name: given[f.name] for f in fields(options) if f.init and f.name in given})
 
 
 # The flags of the command line.
@@ -309,24 +330,6 @@ def values_of(options: type, args: argparse.Namespace) -> dict[str, Any]:
 # The parameters of functions.
 
 
-def takes(
-    options: Callable[Given, Any],
-) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Given], Result]]:
-    """Decorate a method of (self, options) so that it is called with the fields of `options`.
-
-    Its signature and docstring then show each of them, and type checkers know them.
-    """
-
-    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Any, Given], Result]:
-        @functools.wraps(method)
-        def wrapped(self: Any, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-            return method(self, options(*args, **kwargs))
-
-        return _shown(wrapped, options, lambda parameter: parameter)
-
-    return decorate
-
-
 class _NotProvided:
     """Stands for an argument that was not given, where `None` is a value."""
 
@@ -337,43 +340,35 @@ class _NotProvided:
 NotProvided: Any = _NotProvided()
 
 
-def updates(
-    options: Callable[Given, Any],
+def takes(
+    options: Callable[Given, Any], *, some: bool = False
 ) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Given], Result]]:
-    """Decorate a method of (self, changes) so that it is called with some fields of `options`."""
-    known = inspect.signature(options)
+    """Decorate a method of (self, options) so that it is called with the fields of `options`.
+
+    Its signature and docstring then show each of them, and type checkers know them. With `some`,
+    each field may be left out, and the method gets a dictionary of those that are given.
+    """
+    signature = inspect.signature(options)
 
     def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Any, Given], Result]:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-            given = known.bind(*args, **kwargs).arguments
+            if not some:
+                return method(self, options(*args, **kwargs))
+            given = signature.bind(*args, **kwargs).arguments
             return method(self, {n: v for n, v in given.items() if v is not NotProvided})
 
-        return _shown(wrapped, options, lambda parameter: parameter.replace(default=NotProvided))
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        for parameter in signature.parameters.values():
+            parameters.append(parameter.replace(default=NotProvided) if some else parameter)
+        new: Any = wrapped
+        new.__signature__ = inspect.Signature(parameters, return_annotation=None)
+        lines = [inspect.getdoc(method) or "", "", "Args:"]
+        for f in fields(options):  # type: ignore[arg-type]
+            if f.metadata:
+                text = f"    {f.name}: {f.metadata['help'] % {'default': f.default}}"
+                lines.append(textwrap.fill(text, width=96, subsequent_indent=" " * 8))
+        new.__doc__ = "\n".join(lines)
+        return new
 
     return decorate
-
-
-def _shown(
-    method: Any, options: Any, change: Callable[[inspect.Parameter], inspect.Parameter]
-) -> Any:
-    """`method` with the fields of `options` in its signature and its docstring."""
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = map(change, inspect.signature(options).parameters.values())
-    method.__signature__ = inspect.Signature([this, *parameters], return_annotation=None)
-    method.__doc__ = f"{inspect.getdoc(method)}\n\nArgs:\n{described(options)}"
-    return method
-
-
-def described(options: Any) -> str:
-    """The fields of `options` as the lines of a docstring."""
-    return "\n".join(
-        textwrap.fill(
-            f"{f.name}: {f.metadata['help'] % {'default': f.default}}",
-            width=96,
-            initial_indent="    ",
-            subsequent_indent="        ",
-        )
-        for f in fields(options)
-        if f.metadata
-    )

@@ -1,4 +1,4 @@
-"""Windows are weighted and summed, and what is finished is taken off.
+"""Streaming weighted overlap-add: emits samples once no later window can change them.
 
 Shapes: `[B, S, C, n]` windows of stems (batch, sources, channels, samples).
 """
@@ -16,7 +16,7 @@ from .plan import Window
 
 
 def fade(length: int, transition_power: float) -> Tensor:
-    """Weights of a window: up from its start to its middle, and down again, at most 1.
+    """Return the weights of a window: up from its start to its middle, and down again, at most 1.
 
     1 ┤    /\\
       │  /    \\
@@ -31,7 +31,7 @@ def fade(length: int, transition_power: float) -> Tensor:
 
 
 def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tensor:
-    """Share of window `index` in the sum at each of its samples, `[n]`.
+    """Return the share of window `index` in the sum at each of its samples, `[n]`.
 
     `weight` is `fade` for a whole window; shorter windows use its first part. A stem is the mean
     of the windows `y_i` that reach sample `t`, weighted by `w` from their starts `s_i` on:
@@ -54,10 +54,10 @@ def window_share(windows: Sequence[Window], index: int, weight: Tensor) -> Tenso
 
 
 class OverlapAdd:
-    """A sum of windows of which the finished front is taken off.
+    """A sum of windows, from which `take` removes the finished samples.
 
-    It is kept in parts that lie end to end: a window is added to those that it reaches, and what
-    lies beyond them becomes the next part. So a sum takes the room of what is unfinished.
+    It consists of parts that lie end to end: a window is added to those that it reaches, and its
+    rest becomes the next part. So a sum takes only the memory of its unfinished samples.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A track is cut into windows: plain integers, before anything runs."""
+"""Plan a separation: cut a track into windows, as plain integers, before anything runs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,13 @@ from torch import nn
 
 from ..errors import OptionError
 from .bag import as_bag
-from .model import Member
+from .options import SeparationOptions
 
 MAX_SHIFT = 0.5  # seconds: the largest random offset of a shift
 
 
-@dataclass(frozen=True)
-class ApplyOptions:
-    """How a track is cut; see `apply_model`. Raises `OptionError` for a value out of range."""
-
-    shifts: int = 1
-    split: bool = True
-    overlap: float = 0.25
-    transition_power: float = 1.0
-    segment: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.shifts < 0 or self.shifts != int(self.shifts):
-            raise OptionError(f"shifts={self.shifts} must be a whole number, 0 or more")
-        if not 0 <= self.overlap < 1:
-            raise OptionError(f"overlap={self.overlap} must be at least 0 and less than 1")
-        if not self.transition_power >= 1:
-            raise OptionError(f"transition_power={self.transition_power} must be at least 1")
-        if self.segment is not None and not self.segment > 0:
-            raise OptionError(f"segment={self.segment} must be more than 0 seconds")
-
-
 class Window(NamedTuple):
-    """A piece of a pass, in samples of the track (a shifted pass starts before the track)."""
+    """A range of samples of the track (a shifted pass starts before the track)."""
 
     start: int
     stop: int
@@ -47,12 +25,17 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One model's way through the track, for one shift."""
+    """One model's way through the track, for one shift.
+
+    `segment` is the length of a whole window, and `stride` the distance between the starts of two.
+    """
 
     model: int
     shift: int
     windows: list[Window]
     offset: int | None  # samples that were drawn, out of 0.5 s; None without shifts
+    segment: int
+    stride: int
 
     @property
     def start(self) -> int:
@@ -60,7 +43,7 @@ class Pass:
 
 
 class Step(NamedTuple):
-    """A window to run, and how far the sum is complete once it has been added."""
+    """A window to run, and the sample up to which the sum is complete after it."""
 
     task: Pass
     number: int  # of the window in its pass
@@ -72,16 +55,16 @@ class Step(NamedTuple):
 
 
 def plan_windows(start: int, stop: int, segment: int, stride: int) -> list[Window]:
-    """Windows of `segment` samples every `stride` samples; the last ones may be shorter."""
+    """Return windows of `segment` samples every `stride` samples; the last may be shorter."""
     return [Window(at, min(at + segment, stop)) for at in range(start, stop, stride)]
 
 
-def plan_passes(model: nn.Module, length: int, options: ApplyOptions) -> list[Pass]:
-    """Every model's passes over a track of `length` samples, with their offsets drawn.
+def plan_passes(model: nn.Module, length: int, options: SeparationOptions) -> list[Pass]:
+    """Return every model's passes over a track of `length` samples, with their offsets drawn.
 
-    The draws are in the reference's order (model by model, shift by shift, and what a model draws
+    The draws are in the reference's order (model by model, shift by shift, and the draws of a model
     in each window), so that the same `random.seed`, or the same seed in the options, gives the same
-    stems.
+    stems. Raises `OptionError` if no sample is left between the starts of two windows.
     """
     passes = []
     bag = as_bag(model)
@@ -91,31 +74,27 @@ def plan_passes(model: nn.Module, length: int, options: ApplyOptions) -> list[Pa
         for shift in range(max(1, options.shifts)):
             offset = draw.randint(0, max_shift) if options.shifts else None
             start = 0 if offset is None else offset - max_shift
-            windows = [Window(start, length)]
+            segment = stride = length - start
             if options.split:
-                windows = plan_windows(start, length, *segment_and_stride(member, options))
-            passes.append(Pass(index, shift, windows, offset))
+                seconds = member.segment if options.segment is None else options.segment
+                segment = int(member.samplerate * seconds)
+                stride = int((1 - options.overlap) * segment)
+                if stride < 1:
+                    raise OptionError(
+                        f"segment={seconds} with overlap={options.overlap} leaves no sample"
+                        " between windows"
+                    )
+            windows = plan_windows(start, length, segment, stride)
+            passes.append(Pass(index, shift, windows, offset, segment, stride))
             for _ in windows:
                 member.consume_random(draw)
     return passes
 
 
-def segment_and_stride(model: Member, options: ApplyOptions) -> tuple[int, int]:
-    """Samples of a window, and from the start of one to that of the next."""
-    seconds = model.segment if options.segment is None else options.segment
-    segment = int(model.samplerate * seconds)
-    stride = int((1 - options.overlap) * segment)
-    if stride < 1:
-        raise OptionError(
-            f"segment={seconds} with overlap={options.overlap} leaves no sample between windows"
-        )
-    return segment, stride
-
-
 def plan_steps(passes: Sequence[Pass], in_lockstep: bool, together: int = 1) -> list[Step]:
-    """The order in which the windows run: pass after pass, or all passes in lockstep.
+    """Return the order in which the windows run: pass after pass, or all passes in lockstep.
 
-    In lockstep the track is finished from its start to its end, so that little has to be kept; each
+    In lockstep the track is finished from its start to its end, so that the sum stays short; each
     pass takes about `together` windows before the next one follows.
     """
     tasks = [(task, index) for task in passes for index in range(len(task.windows))]

@@ -1,4 +1,4 @@
-"""What the engine reads: samples window by window."""
+"""Sources that the engine reads window by window."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Source(Protocol):
     length: int
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Samples `[B, C, stop - start]`, with zeros before 0 and from `length` on."""
+        """Return samples `[B, C, stop - start]`, with zeros before 0 and from `length` on."""
 
 
 class TensorChunk:
-    """A part of a tensor `[..., T]` that knows what surrounds it."""
+    """A range of a tensor `[..., T]` that knows its surroundings."""
 
     def __init__(
         self, tensor: Tensor | TensorChunk, offset: int = 0, length: int | None = None
@@ -46,7 +46,10 @@ class TensorChunk:
         return self.tensor.device
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Samples `[..., stop - start]` counted from the chunk's start; zeros past the tensor."""
+        """Return samples `[..., stop - start]`, counted from the chunk's start.
+
+        They are zero outside of the tensor.
+        """
         start, stop = start + self.offset, stop + self.offset
         total = self.tensor.shape[-1]
         inside = self.tensor[..., min(max(start, 0), total) : min(max(stop, 0), total)]
@@ -55,7 +58,7 @@ class TensorChunk:
         )
 
     def padded(self, target_length: int) -> Tensor:
-        """The chunk centred in `target_length` samples, with what surrounds it at both ends."""
+        """Return the chunk centred in `target_length` samples, with its surroundings."""
         start = -((target_length - self.length) // 2)
         if target_length < self.length:
             raise OptionError(f"cannot pad {self.length} samples to {target_length}")
@@ -63,7 +66,7 @@ class TensorChunk:
 
 
 def tensor_chunk(tensor_or_chunk: Tensor | TensorChunk) -> TensorChunk:
-    """The chunk itself, or the whole tensor as one."""
+    """Return the chunk itself, or the whole tensor as one."""
     if isinstance(tensor_or_chunk, TensorChunk):
         return tensor_or_chunk
     return TensorChunk(tensor_or_chunk)

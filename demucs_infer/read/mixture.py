@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import LoadAudioError, OptionError
+from ..engine.options import SeparationOptions
+from ..errors import LoadAudioError
 from ..resample import Resampler
 from .decode import AudioFile
 from .packets import Damage
@@ -98,48 +98,15 @@ class Mixture:
         return stems.mul_(self._std).add_(self.moments.mean)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The tracks that are accepted: up to `max_duration` seconds, and undamaged if `strict`."""
-
-    max_duration: float | None = None
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_duration is not None and not self.max_duration > 0:
-            raise OptionError(f"max_duration={self.max_duration} must be more than 0 seconds")
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """The time range of a track that is separated: from `start` on, for `duration`, in seconds.
-
-    Raises `OptionError` for impossible times.
-    """
-
-    start: float | None = None
-    duration: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.start is not None and not 0 <= self.start < math.inf:
-            raise OptionError(f"start={self.start} must be 0 or more seconds")
-        if self.duration is not None and not 0 < self.duration < math.inf:
-            raise OptionError(f"duration={self.duration} must be more than 0 seconds")
-
-    def samples(self, rate: int) -> tuple[int, int | None]:
-        """Return the first sample at `rate` hertz, and the end; None is the track's end."""
-        first = round((self.start or 0) * rate)
-        return first, None if self.duration is None else first + round(self.duration * rate)
-
-
-NO_LIMITS, WHOLE = Limits(), Excerpt()
+DEFAULTS = SeparationOptions()
 
 
 class Decoder:
     """Decodes an excerpt of a file to `channels` channels at `samplerate` hertz.
 
-    `rate` (hertz) is the file's own. While `chunks` is read, `length` counts the file's samples,
-    and `damage` is updated.
+    Of `options`, it uses `start` and `duration`, and the limits `max_duration` and `strict`. `rate`
+    (hertz) is the file's own. While `chunks` is read, `length` counts the file's samples, and
+    `damage` is updated.
     """
 
     def __init__(
@@ -147,15 +114,14 @@ class Decoder:
         file: AudioFile,
         samplerate: int,
         channels: int,
-        limits: Limits = NO_LIMITS,
-        excerpt: Excerpt = WHOLE,
+        options: SeparationOptions = DEFAULTS,
     ) -> None:
         self.file = file
         self.samplerate = samplerate
         self.channels = channels
-        self.limits = limits
+        self.options = options
         self.rate = file.samplerate()
-        self.samples = excerpt.samples(self.rate)
+        self.samples = options.excerpt(self.rate)
         self.length = 0
         self.damage = Damage()
 
@@ -168,7 +134,7 @@ class Decoder:
         return Resampler(self.rate, self.samplerate).stream(self._at_file_rate(tap))
 
     def _at_file_rate(self, tap: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
-        name, longest = self.file.name, self.limits.max_duration
+        name, longest = self.file.name, self.options.max_duration
         for chunk in self._packets():
             self.length += chunk.shape[-1]
             reason = strange_samples(chunk)
@@ -180,7 +146,7 @@ class Decoder:
             if tap is not None:
                 tap(converted)
             yield converted
-        if self.damage and self.limits.strict:
+        if self.damage and self.options.strict:
             raise LoadAudioError(f"{name}: is {self.damage}")
 
     def _packets(self) -> Iterator[Tensor]:

@@ -40,9 +40,10 @@ from torch.nn import functional as F
 
 import demucs_infer.states
 from demucs_infer.audio import save_audio
-from demucs_infer.engine.backends import EngineOptions, on_engine
+from demucs_infer.engine.backends import on_engine
 from demucs_infer.engine.cpu import fast_copy, linear
 from demucs_infer.engine.machine import kept_memory
+from demucs_infer.engine.options import SeparationOptions
 
 from ..helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
 
@@ -67,13 +68,13 @@ ON_CUDA = {
 }
 PEAK = """
 import resource, sys, torch
-from tests.tools.bench import EngineOptions, fast_copy, kept_memory, make_window
-from tests.tools.bench import nullcontext, on_engine
+from tests.tools.bench import SeparationOptions, fast_copy, kept_memory
+from tests.tools.bench import make_window, nullcontext, on_engine
 from tests.helpers import released_pair
 theirs, ours = released_pair(sys.argv[1])
 side = theirs
 if sys.argv[2] != "demucs":
-    side = fast_copy(on_engine(ours, EngineOptions(**eval(sys.argv[3]))))
+    side = fast_copy(on_engine(ours, SeparationOptions(**eval(sys.argv[3]))))
 mix = make_window(ours, eval(sys.argv[4]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad(), nullcontext() if side is theirs else kept_memory():
@@ -171,7 +172,7 @@ def _serve(
     mine = options is not None
     model = theirs
     if mine:
-        model = on_engine(ours, EngineOptions(**options, device=device))
+        model = on_engine(ours, SeparationOptions(**options, device=device))
         model = fast_copy(model) if device == "cpu" else model  # as the engine does
     with kept_memory() if mine else nullcontext():  # as the engine does
         pipe.send(model(mix[:1]).cpu().numpy())

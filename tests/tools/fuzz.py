@@ -142,7 +142,7 @@ def _is_outside(name: object) -> bool:
 
 def _read_list(path: Path) -> None:
     from demucs_infer.batch.tracks import find_tracks, plan_jobs, read_list
-    from demucs_infer.io.output import Output
+    from demucs_infer.write.output import Output
 
     names = (name for name in read_list(path) if not _is_outside(name))
     tracks = list(itertools.islice(find_tracks(names), 1000))
@@ -161,7 +161,7 @@ def _templates(folder: Path) -> Sequence[bytes]:
 
 
 def _read_template(path: Path) -> None:
-    from demucs_infer.io.output import Output
+    from demucs_infer.write.output import Output
 
     template = path.read_bytes().decode("utf-8", "surrogateescape")
     for track in (Path("a b.wav"), Path("...wav"), Path("x" * 200, "y" * 250), Path("-")):
@@ -416,10 +416,11 @@ def _sound(folder: Path, kind: str, codec: str) -> bytes:
 
 def _read_audio(path: Path) -> None:
     from demucs_infer.audio import AudioFile
-    from demucs_infer.read.mixture import Decoder, Limits
+    from demucs_infer.engine.options import SeparationOptions
+    from demucs_infer.read.mixture import Decoder
 
     file = AudioFile(path)
-    for _ in Decoder(file, 44100, 2, Limits(max_duration=600)).chunks():
+    for _ in Decoder(file, 44100, 2, SeparationOptions(max_duration=600)).chunks():
         pass
     _ = file.tags, file.info
 

@@ -1,70 +1,38 @@
-"""What runs the networks of models: a row in `ENGINES`, and a module that has its `Backend`.
+"""Backends run the networks of models: one module with a `Backend` for each of `ENGINES`.
 
-    model = on_engine(model, EngineOptions(engine="openvino", precision="bfloat16"))
+    model = on_engine(model, SeparationOptions(engine="openvino", precision="bfloat16"))
 
-The transforms around a network always stay in PyTorch's float32. Importing this needs no PyTorch.
+The transforms around a network always stay in PyTorch's float32.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
 
 from ...errors import OptionError
 from ...log import logger
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from .base import Backend
-
-# The module here that has the `Backend` of each engine.
-ENGINES: Mapping[str, str] = {
-    "torch": "pytorch",
-    "openvino": "openvino",
-    "onnxruntime": "onnxruntime",
-}
-PRECISIONS = ("float32", "bfloat16", "float16")
-GRAPH_PRECISIONS = ("float32", "float16")  # that a network can have in ONNX
+from ...utils import run_network
+from ..bag import BagOfModels
+from ..model import Model, Network
+from ..options import ENGINES, SeparationOptions
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What runs the networks.
+def backend_of(options: SeparationOptions, cache: Path | None = None) -> Backend:
+    """Return the backend that `options` ask for.
 
-    Args:
-        engine: a key of `ENGINES`.
-        precision: of the network, one of `PRECISIONS`.
-        compile: run the network through `torch.compile`, which takes minutes the first time.
-        device: the engine's own, or PyTorch's, such as "cuda:1"; "ENGINE:DEVICE" names the engine,
-            too; None and "auto" mean the best that there is.
-        cache: the folder for what an engine compiled (default: it is not kept).
+    A device "ENGINE:DEVICE" names the engine, too; None and "auto" mean the best device. `cache`
+    is the folder for compiled networks. Where bfloat16 would be slower, the backend has float32,
+    and a warning says why.
 
-    Raises `OptionError` for an unknown engine or precision.
-    """
-
-    engine: str = "torch"
-    precision: str = "float32"
-    compile: bool = False
-    device: str | torch.device | None = None
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("engine", tuple(ENGINES)), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r}: choose from {', '.join(known)}")
-
-
-def backend_of(options: EngineOptions) -> Backend:
-    """The backend that `options` ask for. Importing it imports PyTorch.
-
-    Where bfloat16 would be no faster, a warning says why, and the backend has float32.
-
-    Raises `OptionError` for what does not go together, and for a device that cannot be used;
+    Raises `OptionError` for options that exclude each other and for a device that cannot be used;
     `MissingDependencyError` without the engine's package.
     """
     engine, device = options.engine, None if options.device is None else str(options.device)
@@ -74,17 +42,90 @@ def backend_of(options: EngineOptions) -> Backend:
     if device == "auto":
         device = None
     module: Any = importlib.import_module(f".{ENGINES[engine]}", __name__)
-    backend: Backend = module.Backend(options, device)
+    backend: Backend = module.Backend(options, device, cache)
     reason = backend.why_no_bfloat16() if options.precision == "bfloat16" else None
     if reason is not None:
         logger.warning("precision='bfloat16' would be slow: %s; float32 is used instead", reason)
-        backend = module.Backend(replace(options, precision="float32"), device)
+        backend = module.Backend(replace(options, precision="float32"), device, cache)
     return backend
 
 
-def on_engine(model: nn.Module, options: EngineOptions) -> nn.Module:
-    """`model`, or each model of a bag, with its network run as `options` say.
+def on_engine(model: nn.Module, options: SeparationOptions, cache: Path | None = None) -> nn.Module:
+    """Return `model`, or each model of a bag, with its network run as `options` say.
 
     `model` itself is not changed; the result may share its weights. Raises what `backend_of` does.
     """
-    return backend_of(options).run(model)
+    return backend_of(options, cache).run(model)
+
+
+class Backend(ABC):
+    """An engine with its options, on one of its devices.
+
+    PyTorch's tensors that the network takes and returns are on `device`. Raises `OptionError` for
+    an option that the engine does not have.
+    """
+
+    name: ClassVar[str]
+    device: torch.device
+
+    def __init__(self, options: SeparationOptions, device: str | None, cache: Path | None) -> None:
+        self.options = options
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the backend runs a model as it is."""
+        return False
+
+    def why_no_bfloat16(self) -> str | None:
+        """Return why bfloat16 would be slower than float32 on this device; None if it is faster."""
+        return None
+
+    @abstractmethod
+    def converted(self, model: Model) -> nn.Module:
+        """Return `model` with its network run by this engine."""
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """Return `model`, or each model of a bag, with its network run by this engine."""
+        if self.is_plain:
+            return model
+        if isinstance(model, BagOfModels):
+            return BagOfModels([self.run(member) for member in model.models], model.weights)
+        if not hasattr(model, "network"):
+            raise OptionError(
+                f"{type(model).__name__} has no network that an engine could run: leave engine,"
+                " precision and compile as they are"
+            )
+        ours: Any = model
+        return self.converted(ours)
+
+
+class EngineModel(nn.Module):
+    """A model whose network another engine runs; it has the attributes of the model."""
+
+    def __init__(self, model: Model, network: Network) -> None:
+        super().__init__()
+        self.model = model
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, mix: Tensor, *, stems: Sequence[int] | None = None) -> Tensor:
+        return self.model(mix, stems=stems, network=self._network)
+
+
+class NetworkModule(nn.Module):
+    """The network of `model` as a module for converters.
+
+    Its inputs and outputs are float32, whatever the precision of the network.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return run_network(self.model.network, self.model, *inputs)

@@ -6,6 +6,7 @@ import io
 import platform
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from ...errors import MissingDependencyError, OptionError
 from ...log import logger
 from ..machine import ONEDNN, limit_on_bfloat16
-from ..model import Model
-from . import EngineOptions
-from .base import NetworkModule
-from .compiled import Compiled, CompilingBackend, cache_name
+from ..model import Model, Network
+from ..options import SeparationOptions
+from . import NetworkModule
+from .compiled import CompilingBackend, cache_name
 
-HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names of them
+HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's precisions
 PYTORCH_DEVICES = ("cuda", "mps")
 
 
@@ -28,8 +29,8 @@ class Backend(CompilingBackend):
 
     name, title = "openvino", "OpenVINO"
 
-    def __init__(self, options: EngineOptions, device: str | None) -> None:
-        super().__init__(options, device)
+    def __init__(self, options: SeparationOptions, device: str | None, cache: Path | None) -> None:
+        super().__init__(options, device, cache)
         if (device or "").partition(":")[0] in PYTORCH_DEVICES:
             raise OptionError(
                 f"engine='openvino' does not run on PyTorch's device {device!r}: give"
@@ -38,7 +39,11 @@ class Backend(CompilingBackend):
         self.target = (device or "CPU").upper()
         if options.precision == "float16" and self.target == "CPU":
             raise OptionError("precision='float16' is for GPUs: a CPU takes 'bfloat16'")
-        self.openvino = _import_openvino()
+        try:
+            import openvino
+        except ImportError as exc:
+            raise MissingDependencyError("openvino", "engine='openvino'") from exc
+        self.openvino: Any = openvino
         devices = self.openvino.Core().available_devices
         if self.target.split(".")[0] not in {name.split(".")[0] for name in devices}:
             raise OptionError(
@@ -51,7 +56,7 @@ class Backend(CompilingBackend):
             return f"OpenVINO has no instructions for it on {self.target}"
         return limit_on_bfloat16(*ONEDNN) if self.target == "CPU" else None
 
-    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Compiled:
+    def compiled(self, model: Model, inputs: Sequence[Tensor]) -> Network:
         compiled = self._compile(model, inputs)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -63,58 +68,47 @@ class Backend(CompilingBackend):
         return run
 
     def _compile(self, model: Model, inputs: Sequence[Tensor]) -> Any:
-        core, precision = self.openvino.Core(), self.options.precision
+        """Return the compiled network, from the cache if it is there and fits this machine."""
+        core, precision, threads = (
+            self.openvino.Core(),
+            self.options.precision,
+            torch.get_num_threads(),
+        )
         hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
         if self.target == "CPU":
-            hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        name = self._cached_name(core, model, inputs)
+            hints["INFERENCE_NUM_THREADS"] = threads
+        device = core.get_property(self.target, "FULL_DEVICE_NAME")
+        machine = (self.target, device, platform.machine(), threads)
+        facts = (precision, machine, self.openvino.get_version())
+        name = f"{cache_name(model, inputs, *facts)}-{precision}.blob"
         kept = self.cache.load(name)
         if kept is not None:
             try:
                 return core.import_model(kept, self.target, hints)
             except (RuntimeError, OSError) as exc:
-                logger.info("what OpenVINO compiled before is not used: %s", exc)
+                logger.info("the cached network of OpenVINO is not used: %s", exc)
         logger.info("OpenVINO compiles the network; this takes up to a minute")
-        compiled = core.compile_model(self._converted(model, inputs), self.target, hints)
-        self._keep(compiled, name)
-        return compiled
-
-    def _converted(self, model: Model, inputs: Sequence[Tensor]) -> Any:
-        shapes = [tuple(x.shape) for x in inputs]
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # shapes are fixed, and how is OpenVINO's choice
+            warnings.simplefilter("ignore")  # of shapes that the trace takes for constant
             try:
-                return self.openvino.convert_model(
-                    NetworkModule(model), example_input=tuple(inputs), input=shapes
+                converted = self.openvino.convert_model(
+                    NetworkModule(model),
+                    example_input=tuple(inputs),
+                    input=[tuple(x.shape) for x in inputs],
                 )
-            except Exception as exc:  # OpenVINO has a tree of its own for each of its parts
+            except Exception as exc:  # each part of OpenVINO has exceptions of its own
                 raise OptionError(
                     "OpenVINO cannot convert this model: leave engine at 'torch'"
                 ) from exc
-
-    def _cached_name(self, core: Any, model: Model, inputs: Sequence[Tensor]) -> str:
-        device = core.get_property(self.target, "FULL_DEVICE_NAME")
-        precision, version = self.options.precision, self.openvino.get_version()
-        machine = (self.target, device, platform.machine(), torch.get_num_threads())
-        return f"{cache_name(model, inputs, precision, machine, version)}-{precision}.blob"
-
-    def _keep(self, compiled: Any, name: str) -> None:
-        """Store what was compiled, if the device allows it."""
+        compiled = core.compile_model(converted, self.target, hints)
         try:
             exported = compiled.export_model()
-        except RuntimeError as exc:
-            logger.info("what OpenVINO compiled is not kept: %s", exc)
-            return
-        is_stream = isinstance(exported, io.BytesIO)
-        self.cache.store(name, exported.getvalue() if is_stream else bytes(exported))
-
-
-def _import_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as exc:
-        raise MissingDependencyError("openvino", "engine='openvino'") from exc
-    return openvino
+        except RuntimeError as exc:  # not each device allows it
+            logger.info("the network that OpenVINO compiled is not kept: %s", exc)
+        else:
+            is_stream = isinstance(exported, io.BytesIO)
+            self.cache.store(name, exported.getvalue() if is_stream else bytes(exported))
+        return compiled

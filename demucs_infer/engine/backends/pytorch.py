@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,9 @@ from ...compat import cuda_has_bfloat16
 from ...errors import OptionError
 from ..machine import why_no_bfloat16
 from ..model import Model, Network, cast
-from . import EngineOptions
-from .base import Backend as Base
-from .base import EngineModel
+from ..options import SeparationOptions
+from . import Backend as Base
+from . import EngineModel
 
 LONGEST_REASON = 100  # characters
 
@@ -21,9 +23,12 @@ class Backend(Base):
 
     name = "torch"
 
-    def __init__(self, options: EngineOptions, device: str | None) -> None:
-        super().__init__(options, device)
-        device, precision = device or _best_device(), options.precision
+    def __init__(self, options: SeparationOptions, device: str | None, cache: Path | None) -> None:
+        super().__init__(options, device, cache)
+        if device is None:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else device
+        precision = options.precision
         if precision == "float16" and device == "cpu":
             raise OptionError("precision='float16' is for GPUs: a CPU takes 'bfloat16'")
         if precision != "float32" and device == "mps":
@@ -58,13 +63,8 @@ class Backend(Base):
         return EngineModel(model, network)
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _usable(device: str) -> torch.device:
+    """Return a device of PyTorch. Raises `OptionError` if it cannot be used."""
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
@@ -77,7 +77,7 @@ def _usable(device: str) -> torch.device:
 
 
 def _autocast(network: Network, device: str, dtype: torch.dtype) -> Network:
-    """`network` with its products in half precision; PyTorch keeps norms in float32."""
+    """Return `network` with its products in half precision; PyTorch keeps norms in float32."""
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device, dtype):
