@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf, registry
-from .hub.checkpoints import Bag, Content, read_package, read_state
+from .hub.checkpoints import Bag, Content, read_package, read_weights
 from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
 from .hub.registry import Checkpoint
@@ -144,7 +144,7 @@ class RemoteRepo(ModelOnlyRepo):
         if architecture is None:
             return read_package(content)
         klass = ClassName(architecture["klass"])
-        return {**architecture, "klass": klass, "state": read_state(content)}
+        return {**architecture, "klass": klass, "state": read_weights(content)}
 
     def read(self, sig: str) -> Content:
         """Return the verified bytes of a checkpoint, which is downloaded if it is not there.
@@ -220,7 +220,7 @@ class RemoteRepo(ModelOnlyRepo):
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
-        """Say how to do without a download, with the URLs and digests of the files."""
+        """Describe how to do without a download, with the URLs and digests of the files."""
         texts = []
         for sig in signatures:
             sources = sources_of(sig, self._checkpoints[sig])

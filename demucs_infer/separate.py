@@ -311,6 +311,7 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     if output.is_pipe and count > 1:
         raise OptionError(f"standard output takes one track, not {count}")
     console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
+    label = model_label(model)
     for name, fault in faults:
         console.report(TrackResult(name, label, error=fault).as_json())
     if not tracks:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -97,17 +96,6 @@ def test_every_field_is_valid() -> None:
     assert content.keys() == {"root", "embedded", "checkpoints", "bags", "community"}
     assert content["community"].keys() == {"checkpoints", "bags"}
     assert invalid(content) == []
-    for group, field, value in (
-        ("embedded", "file", "none.safetensors"),
-        ("checkpoints", "sha256", "abc"),
-        ("checkpoints", "megabytes", "84"),
-        ("bags", "sources", ["drums", 1]),
-        ("bags", "licence", "MIT"),
-    ):
-        changed = copy.deepcopy(content)
-        name = next(iter(changed[group]))
-        changed[group][name][field] = value
-        assert invalid(changed) == [f"{group} {name}: {field}"]
 
 
 def test_checkpoints() -> None:
@@ -223,16 +211,8 @@ def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
     registry.registry.cache_clear()
     assert "renamed" in registry.bags()
+    (folder / "renamed.yaml").write_text("models: ['12345678']\n")
     registry.registry.cache_clear()
-
-
-def test_a_bag_of_what_the_registry_does_not_know(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
-    (folder / "htdemucs.yaml").write_text("models: ['12345678']\n")
-    monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
-    registry.registry.cache_clear()
-    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: no checkpoint 12345678"):
+    with pytest.raises(ModelLoadingError, match=r"renamed\.yaml: no checkpoint 12345678"):
         registry.bags()
     registry.registry.cache_clear()

@@ -24,7 +24,7 @@ from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.checkpoints import read_state
+from demucs_infer.hub.checkpoints import read_weights
 from demucs_infer.hub.registry import Checkpoint
 from demucs_infer.pretrained import (
     add_model_flags,
@@ -204,7 +204,7 @@ def test_weights_alone_become_a_model(published: Web, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="SHA-256"):
         get_model("foreign_state")
     with pytest.raises(ModelLoadingError, match="cannot be read as a checkpoint"):
-        read_state(tmp_path / "cache" / "weights.ckpt.corrupt")
+        read_weights(tmp_path / "cache" / "weights.ckpt.corrupt")
 
 
 def test_a_damaged_file_is_fetched_anew_once(

@@ -466,6 +466,8 @@ def test_no_message_has_credentials_or_a_query(
         door(url, tmp_path)
         raise LoadAudioError("127.0.0.1")  # what a list holds, or a track, does not matter here
     assert "127.0.0.1" in str(caught.value)
+    if answer is None:
+        assert str(caught.value).startswith("No connection to 127.0.0.1:1 (")
     assert "secret" not in str(caught.value) + caplog.text
     assert "secret" not in str(Url(url))
 

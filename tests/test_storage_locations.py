@@ -53,6 +53,7 @@ def test_what_is_a_path(text: str) -> None:
     assert location(text) == Path(text)
 
 
+@pytest.mark.slow
 def test_paths_do_not_import_fsspec(repo: Path, track: Path) -> None:
     code = "import sys; from demucs_infer.separate import command; command(sys.argv[1:]);"
     code += "assert not {'fsspec', 'ray'} & set(sys.modules)"

@@ -23,6 +23,7 @@ from ..log import NOTICE, bold, decoded, is_terminal, logger, printable, show_er
 
 # Signals that end the process as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+MAX_NAMED = 1000  # failed tracks that are named at the end
 TITLE = 30  # characters of a track's name beside its bar
 CLEAR_LINE = "\r\033[K"
 
@@ -250,5 +251,7 @@ class Console:
         parts = {"separated": separated, "already there": self.skipped, "failed": failed}
         text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
         logger.log(NOTICE, "%d tracks: %s", self.count, text)
-        for track in self.failed:
+        for track in self.failed[:MAX_NAMED]:
             logger.log(NOTICE, "    failed: %s", track)
+        if failed > MAX_NAMED:
+            logger.log(NOTICE, "    and %d more, which are named above", failed - MAX_NAMED)

@@ -200,7 +200,9 @@ class _Search:
         if url.is_web or (_is_audio(url.name) and not pattern):
             return [url]
         if url.scheme == "file":
-            return [Url(f"file://{path}") for path in self._local(url.local, pattern)]
+            return [
+                Url(f"file://{path}") for path in self._local(Path(url.rest).absolute(), pattern)
+            ]
         if exists(url):
             return [url]
         if pattern:
