@@ -279,7 +279,7 @@ class Separator:
         return separate_file(self._changed(changes), track, output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
-        """This, with other options, for one call; the model is the same."""
+        """Return a copy with other options for one call, which shares the model."""
         if not changes:
             return self
         other = copy.copy(self)
