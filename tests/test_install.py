@@ -22,7 +22,7 @@ from .helpers import run
 ROOT = Path(__file__).parents[1]
 TEXTS = (".md", ".py", ".toml", ".yaml", ".yml", ".txt")
 # The name with or without extras, as an index would be asked for it.
-FROM_AN_INDEX = re.compile(r"""install\s+(-\S+\s+)*["']?demucs[-_]infer\b""")
+FROM_AN_INDEX = re.compile(r"""(?<!un)install\s+(-\S+\s+)*["']?demucs[-_]infer\b""")
 OTHERS = {"venv", "build", "dist", "shared"}
 
 
