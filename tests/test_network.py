@@ -83,13 +83,4 @@ def test_the_comparison_on_loopback(
         twin = save_model(model, tmp_path / "a.safetensors").read_bytes()
         homes = {"first": "one", "second": "both"}  # the first bag that has each
         hub.files = {f"adefossez/Demucs-{homes[s]}/{s}.safetensors": twin for s in homes}
-        folder = tmp_path / "fetched"
-        row = compare("both", folder, noise(2, 8000)[None])
-        assert row.startswith("both")
-        assert "2 files" in row
-        with torch.no_grad():
-            next(model.parameters()).add_(1e-3)
-        other = save_model(model, tmp_path / "b.safetensors").read_bytes()
-        hub.files = dict.fromkeys(hub.files, other)
-        with pytest.raises(AssertionError, match="first"):
-            compare("both", tmp_path / "again", noise(2, 8000)[None])
+        assert "2 files" in compare("both", tmp_path / "fetched", noise(2, 8000)[None])
