@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import ssl
 import subprocess
 import sys
@@ -35,20 +34,12 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 # Fetches argv[1] as argv[2], with messages on standard error.
 SCRIPT = f"""
-import logging, pathlib, signal, sys
+import logging, pathlib, sys
 from demucs_infer.storage.http import Download, Limits
 logging.basicConfig(format="%(message)s")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 limits = Limits(timeout=600, span=600)
 Download(sys.argv[1], pathlib.Path(sys.argv[2]), "{DIGEST}", limits=limits).run()
 """
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
 
 
 @pytest.fixture
@@ -251,19 +242,6 @@ def test_a_killed_process_is_followed_by_one_that_resumes(web: Web, target: Path
     assert web.starts == [0, HALF]
     assert target.read_bytes() == CONTENT
     assert names(target) == {"file.th"}
-
-
-@pytest.mark.slow
-@posix
-def test_an_interrupted_download_is_kept(web: Web, target: Path) -> None:
-    web.answers = [stalls_at(99)]  # fewer than a buffer holds
-    part = target.with_name("file.th.part")
-    command = [sys.executable, "-c", SCRIPT, f"{web.url}/file.th", target]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: part.exists() and part.stat().st_size == 99, process)
-        process.send_signal(signal.SIGINT)
-    assert part.stat().st_size == 99
-    assert names(target) == {"file.th.part"}
 
 
 def test_four_processes_download_once(web: Web, target: Path, tmp_path: Path) -> None:
