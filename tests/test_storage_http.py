@@ -413,10 +413,11 @@ def test_credentials_go_to_their_own_host(
         elsewhere = other.url.replace("127.0.0.1", "localhost") + "/file"
         web.answers = [answers.well, answers.to("/again"), answers.well, answers.to(elsewhere)]
         own = web.url.replace("//", "//user:word%21@") + "/file"
-        for number, url in enumerate((f"{web.url}/file", own, own)):
+        token = web.url.replace("//", "//token@") + "/file"
+        for number, url in enumerate((f"{web.url}/file", own, own, token)):
             (tmp_path / str(number)).mkdir()
             door(url, tmp_path / str(number))
-    assert web.secrets == ["", *["Basic dXNlcjp3b3JkIQ=="] * 3]
+    assert web.secrets == ["", *["Basic dXNlcjp3b3JkIQ=="] * 3, "Basic dG9rZW46"]
     assert other.secrets == [""]
 
 
