@@ -27,7 +27,6 @@ GRAPH_PRECISIONS = ("float32", "float16")  # of a network in ONNX
 HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
 READ = "which tracks are accepted"
 
-
 Callback = Callable[[dict[str, Any]], Any]
 
 
@@ -188,15 +187,3 @@ class SeparationOptions:
 @dataclass(frozen=True)
 class SeparatorOptions(SeparationOptions, ModelOptions):
     """The options of a `Separator`, in the order of demucs."""
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """The options of a network in ONNX, see `export`."""
-
-    precision: str = option(
-        "float32",
-        "of weights and network in ONNX; inputs and outputs stay in float32 (default: %(default)s)",
-        choices=GRAPH_PRECISIONS,
-    )
-    dynamic: bool = option(False, "take any batch in ONNX, not one window", action="store_true")

@@ -63,8 +63,6 @@ def separate(
     """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
 
     Args:
-        model: a model or a bag.
-        source: the mixture.
         options: those of `apply_model` and `Separator`; `stems` are names of sources.
         bar: makes a progress bar, if the options want progress.
         in_lockstep: let the passes of a bag and of shifts advance together, so that the sum is a
