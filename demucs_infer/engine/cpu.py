@@ -381,19 +381,18 @@ class FastCrossLayer(transformer.CrossLayer):
 # Models, and the tables of fast layers.
 
 
-class _ChannelsLast:
-    def network(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        network: Any = super().network  # type: ignore[misc]
-        outputs: tuple[Tensor, ...] = network(*map(channels_last, inputs))
-        return outputs
-
-
-class FastDemucs(_ChannelsLast, Demucs):  # type: ignore[misc]
+class FastDemucs(Demucs):
     """Works with channels last."""
 
+    def network(self, x: Tensor) -> tuple[Tensor]:
+        return super().network(channels_last(x))
 
-class FastHybridUNet(_ChannelsLast, HybridUNet):  # type: ignore[misc]
+
+class FastHybridUNet(HybridUNet):
     """Works with channels last."""
+
+    def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        return super().network(channels_last(x), channels_last(xt))
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         x, xt = super()._bottom(x, xt)
