@@ -33,14 +33,14 @@ from .engine.options import (
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .fields import NotProvided, takes
 from .hub.registry import cache_folder
-from .io.output import Output
-from .io.stems import mixed, needed_sources, parse_stems
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
 from .read.decode import AudioInput
 from .read.mixture import Decoder, Mixture
 from .read.pcm import as_samples, strange_samples
 from .storage.locations import local_copy, location
+from .write.output import Output
+from .write.stems import mixed, needed_sources, parse_stems
 
 __all__ = [
     "LoadAudioError",
@@ -279,7 +279,7 @@ class Separator:
         return separate_file(self._changed(changes), track, output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
-        """This, with other options, for one call; the model is the same."""
+        """Return a copy with other options for one call, which shares the model."""
         if not changes:
             return self
         other = copy.copy(self)

@@ -3,7 +3,6 @@
 Shapes: `[C, T]` samples between -1 and 1, as float32.
 """
 
-from .io.encode import ClipMode, encode_mp3, save_audio
 from .read.decode import AudioFile
 from .read.pcm import (
     as_dtype_pcm,
@@ -13,6 +12,7 @@ from .read.pcm import (
     i16_pcm,
     prevent_clip,
 )
+from .write.encode import ClipMode, encode_mp3, save_audio
 
 __all__ = [
     "AudioFile",

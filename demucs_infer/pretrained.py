@@ -111,7 +111,7 @@ def _file_of(name: str) -> Path | None:
     if path.is_file():
         return path
     if path.name != name:
-        raise ModelLoadingError(f"{name}: there is no such file")
+        raise ModelLoadingError(f"{name}: no such file")
     return None
 
 
@@ -171,7 +171,7 @@ def list_models(repo: Path | None = None) -> dict[str, dict[str, str | Path]]:
     """Single models and bags, as `{"single": {name: origin}, "bag": {name: origin}}`.
 
     The origin is an address or a file, and of a bag the YAML file that lists its models. Raises
-    `ModelLoadingError` if `repo` is no folder.
+    `ModelLoadingError` if `repo` is not a folder.
     """
     models = open_repo(None if repo is None else Path(repo))
     return {

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DownloadError, ModelLoadingError
-from .hub import hf
-from .hub.checkpoints import Bag, Content, read_package, read_state
-from .hub.download import Source, fetch_any, sources_of
+from .hub import hf, registry
+from .hub.checkpoints import Bag, Content, read_package, read_weights
+from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
-from .hub.registry import Checkpoint, bags_with, cache_folder, checkpoints, is_offline
+from .hub.registry import Checkpoint
 from .log import logger
 from .storage.http import redact
 
@@ -44,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 def check_checksum(path: Path, checksum: str) -> None:
     """Raise `ModelLoadingError` unless the SHA-256 of the file starts with `checksum`."""
-    Content.read(path).check(checksum)
+    Content.read(path).checked(checksum)
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
@@ -59,22 +61,6 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
     raise ModelLoadingError(f"no {kind} is named {name[:100]!r}. {hint}")
 
 
-def _build(read: Callable[[], Content], architecture: Mapping[str, Any] | None = None) -> nn.Module:
-    """Build the model of a checkpoint, or of a file of weights with a known architecture."""
-    from .states import build_model
-
-    # The bytes of the file are freed before the model is built.
-    content = read()
-    path = str(content.path)
-    if architecture is None:
-        package = read_package(content)
-    else:
-        klass = ClassName(architecture["klass"])
-        package = {**architecture, "klass": klass, "state": read_state(content)}
-    del content
-    return build_model(package, path)
-
-
 class ModelOnlyRepo:
     """A source of single models, by signature."""
 
@@ -84,7 +70,16 @@ class ModelOnlyRepo:
 
     def get_model(self, sig: str) -> nn.Module:
         """Build the model with this signature. Raises `ModelLoadingError`."""
-        return _build(lambda: self.read(sig))
+        from .states import build_model
+
+        content = self.read(sig)
+        path, package = str(content.path), self._package(sig, content)
+        # The model needs the memory of the file.
+        del content
+        return build_model(package, path)
+
+    def _package(self, sig: str, content: Content) -> dict[str, Any]:
+        return read_package(content)
 
     def list_model(self) -> Mapping[str, str | Path]:
         """Return the origin of each model, by signature."""
@@ -124,28 +119,32 @@ class RemoteRepo(ModelOnlyRepo):
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
-        known = _published() if checkpoints is None else checkpoints
-        self._models, self._checkpoints = dict(models), {}
-        for sig, url in models.items():
-            found = known.get(sig)
-            same = found is not None and url in (found.url, *found.others)
-            self._checkpoints[sig] = found if found and same else Checkpoint.at(url)
-        self._cache_dir, self._offline = cache_dir, offline
+        known = registry.checkpoints() if checkpoints is None else checkpoints
+        self._models, self._cache_dir, self._offline = dict(models), cache_dir, offline
+        self._checkpoints = {
+            sig: known[sig]
+            if sig in known and url in known[sig].urls
+            else Checkpoint(url, _checksum(PurePosixPath(url)))
+            for sig, url in models.items()
+        }
 
     @classmethod
     def released(
         cls, *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
     ) -> RemoteRepo:
         """Open the checkpoints of the registry."""
-        known = checkpoints()
-        urls = {sig: checkpoint.url for sig, checkpoint in known.items()}
-        return cls(urls, checkpoints=known, cache_dir=cache_dir, offline=offline)
+        urls = {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
+        return cls(urls, cache_dir=cache_dir, offline=offline)
 
     def list_model(self) -> Mapping[str, str]:
         return self._models
 
-    def get_model(self, sig: str) -> nn.Module:
-        return _build(lambda: self.read(sig), self._checkpoint(sig).architecture)
+    def _package(self, sig: str, content: Content) -> dict[str, Any]:
+        architecture = self._checkpoints[sig].architecture
+        if architecture is None:
+            return read_package(content)
+        klass = ClassName(architecture["klass"])
+        return {**architecture, "klass": klass, "state": read_weights(content)}
 
     def read(self, sig: str) -> Content:
         """Return the verified bytes of a checkpoint, which is downloaded if it is not there.
@@ -153,29 +152,26 @@ class RemoteRepo(ModelOnlyRepo):
         Raises `DownloadError` if it cannot be downloaded, `ModelLoadingError` if it cannot be read
         or the signature is unknown.
         """
-        problems: list[str] = []
+        checkpoint, problems = self._checkpoint(sig), []
         for path, digest in self._files(sig):
             try:
-                content = Content.read(path)
-                content.check(digest)
+                content = Content.read(path).checked(digest, "")
             except ModelLoadingError as exc:
-                problems.append(str(exc).removesuffix(": fetch it again"))
+                problems.append(str(exc))
             else:
                 if problems:
-                    logger.warning("%s: %s is used", "; ".join(problems), path)
+                    logger.warning("%s. %s is used", "; ".join(problems), path)
                 return content
-        checkpoint, problem = self._checkpoints[sig], "; ".join(problems) or self._absence([sig])
+        problem = "; ".join(problems) or self._absence([sig])
         if checkpoint.embedded:
-            raise ModelLoadingError(f"{problem}: install this package again")
-        if is_offline(self._offline):
-            raise DownloadError(f"{problem}, {NO_NETWORK}: {self._by_hand([sig])}")
+            raise ModelLoadingError(f"{problem}. Install the package again")
+        if registry.is_offline(self._offline):
+            raise DownloadError(f"{problem}, {NO_NETWORK}. {self._by_hand([sig])}")
         try:
             path = fetch_any(sources_of(sig, checkpoint), self._own_path(sig).parent)
         except DownloadError as exc:
-            raise DownloadError(f"{problem}: {exc}: {self._by_hand([sig])}") from exc
-        content = Content.read(path)
-        content.check(_digest_of(path, checkpoint))
-        return content
+            raise DownloadError(f"{exc}. {problem}. {self._by_hand([sig])}") from exc
+        return Content.read(path).checked(_digest_of(path, checkpoint))
 
     def _checkpoint(self, sig: str) -> Checkpoint:
         if sig not in self._models:
@@ -184,20 +180,18 @@ class RemoteRepo(ModelOnlyRepo):
 
     def _own_path(self, sig: str) -> Path:
         checkpoint = self._checkpoint(sig)
-        return checkpoint.embedded or cache_folder(self._cache_dir) / checkpoint.file
+        return checkpoint.embedded or registry.cache_folder(self._cache_dir) / checkpoint.file
 
     def _files(self, sig: str) -> Iterator[tuple[Path, str]]:
         """Yield the files here that may be a checkpoint, each with the digest it must have."""
         own, checkpoint = self._own_path(sig), self._checkpoints[sig]
         folder: list[Path] = []
         # The folder may be unreadable, or not exist.
-        try:
+        with suppress(OSError):
             if own.exists():
                 yield own, checkpoint.sha256
             folder = sorted(own.parent.iterdir())
-        except OSError:
-            pass
-        if checkpoint.embedded or not (bags := bags_with(sig)):
+        if checkpoint.embedded or not (bags := registry.bags_with(sig)):
             return
         for path in folder:
             if path.suffix == hf.SUFFIX and _signature(path) == sig:
@@ -218,39 +212,34 @@ class RemoteRepo(ModelOnlyRepo):
     def require(self, signatures: Iterable[str]) -> None:
         published = (sig for sig in signatures if not self._checkpoint(sig).embedded)
         absent = [sig for sig in dict.fromkeys(published) if not self.has_file(sig)]
-        if absent and is_offline(self._offline):
-            raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}: {self._by_hand(absent)}")
+        if absent and registry.is_offline(self._offline):
+            raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}. {self._by_hand(absent)}")
 
     def _absence(self, signatures: Sequence[str]) -> str:
         names = ", ".join(self.path(sig).name for sig in signatures)
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
-        """Describe how to do without a download."""
-
-        def described(source: Source) -> str:
-            digest = f" (SHA-256 {source.sha256})" if source.sha256 else ""
-            return redact(source.url) + digest
-
-        files = ", ".join(
-            " or ".join(map(described, sources_of(sig, self._checkpoints[sig])))
-            for sig in signatures
-        )
+        """Describe how to do without a download, with the URLs and digests of the files."""
+        texts = []
+        for sig in signatures:
+            sources = sources_of(sig, self._checkpoints[sig])
+            digests = [source.sha256 and f" (SHA-256 {source.sha256})" for source in sources]
+            urls = [redact(source.url) for source in sources]
+            # A mirror has the same file as the host.
+            shown = [d if d not in digests[i + 1 :] else "" for i, d in enumerate(digests)]
+            texts.append(" or ".join(url + digest for url, digest in zip(urls, shown)))
         return (
-            f"fetch {files} into {self._own_path(signatures[0]).parent}, or pass a folder that has"
-            " it as --cache-dir (or as --repo, with a NAME.yaml for a bag)"
+            f"Copy it into {self._own_path(signatures[0]).parent}, or into a folder for --cache-dir"
+            f" (or for --repo, with a NAME.yaml for a bag), from {', '.join(texts)}"
         )
 
 
-def _published() -> Mapping[str, Checkpoint]:
-    return checkpoints()  # by a name that is not one of a parameter
-
-
-def _signature(path: Path) -> str:
+def _signature(path: PurePath) -> str:
     return path.stem.partition("-")[0]
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: PurePath) -> str:
     return path.stem.partition("-")[2]
 
 
@@ -272,10 +261,8 @@ class _HubModels(ModelOnlyRepo):
 
     def read(self, sig: str) -> Content:
         path = hf.hub_file(self.model, hf.checkpoint_file(sig), offline=self._offline)
-        content = Content.read(path)
-        if damage := content.damage(hf.known_digest(path)):
-            raise ModelLoadingError(f"{damage}: delete {path.resolve()} to download it again")
-        return content
+        remedy = f"Delete {path.resolve()} to download it again"
+        return Content.read(path).checked(hf.known_digest(path), remedy)
 
     def require(self, signatures: Iterable[str]) -> None:
         for sig in signatures:
@@ -294,40 +281,33 @@ class LocalRepo(ModelOnlyRepo):
     def scan(self) -> None:
         """Look at the folder again. Raises `ModelLoadingError` if two files claim one signature."""
         self._models: dict[str, Path] = {}
-        self._checksums: dict[str, str] = {}
         for path in sorted(self.root.iterdir()):
             signature = _signature(path)
             wanted = self._only is None or signature in self._only
             if path.suffix not in CHECKPOINT_SUFFIXES or not wanted:
                 continue
-            if signature in self._models:
+            if other := self._models.get(signature):
+                names = f"{other.name} and {path.name}"
                 raise ModelLoadingError(
-                    f"{self.root}: two files are the model {signature}:"
-                    f" {self._models[signature].name} and {path.name}"
+                    f"{self.root}: two files are the model {signature}: {names}"
                 )
             self._models[signature] = path
-            self._checksums[signature] = _checksum(path)
 
     @classmethod
     def of_file(cls, path: Path) -> LocalRepo:
         """Open one checkpoint, whose signature is the stem of its name: that has no checksum."""
         repo = cls(path.parent, only=())
-        repo._models, repo._checksums = {path.stem: path}, {path.stem: ""}
+        repo._models = {path.stem: path}
         return repo
 
     def list_model(self) -> Mapping[str, Path]:
         return self._models
 
-    def path(self, sig: str) -> Path:
-        """Return the file of a checkpoint. Raises `ModelLoadingError` if there is none."""
+    def read(self, sig: str) -> Content:
         if sig not in self._models:
             _unknown("model", sig, self._models)
-        return self._models[sig]
-
-    def read(self, sig: str) -> Content:
-        content = Content.read(self.path(sig))
-        content.check(self._checksums[sig])
-        return content
+        path = self._models[sig]
+        return Content.read(path).checked("" if path.stem == sig else _checksum(path))
 
 
 class BagOnlyRepo:
@@ -347,7 +327,7 @@ class BagOnlyRepo:
 
     def has_model(self, name: str) -> bool:
         """Return True if there is a bag of this name."""
-        return name in self.list_model()
+        return name in self._bags
 
     def get_model(self, name: str) -> BagOfModels:
         """Build the bag of this name with its models. Raises `ModelLoadingError`."""
@@ -363,8 +343,8 @@ class BagOnlyRepo:
         return list(self._read(name).models)
 
     def _read(self, name: str) -> Bag:
-        if not self.has_model(name):
-            _unknown("bag", name, self.list_model())
+        if name not in self._bags:
+            _unknown("bag", name, self._bags)
         return Bag.read(self._bags[name])
 
     def list_model(self) -> Mapping[str, Path]:
@@ -393,31 +373,31 @@ class AnyModelRepo:
     @classmethod
     def of_hub(cls, model: hf.HubModel, offline: bool) -> AnyModelRepo:
         """Open a model on the hub of Hugging Face. Raises `DownloadError`."""
-        bag = hf.hub_file(model, model.bag_file, offline=offline)
+        bag = hf.hub_file(model, f"{model.name}.yaml", offline=offline)
         # All files are of one revision, also if there is a new one by now.
-        members = _HubModels(model.pinned(bag), offline)
+        members = _HubModels(replace(model, revision=bag.parent.name), offline)
         return cls(members, BagOnlyRepo.of_files({model.name: bag}, members))
 
     def has_model(self, name_or_sig: str) -> bool:
         """Return True if there is a model or a bag of this name."""
         return self.model_repo.has_model(name_or_sig) or self.bag_repo.has_model(name_or_sig)
 
-    def _home(self, name_or_sig: str) -> Any:
-        """Return the repository that has a model or a bag. Raises `ModelLoadingError`."""
-        for repo in (self.model_repo, self.bag_repo):
-            if repo.has_model(name_or_sig):
-                return repo
-        _unknown("model", name_or_sig, self.list_model())
-
     def get_model(self, name_or_sig: str) -> nn.Module:
         """Build the model or the bag. Raises `ModelLoadingError`."""
-        model: nn.Module = self._home(name_or_sig).get_model(name_or_sig)
-        return model
+        if self.model_repo.has_model(name_or_sig):
+            return self.model_repo.get_model(name_or_sig)
+        self._check_name(name_or_sig)
+        return self.bag_repo.get_model(name_or_sig)
+
+    def _check_name(self, name_or_sig: str) -> None:
+        if not self.has_model(name_or_sig):
+            _unknown("model", name_or_sig, self.list_model())
 
     def members(self, name_or_sig: str) -> tuple[ModelOnlyRepo, list[str]]:
         """Return the models that a name stands for. Raises `ModelLoadingError`."""
-        if self._home(name_or_sig) is self.model_repo:
+        if self.model_repo.has_model(name_or_sig):
             return self.model_repo, [name_or_sig]
+        self._check_name(name_or_sig)
         return self.bag_repo.model_repo, self.bag_repo.members(name_or_sig)
 
     def require(self, name_or_sig: str) -> None:

@@ -157,9 +157,23 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     registry.registry.cache_clear()
 
 
+# By default a test runs this many cases of its table, spread evenly from the first to the last.
+DEFAULT_CASES = 5
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with an S3 server as slow."""
+    """Mark as slow every test with an S3 server, and the further cases of long tables."""
+    tables: dict[str, list[pytest.Item]] = {}
     for item in items:
         if "bucket" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
+        if not item.get_closest_marker("slow"):
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tables.values():
+        if len(cases) > DEFAULT_CASES:
+            step = (len(cases) - 1) / (DEFAULT_CASES - 1)
+            kept = {round(step * index) for index in range(DEFAULT_CASES)}
+            for index, item in enumerate(cases):
+                if index not in kept:
+                    item.add_marker("slow")

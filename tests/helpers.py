@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ import demucs.demucs
 import demucs.hdemucs
 import demucs.htdemucs
 import numpy as np
+import pytest
 import soundfile
 import torch
 import yaml
@@ -30,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.io.boxes import find
+from demucs_infer.read.boxes import find
 from demucs_infer.separate import command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -307,7 +309,8 @@ def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str
         bf = "0" if codec == "wmv2" else "2"  # pictures that are decoded before their time
         picture = file.add_stream(codec, rate=FPS, options={"g": "12", "bf": bf})
         picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
-        stream = file.add_stream("aac", rate=44_100, layout="stereo")
+        sound_codec = "mp2" if path.suffix in (".mpg", ".vob") else "aac"
+        stream = file.add_stream(sound_codec, rate=44_100, layout="stereo")
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             frame.pts, frame.time_base = index + round(picture_at * FPS), Fraction(1, FPS)
@@ -320,11 +323,20 @@ def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str
     return path
 
 
+def probe(path: Path, *entries: str) -> Any:
+    """Run ffprobe on a file and return its JSON."""
+    if shutil.which("ffprobe") is None:
+        pytest.skip("needs ffprobe")
+    command = ["ffprobe", "-v", "error", "-of", "json", *entries, str(path)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
 def stem_box(path: Path) -> dict[str, Any]:
     """The JSON of a stem file."""
-    box = find(data := path.read_bytes(), b"moov", b"udta", b"stem")
-    assert box is not None
-    return json.loads(data[box.content : box.stop])
+    with path.open("rb") as file:
+        box = find(file, b"moov", b"udta", b"stem")[2]
+        file.seek(box.content)
+        return json.loads(file.read(box.stop - box.content))
 
 
 def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None:

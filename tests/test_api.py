@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -10,11 +12,10 @@ from typing import Any
 import demucs.api
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from demucs_infer import resample
-from demucs_infer.api import LoadAudioError, LoadModelError, Separator
+from demucs_infer.api import LoadAudioError, Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.backends import pytorch
 from demucs_infer.errors import OptionError
@@ -45,6 +46,15 @@ def test_files_are_separated_as_in_the_reference(
     ours = separator.separate_audio_file(track)[1]
     for name, theirs in reference.separate_audio_file(track)[1].items():
         assert_close(ours[name], theirs)
+    with track.open("rb") as file:
+        for given in (os.fsencode(track), io.BytesIO(track.read_bytes()), file):
+            for name, stem in separator.separate_audio_file(given)[1].items():
+                assert torch.equal(stem, ours[name])
+    with track.open("r", encoding="latin-1") as text, pytest.raises(LoadAudioError, match="binary"):
+        separator.separate_audio_file(text)
+    with pytest.raises(LoadAudioError, match=r"none\.wav: no such file"):
+        separator.separate_audio_file("none.wav")
+    assert (separator.samplerate, separator.audio_channels) == (8000, 2)
 
 
 def test_mono_is_repeated(separator: Separator) -> None:
@@ -79,15 +89,13 @@ def test_samples_of_every_type_and_layout_are_taken_and_left_alone(separator: Se
 @pytest.mark.parametrize(
     "wav",
     [
-        torch.full((2, 1), 0.5),
         torch.full((2, 5000), 0.5),
         torch.tensor([[1.0], [-1.0]]).expand(-1, 5000),
         torch.full((2, 5000), 1e-30),
         torch.full((2, 5000), 1e6),
         torch.zeros(2, 1),
-        torch.zeros(2, 9000),
     ],
-    ids=["one sample", "constant", "opposite", "tiny", "huge", "one zero", "silence"],
+    ids=["constant", "opposite", "tiny", "huge", "one zero"],
 )
 def test_silence_stays_silent_and_a_constant_is_in_each_stem(repo: Path, wav: torch.Tensor) -> None:
     separator = Separator("tiny", repo, device="cpu", shifts=0)
@@ -115,16 +123,6 @@ def test_wrong_tensors_are_refused(separator: Separator, wav: torch.Tensor, mess
         separator.separate_tensor(wav)
 
 
-def test_file_with_nan_is_refused(separator: Separator, tmp_path: Path) -> None:
-    wav = noise(2, 1000)
-    wav[0, 5] = torch.nan
-    soundfile.write(tmp_path / "nan.wav", wav.T.numpy(), 8000, subtype="FLOAT")
-    with pytest.raises(LoadAudioError, match="finite"):
-        separator.separate_audio_file(tmp_path / "nan.wav")
-    with pytest.raises(LoadAudioError, match="no such file"):
-        separator.separate_audio_file(tmp_path / "none.wav")
-
-
 def test_update_parameter_changes_the_next_calls(repo: Path) -> None:
     calls: list[dict] = []
     separator = Separator("tiny", repo, device="cpu", shifts=0)
@@ -142,8 +140,7 @@ def test_update_parameter_changes_the_next_calls(repo: Path) -> None:
     separator.separate_tensor(noise(2, 4000))
 
 
-@pytest.mark.parametrize("model", ["tiny", "pair"])
-def test_options_are_checked_when_a_separator_is_made(repo: Path, model: str) -> None:
+def test_options_are_checked_when_a_separator_is_made(repo: Path) -> None:
     for options in (
         {"overlap": 1},
         {"shifts": -1},
@@ -157,12 +154,7 @@ def test_options_are_checked_when_a_separator_is_made(repo: Path, model: str) ->
         (value,) = options.values()
         word = value[0] if isinstance(value, list) else str(value)
         with pytest.raises(OptionError, match=word):
-            Separator(model, repo, **{"device": "cpu", **options})
-
-
-def test_unknown_model_is_named(repo: Path) -> None:
-    with pytest.raises(LoadModelError, match="tinny"):
-        Separator("tinny", repo)
+            Separator("pair", repo, **{"device": "cpu", **options})
 
 
 def test_only_the_wanted_stems_are_returned(separator: Separator, fast_repo: Path) -> None:
@@ -197,7 +189,7 @@ def test_precision_and_engine_are_options(repo: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_openvino_is_a_device_too(repo: Path, tmp_path: Path) -> None:
+def test_openvino_is_a_device(repo: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     mix = noise(2, 6000)
     exact = Separator("tiny", repo=repo, device="cpu", shifts=0).separate_tensor(mix).stems

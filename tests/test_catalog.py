@@ -170,8 +170,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_damaged_package_is_to_be_installed_again(options: list[str], package: Path) -> None:
     (package / "demo.safetensors").write_bytes(b"")
     damaged = separate("--download", "demo", *options)
-    assert_one_line(damaged, "demo.safetensors", "damaged", "install")
+    assert_one_line(damaged, "demo.safetensors", "damaged", "Install")
     (package / "demo.safetensors").unlink()
     missing = separate("--download", "demo", *options)
-    assert_one_line(missing, "demo.safetensors", "install")
+    assert_one_line(missing, "demo.safetensors", "Install")
     assert damaged.stdout == missing.stdout == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from demucs_infer.convert import main
+from demucs_infer.convert import export, main
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.states import load_model
 
+from . import helpers
 from .helpers import SOURCES, TINY, assert_close, assert_one_line, decibels, noise, pair, separate
 
 SMALL = {"channels": 8, "depth": 3, "dconv_lstm": 2, "dconv_attn": 2}
@@ -23,6 +26,11 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "hdemucs": (HDemucs, {**SMALL, "nfft": 1024, "depth": 4}),
     "demucs": (Demucs, SMALL),
 }
+
+
+def run(session: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs)}
+    return tuple(map(torch.from_numpy, session.run(None, feed)))
 
 
 def write_config(path: Path, kind: str, options: dict[str, Any]) -> Path:
@@ -54,7 +62,9 @@ def test_refused_conversions_write_nothing(repo: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "in.ckpt")
     config = write_config(tmp_path / "config.yaml", "mel_band_roformer", {})
     out = tmp_path / "out.safetensors"
+    (tmp_path / "bad.th").write_text("no checkpoint")
     for arguments, words in (
+        ([tmp_path / "bad.th", out], ["bad.th"]),
         (["--config", config, tmp_path / "in.ckpt", out], ["mel_band_roformer"]),
         ([repo / "tiny.th", tmp_path / "out.txt"], [".safetensors", ".onnx"]),
         (["--dynamic", repo / "tiny.th", out], ["onnx"]),
@@ -98,12 +108,26 @@ def test_onnx_in_half_precision_or_for_any_batch(
     ends = [*session.get_inputs(), *session.get_outputs()]
     assert {node.type for node in ends} == {"tensor(float)"}
 
-    def network(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs)}
-        return tuple(map(torch.from_numpy, session.run(None, feed)))
-
     model = load_model(repo / "tiny.th")
     batch = 3 if "--dynamic" in flags else 1
     mix = torch.stack([noise(2, 4000, seed) for seed in range(batch)])
     with torch.no_grad():
-        assert floor < decibels(model(mix, network=network), model(mix)) < 150
+        assert floor < decibels(model(mix, network=partial(run, session)), model(mix)) < 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["htdemucs", "hdemucs", "demucs"])
+def test_onnx_runtime_computes_the_network(family: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model_class, options = helpers.FAMILIES[family]
+    theirs, ours = pair(model_class, **options)
+    session = onnxruntime.InferenceSession(export(ours, tmp_path / "net.onnx"))
+
+    mix = noise(2, 4000)[None]
+    with torch.no_grad():
+        assert_close(ours(mix, network=partial(run, session)), theirs(mix))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["sources"]) == ours.sources
+    assert json.loads(metadata["samples"]) == 4000
+    assert "normalize" in metadata["recipe"]

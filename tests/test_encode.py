@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import soundfile
 import torch
 
 from demucs_infer.errors import OptionError, SaveAudioError
-from demucs_infer.io.encode import encoder
-from demucs_infer.io.formats import FORMATS, Encoding
+from demucs_infer.write.encode import encoder
+from demucs_infer.write.formats import FORMATS, find_format
 
 from .helpers import noise
 
@@ -21,11 +22,11 @@ TAGS = {"title": "Täst", "artist": "A", "album": "B", "date": "2001", "genre": 
 
 
 def write(path: Path, wav: torch.Tensor, rate: int, **options: Any) -> None:
-    encoding = Encoding(path.suffix[1:], **options)
+    format = find_format(path.suffix[1:], **options)
     with path.open("w+b") as file:
-        sink = encoder(file, encoding, rate, wav.shape[0], TAGS)
+        sink = encoder(file, format, rate, wav.shape[0], tags=TAGS)
         for block in wav.split(3333, dim=-1):
-            sink.write(block)
+            sink.write([block])
         sink.close()
 
 
@@ -62,7 +63,7 @@ def read_back(path: Path) -> tuple[np.ndarray, int, str, dict[str, str]]:
 def test_other_programs_read_samples_and_tags(
     format: str, options: dict[str, int], kind: str, error: float, channels: int, tmp_path: Path
 ) -> None:
-    rate = Encoding(format).samplerate(44_100)
+    rate = find_format(format).samplerate(44_100)
     assert rate == (48_000 if format == "opus" else 44_100)
     time = torch.arange(100_001) / rate
     wav = torch.stack([torch.sin(2 * torch.pi * hertz * time) for hertz in (440, 660)])
@@ -85,7 +86,7 @@ def test_wav_beyond_4_gib_opens_in_other_programs(
     write(tmp_path / "small.wav", noise(1, 1000), 44_100)
     assert (tmp_path / "small.wav").read_bytes().startswith(b"RIFF")
     assert b"JUNK" in (tmp_path / "small.wav").read_bytes()[:64]
-    monkeypatch.setitem(FORMATS["wav"].options, "rf64", "always")
+    monkeypatch.setitem(FORMATS["wav"].muxer, "rf64", "always")
     write(tmp_path / "large.wav", noise(2, 1000), 44_100)
     assert soundfile.info(tmp_path / "large.wav").format == "RF64"
     assert len(soundfile.read(tmp_path / "large.wav")[0]) == 1000
@@ -114,7 +115,7 @@ def test_bit_rate_decides_the_size(format: str, tmp_path: Path) -> None:
 )
 def test_impossible_encodings_are_refused(format: str, options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Encoding(format, **options)
+        find_format(format, **options)
 
 
 @pytest.mark.parametrize(("format", "channels"), [("wav", 9), ("mp3", 3)])
@@ -135,4 +136,26 @@ def test_formats_take_the_next_rate_that_they_have() -> None:
         ("ogg", 384_000, 192_000),
         ("flac", 768_000, 768_000),
     ]:
-        assert Encoding(format).samplerate(wanted) == rate, (format, wanted)
+        assert find_format(format).samplerate(wanted) == rate, (format, wanted)
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "mp3", "ogg", "opus", "m4a"])
+def test_the_first_error_of_a_file_is_raised(
+    format: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PyAV prints a traceback for each of a file's errors but the first."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 20_000:
+                raise OSError(28, "the disk is full")
+            return super().write(data)
+
+    sink = encoder(Full(), find_format(format), 48_000, 2)
+    with pytest.raises(OSError, match="the disk is full"):
+        for _ in range(20):
+            sink.write([noise(2, 48_000)])
+        sink.close()
+    sink.abandon()
+    del sink
+    assert capfd.readouterr().err == ""

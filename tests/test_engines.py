@@ -41,15 +41,14 @@ FLOORS = [
     ("bands", "torch", "bfloat16", 35),
     ("demucs", "torch", "bfloat16", 40),
     ("light", "openvino", "float32", 75),
-    ("light", "onnxruntime", "float32", 75),
     *(
         pytest.param(*values, marks=pytest.mark.slow)
         for values in (
+            ("light", "onnxruntime", "float32", 75),
             ("htdemucs", "openvino", "float32", 75),
             ("htdemucs", "openvino", "bfloat16", 40),
             ("htdemucs", "onnxruntime", "float32", 75),
             ("hdemucs", "onnxruntime", "float32", 75),
-            ("bands", "onnxruntime", "float32", 75),
             ("demucs", "openvino", "float32", 75),
             ("demucs", "onnxruntime", "float32", 75),
         )
@@ -228,8 +227,7 @@ def test_providers_of_several_gpus_in_half_precision(monkeypatch: pytest.MonkeyP
     found = ["TensorrtExecutionProvider", "DmlExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    model_class, options = FAMILIES["bands"]
-    ours, mix = pair(model_class, **options)[1], noise(2, 4000)[None]
+    ours, mix = pair(LIGHT[0], **LIGHT[1])[1], noise(2, 4000)[None]
     half = on_engine(ours, SeparationOptions(device="onnxruntime:directml:1", precision="float16"))
     with torch.no_grad():
         assert 50 < decibels(half(mix), ours(mix)) < 100
@@ -237,7 +235,7 @@ def test_providers_of_several_gpus_in_half_precision(monkeypatch: pytest.MonkeyP
     given.clear()
     # TensorRT compiles for minutes, so it is only used by name.
     with torch.no_grad():
-        on_engine(pair(LIGHT[0], **LIGHT[1])[1], SeparationOptions(engine="onnxruntime"))(mix)
+        on_engine(ours, SeparationOptions(engine="onnxruntime"))(mix)
     assert given[0] == ("DmlExecutionProvider", {})
 
 
@@ -254,12 +252,9 @@ print(torch.equal(vocals("float32"), vocals("bfloat16")))
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="the variables are for x86")
-@pytest.mark.parametrize(
-    "limits",
-    [AVX2, pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, marks=pytest.mark.slow)],
-    ids="-".join,
-)
+@pytest.mark.parametrize("limits", [AVX2, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}], ids="-".join)
 def test_processor_without_bfloat16_runs_in_float32(limits: dict[str, str], repo: Path) -> None:
     result = run("-c", NO_BFLOAT16, repo, "cpu", env={**environment(), **limits})
     assert result.stdout.split() == ["True"], result.stderr

@@ -16,7 +16,6 @@ import soundfile
 from demucs_infer.audio import AudioFile
 
 from .helpers import environment, noise, run, stem_box, video
-from .web import serving
 
 RATE = 8000  # of the tiny model
 # By the folder that the files are written to: what of the inputs is named, and the options.
@@ -107,52 +106,21 @@ def test_on_this_machine(here: Path) -> None:
         assert AudioFile(path).duration == 0.5
 
 
+@pytest.mark.parametrize("ray", [False, pytest.param(True, marks=pytest.mark.ray)])
 def test_from_a_bucket_into_a_bucket(
-    here: Path,
-    inputs: Path,
-    repo: Path,
-    bucket: s3fs.S3FileSystem,
+    ray: bool, here: Path, inputs: Path, repo: Path, bucket: s3fs.S3FileSystem
 ) -> None:
-    check_bucket(here, inputs, repo, bucket, ray=False)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_from_a_bucket_into_a_bucket_on_ray(
-    here: Path,
-    inputs: Path,
-    repo: Path,
-    bucket: s3fs.S3FileSystem,
-) -> None:
-    pytest.importorskip("ray")
-    check_bucket(here, inputs, repo, bucket, ray=True)
-
-
-def check_bucket(here: Path, inputs: Path, repo: Path, store: s3fs.S3FileSystem, ray: bool) -> None:
+    if ray:
+        pytest.importorskip("ray")
     for path in (inputs / "clip.mp4", *(inputs / "music").rglob("*.wav")):
-        store.pipe(f"bucket/in/{path.relative_to(inputs).as_posix()}", path.read_bytes())
+        bucket.pipe(f"bucket/in/{path.relative_to(inputs).as_posix()}", path.read_bytes())
     results = separated(repo, inputs, "s3://bucket/in/{}", "s3://bucket/out/{}", ray=ray)
     for way, names in FILES.items():
         root = f"bucket/out/{way}/tiny/"
-        assert sorted(store.find(root)) == [root + name for name in names]
-        assert_as_here(way, here, lambda name: store.cat_file(root + name))  # noqa: B023
+        assert sorted(bucket.find(root)) == [root + name for name in names]
+        assert_as_here(way, here, lambda name: bucket.cat_file(root + name))  # noqa: B023
         said = [stem["path"] for result in results[way] for stem in result["stems"].values()]
         said += [result["player"] for result in results[way] if result["player"]]
         assert {*said} == {f"s3://{root}{name}" for name in names}
         assert not any(result["error"] for result in results[way])
     assert [result["seconds"] for result in results["dj"]] == [0.5, 0.5]
-
-
-@pytest.mark.slow
-def test_from_the_web(here: Path, inputs: Path, repo: Path, tmp_path: Path) -> None:
-    """A track that is named has no folder."""
-    ways = {**WAYS, "deep": WAYS["deep"].replace("music", "song.wav", 1)}
-    del ways["dj"]
-    with serving() as web:
-        web.others["song.wav"] = (inputs / "music/A/song.wav").read_bytes()
-        web.others["clip.mp4"] = (inputs / "clip.mp4").read_bytes()
-        separated(repo, inputs, web.url + "/x/{}", str(tmp_path / "{}"), ways)
-    assert_as_here("film", here, lambda name: (tmp_path / "film/tiny" / name).read_bytes())
-    made = (tmp_path / "deep/tiny/song.mka").read_bytes()
-    expected = (here / "deep/tiny/A/song.mka").read_bytes()
-    assert content(made, "song.mka") == content(expected, "song.mka")

@@ -16,7 +16,7 @@ from demucs_infer.api import Separator
 from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.hf import HubModel, cached_file, checkpoint_file
+from demucs_infer.hub.hf import HubModel, cached_file
 from demucs_infer.pretrained import get_model, model_label
 from demucs_infer.repo import RemoteRepo
 from demucs_infer.states import load_model, save_model
@@ -88,6 +88,9 @@ def test_addresses_that_are_refused(text: str, hub: Hub) -> None:
 def test_a_bag_is_fetched_into_the_hubs_cache(
     hub: Hub, weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(DownloadError, match=r"mine.yaml is not in the hub's cache.*offline"):
+        get_model("hf://someone/mine", offline=True)
+    assert not hub.asked
     bag = get_model("hf://someone/mine")
     assert [list(row) for row in bag.weights] == [[1, 0, 0, 0], [0, 1, 1, 1]]
     assert not bag.training
@@ -110,12 +113,6 @@ def test_a_bag_is_fetched_into_the_hubs_cache(
         "someone/Demucs-mine", "aaaa.safetensors", cache_dir=tmp_path / "hub"
     )
     assert Path(found).read_bytes() == weights
-
-
-def test_what_the_cache_lacks(hub: Hub) -> None:
-    with pytest.raises(DownloadError, match=r"mine.yaml is not in the hub's cache.*offline"):
-        get_model("hf://someone/mine", offline=True)
-    assert not hub.asked
 
 
 def test_a_revision(hub: Hub) -> None:
@@ -149,7 +146,7 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     path = cached_file(HubModel("mine", "someone"), "aaaa.safetensors")
     content = path.read_bytes()
     path.resolve().write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ModelLoadingError, match=r"is damaged: .*delete .* again"):
+    with pytest.raises(ModelLoadingError, match=r"is damaged: .*Delete .* again"):
         get_model("hf://someone/mine", offline=True)
 
 
@@ -210,14 +207,6 @@ def test_a_list_of_gigabytes(facts: dict, hub: Hub) -> None:
     assert hub.sent < 15_000_000
 
 
-@pytest.mark.parametrize(
-    "name", ["a.th", "a.ckpt", "a.safetensors", "a/b", "..", "", "a\x00", "a b"]
-)
-def test_signatures_that_are_refused(name: str) -> None:
-    with pytest.raises(ModelLoadingError, match="not a signature"):
-        checkpoint_file(name)
-
-
 def test_a_safetensors_file_as_in_the_reference(weights: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(weights)
@@ -238,7 +227,7 @@ def second(hub: Hub, published: Web, weights: bytes, monkeypatch: pytest.MonkeyP
     return hub
 
 
-@pytest.mark.parametrize("status", [403, 404, 500])
+@pytest.mark.parametrize("status", [404, 500])
 def test_the_second_host_when_the_first_fails(
     status: int, second: Hub, published: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,16 +245,6 @@ def test_the_second_host_when_the_first_fails(
     with pytest.raises(DownloadError, match="is damaged"):
         get_model("first", offline=True)
     get_model("first")
-
-
-@pytest.mark.slow
-def test_first_no_route_then_separated(second: Hub, published: Web, track: Path) -> None:
-    published.always = answers.status(503)
-    code = f"{published.code}{MAIN}"
-    result = run("-c", code, "-n", "one", "-o", track.parent / "out", track)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("WARNING") == 1
-    assert len(list((track.parent / "out" / "one").rglob("*.wav"))) == 4
 
 
 def test_both_hosts_down(second: Hub, published: Web) -> None:
@@ -316,11 +295,11 @@ def test_the_hubs_cache_is_looked_at(second: Hub, published: Web, tmp_path: Path
     )
     asked = len(second.asked)
     get_model("one")
-    models = RemoteRepo(registry.checkpoint_urls())
+    models = RemoteRepo.released()
     path = models.path("first")
     assert path.is_relative_to(tmp_path / "hub")
-    listed = run("-c", f"{published.code}{MAIN}", "--list-models").stdout
-    assert f"[{path.parent}]" in listed
+    listed = run("-c", f"{published.code}{MAIN}", "--list-models", "--verbose").stdout
+    assert f" in {path.parent}\n" in listed
     assert not published.paths
     assert len(second.asked) == asked
     path.resolve().write_bytes(b"damaged")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -20,8 +19,16 @@ from demucs_infer.hub import registry
 FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"
 
 
+def published() -> dict:
+    return yaml.safe_load((registry.REMOTE_ROOT / "registry.yml").read_text())
+
+
+def urls() -> dict[str, str]:
+    return {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
+
+
 def test_what_was_published() -> None:
-    content = registry.registry()
+    content = published()
     community = content["community"]
     bags = {
         name: {**registry.bags()[name], **yaml.safe_load(path.read_text())}
@@ -85,49 +92,35 @@ def invalid(content: dict) -> list[str]:
 
 
 def test_every_field_is_valid() -> None:
-    content = registry.registry()
+    content = published()
     assert content.keys() == {"root", "embedded", "checkpoints", "bags", "community"}
     assert content["community"].keys() == {"checkpoints", "bags"}
     assert invalid(content) == []
-    for group, field, value in (
-        ("embedded", "file", "none.safetensors"),
-        ("checkpoints", "sha256", "abc"),
-        ("checkpoints", "megabytes", "84"),
-        ("bags", "sources", ["drums", 1]),
-        ("bags", "licence", "MIT"),
-    ):
-        changed = copy.deepcopy(content)
-        name = next(iter(changed[group]))
-        changed[group][name][field] = value
-        assert invalid(changed) == [f"{group} {name}: {field}"]
 
 
 def test_checkpoints() -> None:
     found = registry.checkpoints()
     demo = found.pop("demo")
     assert sha256(demo.embedded.read_bytes()).hexdigest() == demo.sha256
-    assert len(registry.registry()["checkpoints"]) == 27
+    assert len(published()["checkpoints"]) == 27
     assert len(found) == 34
     assert len({checkpoint.file for checkpoint in found.values()}) == 34
     for sig, checkpoint in found.items():
-        assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256), sig
         checksum = re.search(r"-([0-9a-f]{8})\.th$", checkpoint.file)
         if not registry.is_community(sig):
             assert checkpoint.file.startswith(f"{sig}-")
             assert checksum
         if checksum:
             assert checkpoint.sha256.startswith(checksum[1])
-        assert checkpoint.description
         assert registry.is_community(sig) == bool(checkpoint.source)
 
 
 def test_bags() -> None:
     found, known = registry.bags(), registry.checkpoints()
-    assert len(registry.registry()["bags"]) == 11
+    assert len(published()["bags"]) == 11
     assert len(found) == 17
     assert {sig for bag in found.values() for sig in bag["models"]} == set(known) - {"demo"}
     for name, bag in found.items():
-        assert bag["description"], name
         assert len(bag.get("weights", bag["models"])) == len(bag["models"])
         assert all(len(row) == len(bag["sources"]) for row in bag.get("weights", []))
         for sig in bag["models"]:
@@ -153,19 +146,19 @@ def test_the_architecture_of_weights_alone() -> None:
 
 
 def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = registry.checkpoint_urls()
+    before = urls()
     root = "https://dl.fbaipublicfiles.com/demucs"
     assert before["955717e8"] == f"{root}/hybrid_transformer/955717e8-8726e21a.th"
     assert before["49469ca8"].startswith("https://github.com/")
     for mirror in ("https://host.invalid/a/b", "https://host.invalid/a/b/"):
         monkeypatch.setenv("DEMUCS_INFER_MIRROR", mirror)
-        urls = registry.checkpoint_urls()
-        assert urls.pop("demo") == before["demo"]
-        assert all(url.startswith("https://host.invalid/a/b/") for url in urls.values())
-        assert urls["955717e8"].endswith("/a/b/hybrid_transformer/955717e8-8726e21a.th")
-        assert urls["49469ca8"].endswith("/a/b/community/model_drumsep.th")
+        mirrored = urls()
+        assert mirrored.pop("demo") == before["demo"]
+        assert all(url.startswith("https://host.invalid/a/b/") for url in mirrored.values())
+        assert mirrored["955717e8"].endswith("/a/b/hybrid_transformer/955717e8-8726e21a.th")
+        assert mirrored["49469ca8"].endswith("/a/b/community/model_drumsep.th")
     monkeypatch.setenv("DEMUCS_INFER_MIRROR", "")
-    assert registry.checkpoint_urls() == before
+    assert urls() == before
 
 
 @pytest.mark.parametrize(
@@ -218,14 +211,8 @@ def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
     registry.registry.cache_clear()
     assert "renamed" in registry.bags()
+    (folder / "renamed.yaml").write_text("models: ['12345678']\n")
     registry.registry.cache_clear()
-
-
-def test_a_bag_of_what_the_registry_does_not_know(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree(registry.REMOTE_ROOT, tmp_path / "remote")
-    (folder / "htdemucs.yaml").write_text("models: ['12345678']\n")
-    monkeypatch.setattr(registry, "REMOTE_ROOT", folder)
-    with pytest.raises(ModelLoadingError, match=r"htdemucs\.yaml: no checkpoint 12345678"):
+    with pytest.raises(ModelLoadingError, match=r"renamed\.yaml: no checkpoint 12345678"):
         registry.bags()
+    registry.registry.cache_clear()

@@ -37,7 +37,7 @@ def texts() -> list[Path]:
 
 def test_no_text_names_the_other_project_of_this_name_on_pypi() -> None:
     named = {path.relative_to(ROOT).as_posix() for path in texts()}
-    assert {"README.md", "docs/scale.md", "demucs_infer/errors.py", "LICENSE"} <= named
+    assert {"README.md", "docs/batch.md", "demucs_infer/errors.py", "LICENSE"} <= named
     for path in texts():
         text = path.read_text(encoding="utf-8")
         assert not FROM_AN_INDEX.search(text), path

@@ -45,6 +45,7 @@ def printed(script: str, **variables: str) -> list[float]:
 
 
 @glibc
+@pytest.mark.slow
 def test_memory_is_kept_within_nested_blocks_and_returned_after_them() -> None:
     outside, within, kept, still_kept, returned = printed(
         """
@@ -121,6 +122,7 @@ def test_only_the_workers_of_the_pool_use_one_thread() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.slow
 def test_worker_does_not_start_openmp_threads() -> None:
     script = """
 import os, torch

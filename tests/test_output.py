@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from demucs_infer.api import Output, Separator
+from demucs_infer.audio import save_audio
 from demucs_infer.errors import OptionError, SaveAudioError
+from demucs_infer.write.formats import FORMATS
 
-from .helpers import SOURCES, Command, assert_one_line, stems_of, write_track
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{track:1000000000}/{stem}",
-        "{track:{stem}}/{stem}",
-        "{stem.__class__.__mro__[1]}",
-        "{track[x]}{stem}",
-        "{stem:d}",
-        "{stem}\0",
-    ],
-)
-def test_templates_reach_into_nothing(template: str) -> None:
-    with pytest.raises(OptionError, match="template"):
-        Output("out", template)
+from .helpers import SOURCES, Command, json_lines, noise, stems_of, write_track
 
 
 def test_templates_cut_and_align() -> None:
@@ -126,7 +113,46 @@ def test_failing_stem_takes_back_the_others_in_a_store(
     assert not memory.find("/taken-back")
 
 
-def test_output_that_is_a_file_is_one_line(command: Command, tmp_path: Path) -> None:
-    write_track(tmp_path / "a.wav", 0.1)
-    (tmp_path / "out").touch()
-    assert_one_line(command("-o", "out", "a.wav"), "out", "cannot be written")
+@pytest.mark.parametrize("format", FORMATS)
+def test_only_whole_files_of_the_format_are_written(format: str, tmp_path: Path) -> None:
+    output, path = Output(tmp_path, format=format), tmp_path / f"a.{format}"
+    assert not output.is_written(path)
+    save_audio(noise(2, 20_000), path, 44_100)
+    assert output.is_written(path)
+    assert not Output(tmp_path, format="wav" if format != "wav" else "mp3").is_written(path)
+    for content in (b"", path.read_bytes()[:40], b"no audio" * 1000):
+        path.write_bytes(content)
+        assert not output.is_written(path)
+
+
+def test_skip_existing_takes_only_whole_stems_and_pages(command: Command, tmp_path: Path) -> None:
+    write_track(tmp_path / "a.wav")
+    folder = tmp_path / "separated/tiny/a"
+    skipped = []
+    for damaged in (None, None, "bass.wav", "player.html"):
+        if damaged:
+            (folder / damaged).write_bytes(b"")
+        options = ["--skip-existing", "--shifts", 0, "--stems", "bass", "--json", "--player"]
+        (result,) = json_lines(command(*options, "a.wav"))
+        skipped.append(result["skipped"])
+    assert skipped == [False, True, False, False]
+
+
+def test_other_files_of_a_track_are_mentioned_once(command: Command, tmp_path: Path) -> None:
+    tracks = [write_track(tmp_path / f"{name}.wav") for name in "ab"]
+    assert "bass.wav" not in command("--shifts", 0, *tracks).stderr
+    result = command("--shifts", 0, "--skip-existing", "--two-stems", "vocals", *tracks)
+    assert result.stderr.count("bass.wav, drums.wav, other.wav") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not text")
+def test_a_page_of_a_track_whose_name_is_not_text(command: Command, tmp_path: Path) -> None:
+    """Two names that differ only in bytes which are not UTF-8 become two folders."""
+    names = [os.fsdecode(b"caf" + byte) for byte in (b"\xe8", b"\xe9")]
+    # libsndfile writes no such names.
+    tracks = [write_track(tmp_path / "a.wav").rename(tmp_path / f"{name}.wav") for name in names]
+    assert command("--shifts", 0, "--player", "--stems", "bass", *tracks).returncode == 0
+    for name in names:
+        folder = tmp_path / "separated/tiny" / name
+        assert "caf\ufffd" in (folder / "player.html").read_text("utf-8")
+        assert (folder / "bass.wav").stat().st_size > 100

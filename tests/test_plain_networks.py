@@ -325,7 +325,10 @@ def test_copies_and_pickles(models: tuple[nn.Module, nn.Module]) -> None:
             assert torch.equal(other(MIX), expected)
 
 
-@pytest.mark.parametrize("family", [HTDemucs, HDemucs, Demucs])
+@pytest.mark.parametrize(
+    "family",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (HTDemucs, HDemucs)), Demucs],
+)
 def test_traces_and_exports(family: type) -> None:
     options = next(options for kind, options in FAMILIES.values() if kind is family)
     _, ours = pair(family, **options)

@@ -18,8 +18,9 @@ import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.errors import OptionError
-from demucs_infer.io.player import LONGEST, About, PlayerWriter
-from demucs_infer.storage.spool import Workspace
+from demucs_infer.write.output import Output
+from demucs_infer.write.player import LONGEST
+from demucs_infer.write.writer import Target, TrackWriter
 
 from .helpers import SOURCES, Command, json_lines, lag
 from .tools.browser import Listener, chromium
@@ -36,13 +37,19 @@ def stems() -> dict[str, np.ndarray]:
 
 
 def write(path: Path, parts: dict[str, np.ndarray], title: str, artist: str = "") -> Path:
-    with Workspace(path.parent / "space") as space:
-        writer = PlayerWriter(space, About(title, artist, "tiny"), list(parts), RATE, 2)
+    output = Output(path.parent / "out", player=True)
+    progress: list[float] = []
+    with output.workspace() as space:
+        tags = {"title": title, "artist": artist}
+        target = Target(output.file_format, "rescale", space, RATE, RATE, 2, "tiny", tags)
+        paths = {name: path.with_name(f"{index}.wav") for index, name in enumerate(parts)}
+        writer = TrackWriter(paths, target, path)
         for start in range(0, SECONDS * RATE, 70_001):
             blocks = [part[:, start : start + 70_001] for part in parts.values()]
             writer.write([torch.from_numpy(block.copy()) for block in blocks])
-        writer.encode(lambda: None)
-        writer.file.replace(path)
+        writer.finish(progress.append)
+        assert progress == sorted(progress)
+        assert progress[-1] == 1
         assert [entry.name for entry in space.path.iterdir()] == ["demucs-infer.lock"]
     return path
 

@@ -9,10 +9,10 @@ import av
 import pytest
 import torch
 
-from demucs_infer.io.encode import encoder
-from demucs_infer.io.formats import FORMATS, Encoding
 from demucs_infer.read.decode import AudioFile
 from demucs_infer.read.tags import MAX_TAG, MAX_TAGS, clean_tags
+from demucs_infer.write.encode import encoder
+from demucs_infer.write.formats import FORMATS, find_format
 
 from .helpers import noise
 
@@ -42,11 +42,13 @@ def test_clean_tags() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_tags_of_any_kind_do_not_stop_a_format(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{format}"
-    rate = Encoding(format).samplerate(44_100)
+    rate = find_format(format).samplerate(44_100)
     with path.open("w+b") as file:
         title = {"title": "caf\udce9"}
-        sink = encoder(file, Encoding(format), rate, 2, {**OF_THE_FILE, **WRONG, **MUSIC, **title})
-        sink.write(noise(2, 10_000))
+        sink = encoder(
+            file, find_format(format), rate, 2, tags={**OF_THE_FILE, **WRONG, **MUSIC, **title}
+        )
+        sink.write([noise(2, 10_000)])
         sink.close()
     tags = AudioFile(path).tags
     assert (tags["title"], tags["artist"]) == ("caf\ufffd", "A")

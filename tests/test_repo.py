@@ -24,7 +24,7 @@ from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.checkpoints import read_state
+from demucs_infer.hub.checkpoints import read_weights
 from demucs_infer.hub.registry import Checkpoint
 from demucs_infer.pretrained import (
     add_model_flags,
@@ -65,6 +65,9 @@ def test_flags(repo: Path) -> None:
     for flag in ("-s", "--sig", "-n", "--name"):
         args = parser.parse_args([flag, "tiny", "--repo", str(repo)])
         assert isinstance(get_model_from_args(args), HTDemucs)
+    args = argparse.Namespace(name="tiny", repo=repo)  # without the other flags
+    assert isinstance(get_model_from_args(args), HTDemucs)
+    assert parser.parse_args([]).name == "htdemucs"  # as programs expect that print it
 
 
 def test_the_unittest_model() -> None:
@@ -149,6 +152,7 @@ def test_unknown_names_suggest_the_nearest(repo: Path) -> None:
         ("HTDemucs_FT", "htdemucs_ft"),
         ("955717e9", "955717e8"),
         ("drum_sep", "drumsep"),
+        ("hdemucs", "hdemucs_mmi"),
     ):
         with pytest.raises(ModelLoadingError, match=rf"Did you mean {nearest}\?"):
             get_model(name)
@@ -156,21 +160,14 @@ def test_unknown_names_suggest_the_nearest(repo: Path) -> None:
         get_model("zzz")
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadingError, match="is not a folder"):
-        get_model("tiny", tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: [", "not valid YAML"),
         ("- tiny", "is not a bag"),
         ("models: tiny", "does not list its models"),
         ("models: [tinny]", "Did you mean tiny"),
         ("models: [tiny]\nweights: [[1, 2]]", "weights"),
         ("models: []", "at least one"),
-        ("models: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
 def test_bags_that_make_no_sense(folder: Path, text: str, message: str) -> None:
@@ -207,7 +204,7 @@ def test_weights_alone_become_a_model(published: Web, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="SHA-256"):
         get_model("foreign_state")
     with pytest.raises(ModelLoadingError, match="cannot be read as a checkpoint"):
-        read_state(tmp_path / "cache" / "weights.ckpt.corrupt")
+        read_weights(tmp_path / "cache" / "weights.ckpt.corrupt")
 
 
 def test_a_damaged_file_is_fetched_anew_once(
@@ -242,8 +239,11 @@ def test_what_is_missing_is_one_message(published: Web, tmp_path: Path) -> None:
             assert part in message
     assert published.paths == []
     published.always = answers.status(404)
-    with pytest.raises(DownloadError, match=rf"404 Not Found; .*refused: fetch .*{digest}.*--repo"):
+    with pytest.raises(
+        DownloadError, match=r"^No connection to 127.0.0.1:1 .*refused\); .*404 Not Found. "
+    ):
         get_model("one")
+    assert str(caught.value).count(digest) == 1
 
 
 def test_offline_by_the_environment(published: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,8 +381,10 @@ def test_a_bag_is_a_file_with_models_beside_it(folder: Path) -> None:
 
 
 def test_paths_to_nothing(folder: Path) -> None:
+    with pytest.raises(ModelLoadingError, match="is not a folder"):
+        get_model("tiny", folder / "nowhere")
     for name in ("./absent.th", str(folder / "absent.yaml"), str(folder / "absent.safetensors")):
-        with pytest.raises(ModelLoadingError, match="there is no such file"):
+        with pytest.raises(ModelLoadingError, match="no such file"):
             get_model(name)
     for name in ("absent.th", "absent.yaml", str(folder)):
         with pytest.raises(ModelLoadingError, match="no model is named"):
@@ -398,14 +400,6 @@ def test_stems_of_a_file_are_in_a_folder_of_its_stem(folder: Path, track: Path) 
     assert {path.parent.relative_to(out).as_posix() for path in out.rglob("*.wav")} == {
         "tiny/track"
     }
-
-
-def test_arguments_with_some_of_the_flags(repo: Path) -> None:
-    args = argparse.Namespace(name="tiny", repo=repo)
-    assert isinstance(get_model_from_args(args), HTDemucs)
-    parser = argparse.ArgumentParser()
-    add_model_flags(parser)
-    assert parser.parse_args([]).name == "htdemucs"  # as programs expect that print it
 
 
 def test_lists_of_files_are_those_of_the_reference() -> None:
@@ -464,9 +458,6 @@ def test_programs_replace_get_model(repo: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_hub_of_pytorch_is_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEMUCS_INFER_CACHE", raising=False)
-    before = torch.hub.get_dir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
     torch.hub.set_dir(tmp_path / "chosen")
-    try:
-        assert registry.cache_folder() == tmp_path / "chosen" / "checkpoints"
-    finally:
-        torch.hub.set_dir(before)
+    assert registry.cache_folder() == tmp_path / "chosen" / "checkpoints"

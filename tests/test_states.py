@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import pickle
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -23,13 +21,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demucs_infer import separate
+from demucs_infer import convert
 from demucs_infer.apply import apply_model
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import MissingDependencyError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.hub.checkpoints import read_package
 from demucs_infer.states import (
     copy_state,
     get_quantizer,
@@ -42,7 +39,17 @@ from demucs_infer.states import (
     swap_state,
 )
 
-from .helpers import TINY, archive, assert_close, noise, released_pair, run, save_package, shake
+from .helpers import (
+    TINY,
+    archive,
+    assert_close,
+    noise,
+    released_pair,
+    run,
+    save_package,
+    separate,
+    shake,
+)
 
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
@@ -70,37 +77,11 @@ def test_half_precision_becomes_float32(theirs: torch.nn.Module, tmp_path: Path)
         assert torch.equal(tensor, theirs.state_dict()[name].half().float())
 
 
-def test_hybrid_checkpoints(tmp_path: Path) -> None:
-    reference = shake(demucs.hdemucs.HDemucs(**HYBRID, dconv_lstm=1))
-    model = load_model(save_package(tmp_path / "a.th", reference))
-    assert type(model) is HDemucs
-    mix = noise(2, 30_000)[None]
-    with torch.no_grad():
-        assert_close(model(mix), reference(mix))
-
-
 def test_the_installed_reference_is_not_touched(theirs: torch.nn.Module, tmp_path: Path) -> None:
     path = save_package(tmp_path / "a.th", theirs)
     code = "import sys; from demucs_infer.states import load_model; load_model(sys.argv[1]);"
     code += "sys.exit(any(name.partition('.')[0] == 'demucs' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
-
-
-def test_own_packages_are_read_back(tmp_path: Path) -> None:
-    model = HTDemucs(**TINY)
-    path = save_package(tmp_path / "a.th", model)
-    assert load_model(path).segment == model.segment
-
-
-@pytest.mark.parametrize("quantizer", [diffq.UniformQuantizer, diffq.DiffQuantizer])
-def test_quantized_checkpoints(quantizer: type, tmp_path: Path) -> None:
-    reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
-    state = demucs.states.get_state(packed, quantizer(packed, min_size=0.01))
-    path = save_package(tmp_path / "a.th", reference, state=state)
-    demucs.states.set_state(reference, state)
-    mix = noise(2, 3000)[None]
-    with torch.no_grad():
-        assert_close(load_model(path)(mix), reference(mix))
 
 
 def test_a_quantized_checkpoint_without_diffq(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +124,7 @@ def test_a_saved_model_is_read_here_and_by_the_reference(half: bool, tmp_path: P
     with torch.no_grad():
         assert_close(ours(mix), model(mix), 1e-2 if half else 1e-6)
         assert_close(ours(mix), theirs(mix))
-    with pytest.raises(ModelLoadingError, match="Linear is no model"):
+    with pytest.raises(ModelLoadingError, match="Linear is not a model"):
         save_model(torch.nn.Linear(1, 1), path)
 
 
@@ -155,22 +136,12 @@ def test_conversion(quantizer: type | None, tmp_path: Path) -> None:
     reference, packed = (demucs.hdemucs.HDemucs(**HYBRID).eval() for _ in range(2))
     state = demucs.states.get_state(packed, quantizer and quantizer(packed, min_size=0.01))
     path = save_package(tmp_path / "a.th", reference, state=state)
-    result = run("-m", "demucs_infer.convert", path, tmp_path / "b.safetensors")
-    assert result.returncode == 0, result.stderr
+    convert.main([str(path), str(tmp_path / "b.safetensors")])
     expected = load_model(path).state_dict()
     for name, tensor in load_model(tmp_path / "b.safetensors").state_dict().items():
         assert torch.equal(tensor, expected[name])
     theirs = demucs.hf.load_safetensors_model(tmp_path / "b.safetensors").state_dict()
     assert all(torch.equal(theirs[name], expected[name]) for name in expected)
-
-
-def test_conversion_fails_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.th").write_text("no checkpoint")
-    for target in ("b.safetensors", "b.th"):
-        result = run("-m", "demucs_infer.convert", tmp_path / "a.th", tmp_path / target)
-        assert result.returncode == 1
-        assert len(result.stderr.splitlines()) == 1
-        assert not (tmp_path / target).exists()
 
 
 def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
@@ -194,7 +165,7 @@ def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
         (lambda p: p["kwargs"].update(t_emb="cape"), "emb='cape'"),
         (lambda p: p["kwargs"].update(depth="four"), "does not describe a model"),
         (lambda p: p.pop("state"), "state"),
-        (lambda p: p.update(klass=dict), "builtins.dict is no model class"),
+        (lambda p: p.update(klass=dict), "builtins.dict is not a model class"),
         (lambda p: p.update(klass="os.system"), "os.system"),
     ],
 )
@@ -254,19 +225,7 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
     return {name: pickle.dumps({"state": call}) for name, call in calls.items()} | handmade
 
 
-@pytest.mark.parametrize("name", hostile_pickles(Path("proof")))
-def test_hostile_pickles_are_refused_and_run_nothing(name: str, tmp_path: Path) -> None:
-    proof = tmp_path / "proof"
-    path = archive(tmp_path / "a.th", hostile_pickles(proof)[name])
-    with pytest.raises(ModelLoadingError, match=r"a\.th") as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value)
-    assert not proof.exists()
-
-
-def test_a_folder_of_hostile_files(
-    theirs: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_hostile_files(theirs: torch.nn.Module, tmp_path: Path, track: Path) -> None:
     """Each is refused by the command with one line, and nothing runs."""
     proof, folder = tmp_path / "proof", tmp_path / "models"
     folder.mkdir()
@@ -297,10 +256,9 @@ def test_a_folder_of_hostile_files(
     hostile = sorted(path.stem for path in folder.iterdir())
     assert len(hostile) > 25
     for name in hostile:
-        with pytest.raises(SystemExit) as exit:
-            separate.main(["--repo", str(folder), "-n", name, str(tmp_path / "track.wav")])
-        assert exit.value.code == 1
-        lines = capsys.readouterr().err.splitlines()
+        failed = separate("--repo", folder, "-n", name, track)
+        assert failed.returncode == 1
+        lines = failed.stderr.splitlines()
         assert len(lines) == 1
         assert name in lines[0]
     assert not proof.exists()
@@ -360,7 +318,7 @@ def test_a_model_that_cannot_run_fails_in_its_first_window() -> None:
         (lambda s: s["quantized"].append(s["quantized"][0]), "does not describe"),
         (lambda s: s.update(quantized=[(torch.zeros(1, 8, 7).long(), (0, 1))]), "packed weights"),
         (lambda s: s.update(quantized=[], others=[]), "bits for"),
-        (lambda s: s["meta"].update(klass=os.system), "system> is no quantizer"),
+        (lambda s: s["meta"].update(klass=os.system), "system> is not a quantizer"),
         (lambda s: s.pop("meta"), "does not describe"),
     ],
 )
@@ -386,7 +344,8 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak where Linux tells it")
-@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [True, False])
 def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path: Path) -> None:
     reference, _ = released_pair("955717e8")
     path = save_package(tmp_path / "a.th", reference, half)
@@ -396,78 +355,14 @@ def test_loading_needs_little_more_memory_than_the_weights(half: bool, tmp_path:
     assert 0.9 * weights <= int(result.stdout) * 1024 <= 2.2 * weights
 
 
-def tensor_pickle(size: tuple, stride: tuple, offset: int = 0, numel: int = 4) -> bytes:
-    """A pickled tensor with the shape as given, over a storage of four values."""
-
-    class Storage:
-        pass
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: object):
-            if isinstance(obj, Storage):
-                return ("storage", torch.FloatStorage, "0", "cpu", numel)
-            return None
-
-    buffer = io.BytesIO()
-    arguments = (Storage(), offset, size, stride, False, None)
-    call = Reduce(torch._utils._rebuild_tensor_v2, *arguments)
-    Pickler(buffer, 2).dump({"state": {"x": call}})
-    return buffer.getvalue()
-
-
-def test_tensors_are_read(tmp_path: Path) -> None:
-    values = torch.arange(4.0).numpy().tobytes()
-    path = archive(tmp_path / "a.th", tensor_pickle((2, 2), (1, 2)), **{"0": values})
-    assert read_package(path)["state"]["x"].tolist() == [[0, 2], [1, 3]]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ((5,), (1,)),
-        ((2, 2), (4, 1)),
-        ((-2,), (1,)),
-        ((2,), (-1,)),
-        ((2,), (1,), 3),
-        ((2,), (1,), -1),
-        ((10**12,), (0,)),
-        ((2, 2), (1,)),
-        ((4,), (1,), 0, 10**9),
-    ],
-    ids=str,
-)
-def test_tensors_outside_of_their_storage_are_refused(arguments: tuple, tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.th", tensor_pickle(*arguments), **{"0": bytes(16)})
-    with pytest.raises(ModelLoadingError, match="refused"):
-        load_model(path)
-
-
-def test_files_that_are_no_archives(theirs: torch.nn.Module, tmp_path: Path) -> None:
-    path = save_package(tmp_path / "a.th", theirs)
-    whole = path.read_bytes()
-    for content in (b"", b"x", b"text\n" * 100, whole[: len(whole) // 2], whole[1000:]):
-        path.write_bytes(content)
-        with pytest.raises(ModelLoadingError):
-            load_model(path)
-    torch.save({"state": {}}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ModelLoadingError):
-        load_model(path)
+def test_files_that_are_no_packages(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadingError, match="no such checkpoint"):
         load_model(tmp_path / "b.th")
     with pytest.raises(ModelLoadingError, match=r"is a \.th or"):
         load_model(tmp_path / "b.txt")
-    torch.save([1, 2], path)
+    torch.save([1, 2], tmp_path / "a.th")
     with pytest.raises(ModelLoadingError, match="holds a list"):
-        load_model(path)
-
-
-def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.th"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", pickle.dumps({}))
-        file.writestr("archive/data/0", bytes(10**8))
-    with pytest.raises(ModelLoadingError, match="compressed"):
-        load_model(path)
+        load_model(tmp_path / "a.th")
 
 
 def test_states(tmp_path: Path) -> None:

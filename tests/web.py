@@ -50,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):
             answer(self, self.web.others.get(name, self.web.content), start)
 
+    do_CONNECT = do_GET
+
     def head(self, status: int, **headers: object) -> None:
         self.send_response(status)
         for name, value in headers.items():
@@ -194,10 +196,6 @@ def raw(head: bytes) -> Answer:
         handler.wfile.write(head + b"\r\n\r\n" + content)
 
     return answer
-
-
-def moved(handler: Handler, content: bytes, start: int) -> None:
-    handler.head(302, Location="/elsewhere", Content_Length=0)
 
 
 @contextmanager

@@ -16,58 +16,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
-from ..engine.options import SeparationOptions
-from ..engine.plan import Pass
-from ..errors import DemucsInferError, LoadAudioError, OptionError
-from ..io.container import Picture, read_cover
-from ..io.encode import encoding_errors
-from ..io.output import PIPE, PIPE_NAME, Output
-from ..io.player import check_length
-from ..io.writer import BLOCK, Extras, StemFile, Target, TrackWriter
+from ..errors import DemucsInferError, LoadAudioError
 from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
-from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
 from ..storage.spool import Spool, Workspace
+from ..write.encode import encoding_errors
+from ..write.metadata import read_cover
+from ..write.output import PIPE, PIPE_NAME, Output
+from ..write.player import check_length
+from ..write.video import Picture
+from ..write.writer import StemFile, Target, TrackWriter
 from .console import standard_input
 from .tracks import TrackJob, plan_jobs
 
-COMPRESSED = 0.4  # size of a small FLAC file among those of its samples
 MEASURED = 20  # tracks whose headers are read
 CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
-
-
-class StemSource(Protocol):
-    """The members of a `Separator` that a batch needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def samplerate(self) -> int: ...
-    @property
-    def audio_channels(self) -> int: ...
-    @property
-    def model(self) -> Any: ...
-    @property
-    def stems(self) -> list[str]: ...
-    @property
-    def options(self) -> SeparationOptions: ...
-    def plan(self, length: int) -> list[Pass]: ...
-    def blocks(
-        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
-    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -116,43 +91,41 @@ class _Stopped(Exception):
 
 
 @dataclass
-class _Decoded:
-    """A decoded track. `files` closes its spools when the stems are written."""
+class _Track:
+    """A track that is decoded, then separated, then written.
 
+    `files` closes its spools when the stems are written. `title` is that of a progress bar, and
+    `encoded` the fraction of the stems' samples.
+    """
+
+    job: TrackJob
     mixture: Mixture
     spool: Spool
     target: Target
     seconds: float
     damage: Damage
     files: contextlib.ExitStack
-
-
-@dataclass
-class _Unwritten:
-    """A separated track whose stems are being encoded. `title` is that of a progress bar."""
-
-    result: TrackResult
-    writer: TrackWriter
-    files: contextlib.ExitStack
-    begin: float
-    title: str | None
-    blocks: float  # estimated number of blocks to encode
-    encoded: int = 0
-    future: Future[None] | None = None
+    begin: float = 0.0
+    title: str | None = None
+    offsets: Sequence[int] = ()
+    writer: TrackWriter | None = None
+    encoded: float = 0.0
+    written: Future[None] | None = None
 
 
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
-    `announce` is called before a track is separated. It returns a title for the progress bar, or
-    None if standard error is not a terminal. `report` is called with each result, one at a time,
-    from any thread. `call` calls a function with arguments where the model may run: batches that
-    share a model share a thread for it.
+    `separator` is a `Separator`, or has its `name`, `samplerate`, `audio_channels`, `stems`,
+    `options`, `plan` and `blocks`. `announce` is called before a track is separated. It
+    returns a title for the progress bar, or None if standard error is not a terminal. `report` is
+    called with each result, one at a time, from any thread. `call` calls a function with arguments
+    where the model may run: batches that share a model share a thread for it.
     """
 
     def __init__(
         self,
-        separator: StemSource,
+        separator: Any,
         output: Output,
         space: Workspace,
         *,
@@ -160,11 +133,8 @@ class Batch:
         report: Callable[[TrackResult], None] = lambda result: None,
         call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ) -> None:
-        self.separator = separator
-        self.output = output
-        self.space = space
-        self._announce, self._report = announce, report
-        self._call = call
+        self.separator, self.output, self.space = separator, output, space
+        self._announce, self._report, self._call = announce, report, call
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -180,23 +150,30 @@ class Batch:
                 shutil.copyfileobj(standard_input(), file)
         wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
         reader, writer = worker_pool(1), worker_pool(1)
-        behind: _Unwritten | None = None
+        behind: _Track | None = None
         try:
             with kept_memory():
                 for job, decoded in self._read_ahead(reader, wanted):
-                    track = self._separated(job, decoded, self._announce(job.track))
+                    track, title, begin = None, self._announce(job.track), time.monotonic()
+                    try:
+                        track = decoded.result()
+                        track.title, track.begin = title, begin
+                        self._call(self._separate, track)
+                    except Exception as exc:
+                        track = None
+                        self._fail(job.track, exc)
                     self._await_stems(behind)
                     behind = track
                     if track is not None:
-                        track.future = writer.submit(self._finish, track)
+                        track.written = writer.submit(self._finish, track)
                 self._await_stems(behind)
         finally:
             self._stop.set()
             # A server or a pipe may block these threads for ever.
             for pool in (reader, writer):
                 pool.shutdown(wait=False, cancel_futures=True)
-            if behind is not None and behind.future is not None:
-                wait([behind.future], CLEAN_UP)
+            if behind is not None and behind.written is not None:
+                wait([behind.written], CLEAN_UP)
 
     def _skipped(self, job: TrackJob) -> bool:
         try:
@@ -205,6 +182,7 @@ class Batch:
         except DemucsInferError as exc:  # of a store
             self._fail(job.track, exc)
         else:
+            self.output.mention_leftovers(job.files)
             stems = {name: StemFile(path) for name, path in job.paths.items()}
             name = self.separator.name
             self._tell(TrackResult(job.track, name, stems, skipped=True, player=job.page))
@@ -212,142 +190,118 @@ class Batch:
 
     def _read_ahead(
         self, reader: Executor, jobs: Iterable[TrackJob]
-    ) -> Iterator[tuple[TrackJob, Future[_Decoded]]]:
-        ahead: deque[tuple[TrackJob, Future[_Decoded]]] = deque()
+    ) -> Iterator[tuple[TrackJob, Future[_Track]]]:
+        ahead: deque[tuple[TrackJob, Future[_Track]]] = deque()
         for job in jobs:
             ahead.append((job, reader.submit(self._decode, job)))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
 
-    def _decode(self, job: TrackJob) -> _Decoded:
+    def _decode(self, job: TrackJob) -> _Track:
+        separator, output, form = self.separator, self.output, self.output.file_format
+        channels, model_rate = separator.audio_channels, separator.samplerate
         job.check_targets()
+        output.mention_leftovers(job.files)
         with contextlib.ExitStack() as stack:
             if job.track == PIPE:
                 file = AudioFile(self._input, name=PIPE_NAME)
             else:
                 path = stack.enter_context(local_copy(job.track, self.space.path))
                 file = AudioFile(path, name=str(job.track))
-            return self._decode_file(job.track, file, stack)
+            decoder = Decoder(file, model_rate, channels, separator.options)
+            rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
+            keeps_rate = rate == decoder.rate != model_rate
+            spool = stack.enter_context(contextlib.closing(self.space.spool(channels)))
+            # The mix in a file of all stems then needs no resampling.
+            original = self.space.spool(channels) if form.is_together and keeps_rate else None
+            if original is not None:
+                stack.enter_context(contextlib.closing(original))
+            cover = read_cover(file, form.covers)
+            picture = Picture(file, *decoder.samples) if form.has_picture else None
+            moments = Moments()
+            for block in decoder.chunks(None if original is None else original.write):
+                self._check_stop()
+                moments.add(block)
+                spool.write(block)
+            if not moments.count:
+                raise LoadAudioError(f"{file.name}: is too short to be separated")
+            seconds = decoder.length / decoder.rate
+            if output.player:
+                check_length(file.name, seconds)
+            target = Target(
+                form.for_depth(file.bits) if output.depth else form,
+                output.clip_mode,
+                self.space,
+                model_rate,
+                rate,
+                channels,
+                separator.name,
+                {"title": output.track_name(job.track), **file.tags},
+                decoder.length if keeps_rate else None,
+                cover,
+                picture,
+                original,
+            )
+            mixture = Mixture(spool.read, moments)
+            return _Track(job, mixture, spool, target, seconds, decoder.damage, stack.pop_all())
 
-    def _decode_file(
-        self, track: Location, file: AudioFile, stack: contextlib.ExitStack
-    ) -> _Decoded:
-        separator, output = self.separator, self.output
-        channels, model_rate = separator.audio_channels, separator.samplerate
-        decoder = Decoder(file, model_rate, channels, separator.options)
-        extras = self._extras(file, decoder, stack)
-        spool, moments = self._spool(stack), Moments()
-        for block in decoder.chunks(None if extras.original is None else extras.original.write):
-            self._check_stop()
-            moments.add(block)
-            spool.write(block)
-        if not moments.count:
-            raise LoadAudioError(f"{file.name}: is too short to be separated")
-        seconds = decoder.length / decoder.rate
-        if output.player:
-            check_length(file.name, seconds)
-        rate = output.encoding.samplerate(decoder.rate if output.keep_rate else model_rate)
-        target = Target(
-            output,
-            output.encoding_for(file.bits),
-            self.space,
-            model_rate,
-            channels,
-            rate,
-            decoder.length if rate == decoder.rate != model_rate else None,
-            {"title": output.track_name(track), **file.tags},
-            separator.name,
-            extras,
-        )
-        mixture = Mixture(spool.read, moments)
-        return _Decoded(mixture, spool, target, seconds, decoder.damage, stack.pop_all())
-
-    def _spool(self, stack: contextlib.ExitStack) -> Spool:
-        spool = self.space.spool(self.separator.audio_channels)
-        stack.callback(spool.close)
-        return spool
-
-    def _extras(self, file: AudioFile, decoder: Decoder, stack: contextlib.ExitStack) -> Extras:
-        """Return the parts of the file that the output needs besides its samples."""
-        output = self.output
-        if output.format == "mp4":
-            return Extras(picture=Picture(file, *decoder.samples))
-        if not output.is_together:
-            return Extras()
-        rate = decoder.rate
-        differs = output.keep_rate and rate != self.separator.samplerate
-        own = differs and output.encoding.samplerate(rate) == rate
-        return Extras(read_cover(file), original=self._spool(stack) if own else None)
-
-    def _separated(
-        self, job: TrackJob, decoded: Future[_Decoded], title: str | None
-    ) -> _Unwritten | None:
-        """Separate a track. Returns None if it failed."""
-        begin = time.monotonic()
-        try:
-            track = decoded.result()
-            with track.files, contextlib.closing(track.spool):
-                separated: _Unwritten = self._call(self._separate, job, track, begin, title)
-                return separated
-        except Exception as exc:
-            self._fail(job.track, exc)
-            return None
-
-    def _separate(
-        self, job: TrackJob, track: _Decoded, begin: float, title: str | None
-    ) -> _Unwritten:
+    def _separate(self, track: _Track) -> None:
         separator, position = self.separator, 0
-        writer = TrackWriter(job.paths, track.target, job.page)
-        passes, names = separator.plan(track.mixture.length), separator.stems
-        try:
-            for stems in separator.blocks(track.mixture, passes, title):
-                start, position = position, position + stems.shape[-1]
-                mixture = partial(track.mixture.samples, start, position)
-                writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
-                del stems  # The next window needs the memory.
-        except BaseException:
-            writer.discard()
-            raise
-        result = TrackResult(
-            job.track,
-            separator.name,
-            seconds=track.seconds,
-            offsets=[task.offset for task in passes if task.offset is not None],
-            damaged=track.damage or None,
-            player=job.page,
-        )
-        blocks = len(job.paths) * (1 if job.page is None else 2) * position / BLOCK
-        return _Unwritten(result, writer, track.files.pop_all(), begin, title, blocks)
+        with track.files as files, contextlib.closing(track.spool):
+            track.writer = writer = TrackWriter(track.job.paths, track.target, track.job.page)
+            passes, names = separator.plan(track.mixture.length), separator.stems
+            track.offsets = [task.offset for task in passes if task.offset is not None]
+            try:
+                for stems in separator.blocks(track.mixture, passes, track.title):
+                    start, position = position, position + stems.shape[-1]
+                    mixture = partial(track.mixture.samples, start, position)
+                    writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
+                    del stems  # The next window needs the memory.
+            except BaseException:
+                writer.discard()
+                raise
+            track.files = files.pop_all()
 
-    def _finish(self, track: _Unwritten) -> None:
+    def _finish(self, track: _Track) -> None:
         """Encode the stems of a track and report it."""
 
-        def check() -> None:
+        def progress(fraction: float) -> None:
             self._check_stop()
-            track.encoded += 1
+            track.encoded = fraction
 
-        result = track.result
+        assert track.writer is not None
         with track.files:
             try:
-                stems = track.writer.finish(check)
+                stems = track.writer.finish(progress)
             except Exception as exc:
-                self._fail(result.input, exc)
-            else:
-                self._tell(replace(result, stems=stems, elapsed=time.monotonic() - track.begin))
+                track.writer.discard()
+                self._fail(track.job.track, exc)
+                return
+        result = TrackResult(
+            track.job.track,
+            self.separator.name,
+            stems,
+            track.seconds,
+            time.monotonic() - track.begin,
+            track.offsets,
+            damaged=track.damage or None,
+            player=track.job.page,
+        )
+        self._tell(result)
 
-    def _await_stems(self, track: _Unwritten | None) -> None:
+    def _await_stems(self, track: _Track | None) -> None:
         """Wait until the stems of a track are there. On a terminal, show how far they are."""
-        if track is None or track.future is None:
+        if track is None or track.written is None:
             return
-        if track.title is not None and not track.future.done():
+        if track.title is not None and not track.written.done():
             form = "Encoding stems {percentage:3.0f} % {bar} {desc}"
             options = {"dynamic_ncols": True, "leave": False, "disable": None}
             with tqdm(total=1.0, desc=track.title, bar_format=form, **options) as bar:
-                while not wait([track.future], 0.2).done:
-                    bar.n = min(1, track.encoded / track.blocks)
+                while not wait([track.written], 0.2).done:
+                    bar.n = track.encoded
                     bar.refresh()
-        track.future.result()
+        track.written.result()
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -363,35 +317,20 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
+def separate_file(separator: Any, track: Location, output: Output) -> TrackResult:
     """Separate one track. Its error is raised."""
-    (job,) = plan_jobs([track], output, separator.name, checked_stems(separator, output))
+    output.check_stems(separator.model.sources, separator.stems)
+    jobs = plan_jobs([track], output, separator.name, separator.stems)
     results: list[TrackResult] = []
     with output.workspace() as space:
-        Batch(separator, output, space, report=results.append).run([job])
+        Batch(separator, output, space, report=results.append).run(jobs)
     if results[0].error is not None:
         raise results[0].error
     return results[0]
 
 
-def checked_stems(separator: StemSource, output: Output) -> list[str]:
-    """Return the stems of `separator`. Raises `OptionError` if `output` needs others."""
-    sources, separated = separator.model.sources, separator.stems
-    if output.two_stems is None:
-        output.warn(separated)
-        return separated
-    if output.two_stems not in sources:
-        raise OptionError(
-            f"there is no stem {output.two_stems!r}: the model has {', '.join(sources)}"
-        )
-    missing = [name for name in output.needed or sources if name not in separated]
-    if missing:
-        raise OptionError(f"two stems need {', '.join(missing)}, too: choose no stems for that")
-    return separated
-
-
 def warn_of_full_disk(
-    separator: StemSource, output: Output, space: Workspace, jobs: Sequence[TrackJob]
+    separator: Any, output: Output, space: Workspace, jobs: Sequence[TrackJob]
 ) -> None:
     """Warn if the disk of the output folder clearly has too little space for the stems of `jobs`.
 
@@ -403,15 +342,13 @@ def warn_of_full_disk(
             if isinstance(job.track, Path) and job.track.is_file() and not job.is_done:
                 seconds = AudioFile(job.track).duration
                 lengths.append(min(seconds, separator.options.duration or seconds))
-    samples, encoding = separator.samplerate * separator.audio_channels, output.encoding
-    size = (encoding.bitrate or encoding.kind.bitrate) * 125.0  # bytes per second of a stem
-    if encoding.depth:
-        size = samples * encoding.depth / 8 * (1 if "pcm" in encoding.codec else COMPRESSED)
+    rate, channels = separator.samplerate, separator.audio_channels
     stems = len(output.stems(separator.stems))
+    size = output.file_format.bytes_per_second(rate, channels)
     files = sum(lengths) * max(1, len(jobs) / MEASURED) * stems * size
     # The track, and stems that wait until their peaks are known, are kept as float32.
-    work = max(lengths) * samples * 4 * (1 + stems * (output.clip_mode in RESCALING))
-    needed, free = max(files, work), shutil.disk_usage(space.path).free
+    needed = max(files, max(lengths) * rate * channels * 4 * (1 + stems))
+    free = shutil.disk_usage(space.path).free
     if needed > free:
         logger.warning(
             "%s: has %d MB free, and the stems take about %d MB. Free some, or choose another -o",

@@ -12,22 +12,19 @@ from ..storage import http
 from . import hf
 from .registry import Checkpoint, bags_with
 
-CHECKSUM_DIGITS = 8
-
 
 @dataclass(frozen=True)
 class Source:
-    """A URL of a checkpoint: of its published file, or of the same weights as `twin` on the hub."""
+    """A URL of a checkpoint: of its published file, or of the same weights as `twin` on the hub.
+
+    `sha256` is the digest that is known beforehand, or "".
+    """
 
     url: str
+    sha256: str
     signature: str
     checkpoint: Checkpoint
     twin: hf.HubModel | None = None
-
-    @property
-    def sha256(self) -> str:
-        """The digest of the file that is known beforehand, or "" if none is."""
-        return self.checkpoint.safetensors_sha256 if self.twin else self.checkpoint.sha256
 
     def fetch(self, folder: Path, limits: http.Limits) -> Path:
         """Download the file into `folder`. Raises `HostError`, or `DownloadError`.
@@ -40,24 +37,20 @@ class Source:
             most = None if size is None else size + size // 4 + 2**20
             http.Download(self.url, path, self.sha256, most=most, limits=limits).run()
             return path
-        file = f"{self.signature}{hf.SUFFIX}"
-        found = hf.RemoteFile.ask(self.twin, file)
+        found = hf.RemoteFile.ask(self.twin, f"{self.signature}{hf.SUFFIX}")
         digest = self.sha256 or found.sha256
-        checksum = digest and f"-{digest[:CHECKSUM_DIGITS]}"
-        path, headers = folder / f"{self.signature}{checksum}{hf.SUFFIX}", hf.token_header()
-        length = found.length
-        http.Download(self.url, path, digest, length, headers=headers, limits=limits).run()
+        path = folder / f"{self.signature}{digest and '-'}{digest[:8]}{hf.SUFFIX}"
+        found.download(path, digest, limits)
         return path
 
 
 def sources_of(signature: str, checkpoint: Checkpoint) -> list[Source]:
     """List the URLs of a checkpoint: of a mirror, of its own host, and of the hub."""
-    urls = (checkpoint.url, *checkpoint.others)
-    sources = [Source(url, signature, checkpoint) for url in urls]
-    for bag in [] if hf.is_offline() else bags_with(signature)[:1]:
-        twin = hf.HubModel(bag)
-        url = twin.url(f"{signature}{hf.SUFFIX}")
-        sources.append(Source(url, signature, checkpoint, twin))
+    urls = checkpoint.urls
+    sources = [Source(url, checkpoint.sha256, signature, checkpoint) for url in urls]
+    for twin in [] if hf.is_offline() else map(hf.HubModel, bags_with(signature)[:1]):
+        url, digest = twin.url(f"{signature}{hf.SUFFIX}"), checkpoint.safetensors_sha256
+        sources.append(Source(url, digest, signature, checkpoint, twin))
     return sources
 
 
@@ -65,7 +58,7 @@ def fetch_any(sources: Sequence[Source], folder: Path) -> Path:
     """Download a file from the first source that delivers it.
 
     Of several sources each is tried once, and then those that may deliver it later with retries.
-    Raises `DownloadError` with the failure of each.
+    Raises `DownloadError` with the failure of each host, first of those without a connection.
     """
     failures: dict[str, http.HostError] = {}
     once = replace(http.LIMITS, attempts=1)
@@ -79,10 +72,9 @@ def fetch_any(sources: Sequence[Source], folder: Path) -> Path:
             except http.HostError as exc:
                 logger.debug("%s", exc)
                 failures[source.url] = exc
-            else:
-                if failed := [str(exc) for url, exc in failures.items() if url != source.url]:
-                    logger.warning(
-                        "%s: fetched from %s", "; ".join(failed), http.redact(source.url)
-                    )
-                return path
-    raise DownloadError("; ".join(map(str, failures.values())))
+                continue
+            if failed := [exc.summary for url, exc in failures.items() if url != source.url]:
+                logger.warning("%s: fetched from %s", "; ".join(failed), http.redact(source.url))
+            return path
+    ordered = sorted(failures.values(), key=lambda exc: exc.answered)
+    raise DownloadError("; ".join(dict.fromkeys(exc.summary for exc in ordered)))

@@ -28,7 +28,8 @@ SUFFIX = ".safetensors"
 OTHER_FORMATS = (".th", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".yaml", SUFFIX)
 # A name that is one part of a path, on every system and on the hub.
 PART = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+COMMIT, DIGEST = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+SHA256_DIGITS = 64
 COMMIT_HEADER = "X-Repo-Commit"
 ERRORS = {
     "GatedRepo": "is for users with access: set HF_TOKEN to the token of one",
@@ -50,14 +51,12 @@ class HubModel:
     def parse(cls, text: str) -> HubModel:
         """Read the address. Raises `ModelLoadingError` if it is not one."""
         path, at, revision = text.removeprefix(SCHEME).partition("@")
-        *namespaces, name = path.split("/")
-        namespace = namespaces[0] if namespaces else DEFAULT_NAMESPACE
-        parts = [name, namespace, *(revision.split("/") if at else ())]
-        if len(namespaces) > 1 or not all(map(PART.fullmatch, parts)):
-            raise ModelLoadingError(
-                f"{text!r} is not of the form {SCHEME}[NAMESPACE/]NAME[@REVISION]"
-            )
-        return cls(name, namespace, revision or DEFAULT_REVISION)
+        namespace, slash, name = path.rpartition("/")
+        parts = [name, *([namespace] if slash else ()), *(revision.split("/") if at else ())]
+        if not all(map(PART.fullmatch, parts)):
+            form = f"{SCHEME}[NAMESPACE/]NAME[@REVISION]"
+            raise ModelLoadingError(f"{text!r} is not of the form {form}")
+        return cls(name, namespace or DEFAULT_NAMESPACE, revision or DEFAULT_REVISION)
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.namespace}/{self.name}@{self.revision}"
@@ -67,26 +66,19 @@ class HubModel:
         """The repository's name, with its namespace."""
         return f"{self.namespace}/{repository_name(self.name)}"
 
-    @property
-    def bag_file(self) -> str:
-        """The file in the repository that lists the models."""
-        return f"{self.name}.yaml"
-
     def url(self, file: str) -> str:
         """Return the address of a file of the repository."""
         endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         return f"{endpoint}/{self.repository}/resolve/{self.revision}/{file}"
 
-    def pinned(self, file: Path) -> HubModel:
-        """Return the model at the revision that `file` in the hub's cache belongs to."""
-        return replace(self, revision=file.parent.name)
-
     def folder(self) -> Path:
         """Return the folder of the repository in the cache. Raises `DownloadError` without one."""
+        chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
         try:
-            return cache_folder() / f"models--{self.repository.replace('/', '--')}"
+            cache = Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
         except RuntimeError as exc:
             raise DownloadError(f"{self}: there is no home folder: set HF_HUB_CACHE") from exc
+        return cache / f"models--{self.repository.replace('/', '--')}"
 
 
 def repository_name(name: str) -> str:
@@ -110,12 +102,6 @@ def _home() -> Path:
     return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
 
 
-def cache_folder() -> Path:
-    """Return the folder of the hub's cache. Raises `RuntimeError` for a user without a home."""
-    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
-
-
 def is_offline() -> bool:
     """Return True if the hub's variables keep its programs off the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
@@ -136,12 +122,10 @@ def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Pa
 
 def _snapshots(folder: Path, revision: str, any_revision: bool) -> Iterator[str]:
     reference = folder / "refs" / revision
+    names = [revision]
     if reference.is_file():
-        snapshot = reference.read_text(encoding="utf-8").strip()
-        if PART.fullmatch(snapshot):
-            yield snapshot
-    if PART.fullmatch(revision):
-        yield revision
+        names.insert(0, reference.read_text(encoding="utf-8").strip())
+    yield from filter(PART.fullmatch, names)
     if any_revision:
         found = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
         found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -152,23 +136,19 @@ def known_digest(path: Path) -> str:
     """Return the SHA-256 under which the cache keeps a file, or "" if its name does not tell it."""
     with suppress(OSError):
         target = path.readlink()
-        if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
-            return target.name
+        if target.parent.name == "blobs" and DIGEST.fullmatch(target.name):
+            return target.name if len(target.name) == SHA256_DIGITS else ""
     return ""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub. `etag` is a SHA-1 or a SHA-256, or "" if the hub sends neither."""
+    """A file on the hub. `commit` and `etag` are hex digits, or "" if the hub sends others."""
 
+    url: str
     commit: str
     etag: str
     length: int | None
-
-    @property
-    def sha256(self) -> str:
-        """The digest of the content, or "" if it is not known."""
-        return self.etag if SHA256.fullmatch(self.etag) else ""
 
     @classmethod
     def ask(cls, model: HubModel, file: str) -> RemoteFile:
@@ -176,22 +156,32 @@ class RemoteFile:
         url = model.url(file)
         limits = replace(http.LIMITS, longest=http.LIMITS.span)
         with http.request(url, limits, token_header(), "HEAD", stop_at=COMMIT_HEADER) as answer:
-            reason = ERRORS.get(answer.headers.get("X-Error-Code", ""))
-            if reason:
-                raise http.HostError(url, reason.format(model, file), status=answer.status)
-            if answer.status >= 400:
+            status = answer.response.status_code
+            if reason := ERRORS.get(answer.header("X-Error-Code")):
+                raise http.HostError(url, reason.format(model, file), status=status)
+            if status >= 400:
                 answer.check()
-            etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
-            etag = etag.removeprefix("W/").strip('"').lower()
-            commit = answer.headers.get(COMMIT_HEADER, "")
-            # The length of a redirect is not that of the file.
-            own = None if "Location" in answer.headers else answer.number()
+            etag = answer.header("X-Linked-ETag") or answer.header("ETag")
+            etag, commit = etag.removeprefix("W/").strip('"').lower(), answer.header(COMMIT_HEADER)
             length = answer.number("X-Linked-Size")
-        return cls(
-            commit if SHA1.fullmatch(commit) else "",
-            etag if SHA1.fullmatch(etag) or SHA256.fullmatch(etag) else "",
-            own if length is None else length,
-        )
+            # The length of a redirect is not that of the file.
+            if length is None and not answer.header("Location"):
+                length = answer.number()
+        commit, etag = commit * bool(COMMIT.fullmatch(commit)), etag * bool(DIGEST.fullmatch(etag))
+        return cls(url, commit, etag, length)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the content, or "" if it is not known."""
+        return self.etag if len(self.etag) == SHA256_DIGITS else ""
+
+    def download(self, target: Path, sha256: str = "", limits: http.Limits | None = None) -> None:
+        """Download the file as `target`. Raises `HostError`, or `DownloadError`."""
+        most = MAX_YAML if self.url.endswith(".yaml") else http.MAX_MODEL
+        if (self.length or 0) > most:
+            raise http.HostError(self.url, f"has {self.length} bytes, and may have {most}")
+        digest, headers = sha256 or self.sha256, token_header()
+        http.Download(self.url, target, digest, self.length, most, headers, limits).run()
 
 
 def token_header() -> dict[str, str]:
@@ -228,22 +218,19 @@ def _fetch(model: HubModel, file: str) -> Path:
     """Download the current version of a file into the hub's cache, unless it is there."""
     from ..utils import appearing
 
-    url, found, folder = model.url(file), RemoteFile.ask(model, file), model.folder()
+    found, folder = RemoteFile.ask(model, file), model.folder()
     if not (found.commit and found.etag):
         # Both become names of files.
-        raise http.HostError(url, "the hub does not send a valid revision and digest")
-    most = MAX_YAML if file.endswith(".yaml") else http.MAX_MODEL
-    if (found.length or 0) > most:
-        raise http.HostError(url, f"has {found.length} bytes, and may have {most}")
-    path, blob = folder / "snapshots" / found.commit / file, folder / "blobs" / found.etag
-    reference = folder / "refs" / model.revision
+        raise http.HostError(found.url, "the hub does not send a valid revision and digest")
+    path = folder / "snapshots" / found.commit / file
     if not path.is_file():
-        http.Download(url, blob, found.sha256, found.length, most, token_header()).run()
+        found.download(folder / "blobs" / found.etag)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             path.symlink_to(Path("..", "..", "blobs", found.etag))
         if model.revision != found.commit:
+            reference = folder / "refs" / model.revision
             reference.parent.mkdir(parents=True, exist_ok=True)
             with appearing(reference) as temporary:
                 temporary.write_text(found.commit, encoding="ascii")

@@ -8,13 +8,13 @@ a test checks them, and not each start.
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from ..errors import ModelLoadingError
 from .checkpoints import MAX_YAML, Bag, Content
@@ -24,75 +24,110 @@ CACHE_VARIABLE = "DEMUCS_INFER_CACHE"  # the folder of checkpoints
 MIRROR_VARIABLE = "DEMUCS_INFER_MIRROR"  # a URL to fetch them from
 OFFLINE_VARIABLE = "DEMUCS_INFER_OFFLINE"  # never fetch them
 NO = ("", "0", "false", "no", "off")
-EMBEDDED = "embedded"  # the group of models that come with the package
 COMMUNITY = "community"  # the group of others' models, and their folder in a mirror
 MEGABYTE = 10**6  # bytes
-REGISTRY_FILE = "registry.yml"
 NOT_STATED = "not stated"  # a licence
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A published file, or one that comes with the package.
 
-    `url` is tried first, then `others`, URLs of the same file. `sha256` are the leading digits of
-    its digest that are known, in the registry all 64. `size` is in bytes, rounded, None if unknown.
-    `architecture` (`klass`, `kwargs`) is that of a file of weights alone. `source` is the author of
-    a community checkpoint. `embedded` is the file of one that comes with the package, `sources` its
-    stems. `safetensors_sha256` is the digest of the same weights on the hub, if it is known.
+    `origin` is the URL at its own host, `in_mirror` the path below a mirror. `sha256` are the
+    leading digits of its digest that are known, in the registry all 64. `size` is in bytes,
+    rounded, None if unknown. `architecture` (`klass`, `kwargs`) is that of a file of weights alone.
+    `source` is the author of a community checkpoint. `embedded` is the file of one that comes with
+    the package, `sources` its stems. `safetensors_sha256` is the digest of the same weights on the
+    hub, if it is known.
     """
 
-    url: str
+    origin: str
     sha256: str
     size: int | None = None
     description: str = ""
     source: str | None = None
     licence: str = NOT_STATED
     architecture: Mapping[str, Any] | None = None
+    safetensors_sha256: str = ""
+    in_mirror: str = ""
     embedded: Path | None = None
     sources: Sequence[str] | None = None
-    others: Sequence[str] = ()
-    safetensors_sha256: str = ""
 
     @property
     def file(self) -> str:
         """The name of the file."""
-        return _last_part(self.url)
+        return _file_name(self.origin)
 
-    @classmethod
-    def at(cls, url: str) -> Checkpoint:
-        """Describe a checkpoint by its URL: the name may have its checksum."""
-        return cls(url, PurePosixPath(_last_part(url)).stem.partition("-")[2])
+    @property
+    def urls(self) -> list[str]:
+        """The URLs of the file: of the mirror, if there is one, and of its own host."""
+        mirror = os.environ.get(MIRROR_VARIABLE)
+        mirrored = [f"{mirror.rstrip('/')}/{self.in_mirror}"] if mirror and self.in_mirror else []
+        return [*mirrored, self.origin]
+
+    @property
+    def url(self) -> str:
+        """The URL that is tried first."""
+        return self.urls[0]
 
 
-def _last_part(url: str) -> str:
-    try:
-        return PurePosixPath(urlsplit(url).path).name
-    except ValueError as exc:
-        raise ModelLoadingError(f"{url!r} is not a URL ({exc})") from exc
+def _file_name(url: str) -> str:
+    return re.split("[?#]", url, maxsplit=1)[0].rpartition("/")[2]
 
 
-def _intact(read: Callable[[], Result]) -> Callable[[], Result]:
-    """Turn errors that a damaged installation brings about into `ModelLoadingError`."""
+@dataclass(frozen=True)
+class Registry:
+    """Checkpoints by signature, bags by name, and the names of both that are the community's."""
 
-    @wraps(read)
-    def checked() -> Result:
-        try:
-            return read()
-        except (AttributeError, LookupError, OSError, OverflowError, TypeError, ValueError) as exc:
-            text = f"{REMOTE_ROOT}: is damaged ({' '.join(repr(exc).split())[:200]})"
-            raise ModelLoadingError(f"{text}: install the package again") from exc
-
-    return checked
+    checkpoints: dict[str, Checkpoint]
+    bags: dict[str, dict[str, Any]]
+    community: frozenset[str]
 
 
 @lru_cache(maxsize=1)
-def registry() -> dict[str, Any]:
-    """Return the content of `remote/registry.yml`: `root`, `checkpoints`, `bags` and so on."""
-    content: dict[str, Any] = Content.read(REMOTE_ROOT / REGISTRY_FILE, "registry", MAX_YAML).yaml()
-    return content
+def registry() -> Registry:
+    """Read the registry. Raises `ModelLoadingError` if the installation is damaged."""
+    try:
+        return _read()
+    except (AttributeError, LookupError, OSError, OverflowError, TypeError, ValueError) as exc:
+        text = f"{REMOTE_ROOT}: is damaged ({' '.join(repr(exc).split())[:200]})"
+        raise ModelLoadingError(f"{text}: install the package again") from exc
+
+
+def _read() -> Registry:
+    content: Any = Content.read(REMOTE_ROOT / "registry.yml", "registry", MAX_YAML).yaml()
+    files, community = released_files(REMOTE_ROOT / "files.txt"), content[COMMUNITY]
+    found, bags = {}, {}
+    for sig, entry in content["embedded"].items():
+        path = (REMOTE_ROOT / entry["file"]).absolute()
+        found[sig] = _checkpoint(entry, path.as_uri(), embedded=path, sources=[*entry["sources"]])
+    for sig, entry in content["checkpoints"].items():
+        found[sig] = _checkpoint(entry, content["root"] + files[sig], in_mirror=files[sig])
+    for sig, entry in community["checkpoints"].items():
+        in_mirror = f"{COMMUNITY}/{_file_name(entry['url'])}"
+        found[sig] = _checkpoint(entry, entry["url"], in_mirror=in_mirror)
+    for name, entry in {**content["bags"], **community["bags"]}.items():
+        bag = vars(Bag.read(REMOTE_ROOT / f"{name}.yaml"))
+        if unknown := set(bag["models"]) - set(found):
+            raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
+        bags[name] = {"description": str(entry["description"]), "sources": [*entry["sources"]]}
+        bags[name] |= {key: value for key, value in bag.items() if value is not None}
+    return Registry(found, bags, frozenset((*community["checkpoints"], *community["bags"])))
+
+
+def _checkpoint(entry: Mapping[str, Any], origin: str, **more: Any) -> Checkpoint:
+    size = entry.get("megabytes")
+    return Checkpoint(
+        str(origin),
+        str(entry["sha256"]),
+        None if size is None else int(size) * MEGABYTE,
+        str(entry["description"]),
+        entry.get("source"),
+        str(entry.get("licence", NOT_STATED)),
+        entry.get("architecture"),
+        str(entry.get("safetensors_sha256", "")),
+        **more,
+    )
 
 
 def released_files(file_list: Path) -> dict[str, str]:
@@ -114,69 +149,19 @@ def released_files(file_list: Path) -> dict[str, str]:
     return files
 
 
-_released_files = lru_cache(maxsize=None)(released_files)
-_published_bag = lru_cache(maxsize=None)(Bag.read)
-
-
-@_intact
 def checkpoints() -> dict[str, Checkpoint]:
     """Return every checkpoint by signature: of the package, the published, the community's."""
-    content, files = registry(), _released_files(REMOTE_ROOT / "files.txt")
-    found = {}
-    for sig, entry in content[EMBEDDED].items():
-        path = (REMOTE_ROOT / entry["file"]).absolute()
-        found[sig] = _checkpoint(entry, path.as_uri(), embedded=path)
-    for sig, entry in content["checkpoints"].items():
-        found[sig] = _checkpoint(entry, content["root"] + files[sig], files[sig])
-    for sig, entry in content[COMMUNITY]["checkpoints"].items():
-        found[sig] = _checkpoint(entry, entry["url"], f"{COMMUNITY}/{_last_part(entry['url'])}")
-    return found
+    return dict(registry().checkpoints)
 
 
-def _checkpoint(
-    entry: Mapping[str, Any], url: str, in_mirror: str = "", embedded: Path | None = None
-) -> Checkpoint:
-    """Make a checkpoint at `url`, or first at the path `in_mirror` of a mirror, if there is one."""
-    size, mirror = entry.get("megabytes"), os.environ.get(MIRROR_VARIABLE)
-    mirrored = [f"{mirror.rstrip('/')}/{in_mirror}"] if mirror and in_mirror else []
-    first, *others = [*mirrored, url]
-    return Checkpoint(
-        str(first),
-        str(entry["sha256"]),
-        None if size is None else int(size) * MEGABYTE,
-        str(entry["description"]),
-        entry.get("source"),
-        str(entry.get("licence", NOT_STATED)),
-        entry.get("architecture"),
-        embedded,
-        list(entry["sources"]) if embedded else None,
-        tuple(others),
-        str(entry.get("safetensors_sha256", "")),
-    )
-
-
-@_intact
 def bags() -> dict[str, dict[str, Any]]:
-    """Return every published bag by name, the community's last: its entry and its definition."""
-    found, known = {}, checkpoints()
-    for name, entry in {**registry()["bags"], **registry()[COMMUNITY]["bags"]}.items():
-        bag = _published_bag(REMOTE_ROOT / f"{name}.yaml")
-        if unknown := set(bag.models) - set(known):
-            raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
-        values = {"models": list(bag.models), "weights": bag.weights, "segment": bag.segment}
-        found[name] = {
-            "description": str(entry["description"]),
-            "sources": list(entry["sources"]),
-            **{key: value for key, value in values.items() if value is not None},
-        }
-    return found
+    """Return the description, sources, models, weights and segment of every bag, by name."""
+    return dict(registry().bags)
 
 
-@_intact
 def bag_files() -> dict[str, Path]:
     """Return the file of every published bag, in demucs's format, by name."""
-    names = [*registry()["bags"], *registry()[COMMUNITY]["bags"]]
-    return {name: REMOTE_ROOT / f"{name}.yaml" for name in names}
+    return {name: REMOTE_ROOT / f"{name}.yaml" for name in bags()}
 
 
 def bags_with(signature: str) -> list[str]:
@@ -187,13 +172,7 @@ def bags_with(signature: str) -> list[str]:
 
 def is_community(name: str) -> bool:
     """Return True if a bag or checkpoint is not by the authors of Demucs."""
-    group = registry()[COMMUNITY]
-    return name in group["bags"] or name in group["checkpoints"]
-
-
-def checkpoint_urls() -> dict[str, str]:
-    """Return the URL of each checkpoint, by signature."""
-    return {signature: checkpoint.url for signature, checkpoint in checkpoints().items()}
+    return name in registry().community
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:

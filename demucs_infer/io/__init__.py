@@ -1,1 +1,1 @@
-"""What works on audio files: reading, writing, formats, places, tracks and batches of them."""
+"""The folders of tracks, as {folder} in a file name shows them."""

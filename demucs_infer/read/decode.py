@@ -10,7 +10,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import av
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import LoadAudioError
 from ..log import decoded, logger
+from .boxes import read_tempo
 from .packets import AV_ERRORS, MAX_CHANNELS, SAMPLE_RATES, Damage, TrackDecoder
 from .pcm import convert_audio
 from .quirks import Link, find_links, open_container
@@ -54,20 +55,11 @@ class AudioFile:
         """The file's `format` (with `duration`) and `streams`, as ffprobe names them."""
         with self._links() as links:
             durations = []
-            for link in links[1:]:
+            # The first link is the last one to be opened: it describes the file.
+            for link in reversed(links):
                 with self._container(link) as container:
                     durations.append(container.duration)
-            with self._container(links[0]) as container:
-                durations.append(container.duration)
-                seconds = None if None in durations else sum(durations) / av.time_base
-                return {
-                    "format": {
-                        "filename": str(self.path),
-                        "format_name": container.format.name,
-                        "duration": seconds,
-                        "tags": {k: decoded(v, "replace") for k, v in container.metadata.items()},
-                    },
-                    "streams": [
+                    streams = [
                         {
                             "index": stream.index,
                             "codec_type": stream.type,
@@ -76,17 +68,27 @@ class AudioFile:
                             "channels": getattr(stream, "channels", None),
                         }
                         for stream in container.streams
-                    ],
-                }
+                    ]
+                    about = {
+                        "filename": str(self.path),
+                        "format_name": container.format.name,
+                        "tags": {k: decoded(v, "replace") for k, v in container.metadata.items()},
+                    }
+        seconds = None if None in durations else sum(durations) / av.time_base
+        return {"format": {**about, "duration": seconds}, "streams": streams}
 
     @property
     def tags(self) -> dict[str, str]:
         """The tags that describe the music, such as `title` and `artist`, under FFmpeg's names."""
-        with self._open() as container:
+        with self._links() as links, self._container(links[0]) as container:
             # Ogg keeps tags in its streams.
             streams = container.streams.audio[:1]
             metadata = [stream.metadata for stream in streams] + [container.metadata]
-            return clean_tags({name: text for tags in metadata for name, text in tags.items()})
+            tags = {name: text for tags in metadata for name, text in tags.items()}
+            tempo = (
+                read_tempo(cast(IO[bytes], links[0])) if "mp4" in container.format.name else None
+            )
+            return clean_tags(tags if tempo is None else {**tags, "tmpo": str(tempo)})
 
     @property
     def bits(self) -> int:
@@ -103,12 +105,9 @@ class AudioFile:
         """Length in seconds that the file states."""
         return float(self.info["format"]["duration"] or 0.0)
 
-    def _audio_streams(self) -> list[dict[str, Any]]:
-        return [stream for stream in self.info["streams"] if stream["codec_type"] == "audio"]
-
     def __len__(self) -> int:
         """Return the number of audio streams."""
-        return len(self._audio_streams())
+        return sum(stream["codec_type"] == "audio" for stream in self.info["streams"])
 
     def channels(self, stream: int = 0) -> int:
         """Return the number of channels of an audio stream."""
@@ -119,12 +118,10 @@ class AudioFile:
         return int(self._stream_info(stream)["sample_rate"])
 
     def _stream_info(self, stream: int) -> dict[str, Any]:
-        streams = self._audio_streams()
+        streams = [about for about in self.info["streams"] if about["codec_type"] == "audio"]
         if not 0 <= stream < len(streams):
-            missing = (
-                f"has no audio stream {stream}" if streams else "has no sound (no audio stream)"
-            )
-            raise LoadAudioError(f"{self.name}: {missing}")
+            missing = f"audio stream {stream}" if streams else "sound (no audio stream)"
+            raise LoadAudioError(f"{self.name}: has no {missing}")
         rate = streams[stream]["sample_rate"]
         if rate not in SAMPLE_RATES:
             raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not one of music")
@@ -233,7 +230,11 @@ class AudioFile:
             try:
                 file = self._file
                 if file is None:
-                    self._check_path()
+                    if not self.path.exists():
+                        raise LoadAudioError(f"{self.name}: no such file")
+                    if not self.path.is_file():
+                        kind = "a folder" if self.path.is_dir() else "not a regular file"
+                        raise LoadAudioError(f"{self.name}: is {kind}. Name an audio file")
                     file = stack.enter_context(self.path.open("rb"))
                 if not isinstance(file.read(0), bytes):
                     raise TypeError("it is not open in binary mode")
@@ -245,14 +246,6 @@ class AudioFile:
             except Exception as exc:
                 raise LoadAudioError(f"{self.name}: cannot be read ({reason(exc)})") from exc
             yield links
-
-    def _check_path(self) -> None:
-        if not self.path.exists():
-            raise LoadAudioError(f"{self.name}: no such file")
-        if self.path.is_dir():
-            raise LoadAudioError(f"{self.name}: is a folder, not an audio file")
-        if not self.path.is_file():
-            raise LoadAudioError(f"{self.name}: is not a regular file. Copy its content to one")
 
     @contextmanager
     def _container(self, link: Link, pictures: Sequence[str] = ()) -> Iterator[Any]:

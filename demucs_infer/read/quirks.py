@@ -18,7 +18,7 @@ import io
 import struct
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, BinaryIO
 
 import av
@@ -145,8 +145,10 @@ def find_links(file: BinaryIO, name: str) -> list[Link]:
     start = _end_of_tags(file)
     head = _bytes_at(file, start, HEAD)
     if head[:4] == b"OggS":
-        edges = [*_ogg_links(file, start, size), size]
-        return [Link(file, *edge, name) for edge in pairwise(edges)]
+        starts = list(islice(_ogg_links(file, start, size), MAX_LINKS + 1))
+        if len(starts) > MAX_LINKS:
+            raise ValueError(f"it is a chain of more than {MAX_LINKS} streams")
+        return [Link(file, *edge, name) for edge in pairwise([*starts, size])]
     link = Link(file, start, size, name)
     if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         _read_wav_header(head, link, size - start)
@@ -209,7 +211,7 @@ def _read_wav_header(head: bytes, link: Link, size: int) -> None:
 def _ogg_links(file: BinaryIO, start: int, size: int) -> Iterator[int]:
     """Yield where the links of a chained Ogg stream begin: at first pages after other pages."""
     yield start
-    count, is_begun = 1, False  # the first pages of this link are over
+    is_begun = False  # the first pages of this link are over
     at: int | None = start
     while at is not None and at + PAGE.size <= size:
         head = _bytes_at(file, at, PAGE.size + 255)
@@ -219,9 +221,6 @@ def _ogg_links(file: BinaryIO, start: int, size: int) -> Iterator[int]:
             continue
         if flags & FIRST_PAGE and is_begun:
             yield at
-            count += 1
-            if count > MAX_LINKS:
-                raise ValueError(f"it is a chain of more than {MAX_LINKS} streams")
         is_begun = not flags & FIRST_PAGE
         at += PAGE.size + segments + sum(head[PAGE.size : PAGE.size + segments])
 

@@ -1,4 +1,4 @@
-"""Select and clean the tags that go from a track into its stems.
+"""Select, rename and clean the tags that go from a track into its stems.
 
 All tags that are read or written pass `clean_tags`, whatever the format.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ..log import decoded
 
@@ -14,7 +15,7 @@ MAX_TAG, MAX_TAGS = 10_000, 100  # characters of a tag, and number of tags
 # Tags that describe the file and its level. They would be wrong for stems.
 OF_THE_FILE = re.compile(
     r"encoder.*|encoded_by|encoding.*|tsse|tool|.*_brands?|minor_version|creation_time|handler_name"
-    r"|vendor_id|language|bps|duration|tlen|length|md5|acoustid_fingerprint"
+    r"|name|vendor_id|language|bps|duration|tlen|length|md5|acoustid_fingerprint"
     r"|(.*[-:_])?itun(norm|smpb|pgap|es_cddb.*)"
     r"|replaygain.*|r128_.*|mp3gain_.*|loudness.*|waveformatextensible_channel_mask"
     r"|id3v2_priv.*|serato.*|traktor.*"
@@ -23,19 +24,73 @@ OF_THE_FILE = re.compile(
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+class Names(NamedTuple):
+    """The names of a tag by format. `mp4` is None if FFmpeg's muxer writes the tag by itself."""
+
+    id3: str
+    vorbis: str
+    mp4: str | None
+    matroska: str
+
+
+# The columns: our name, which is FFmpeg's if it has one; the frame of ID3v2.4; the Vorbis comment;
+# the item of MP4 (-: FFmpeg writes it; four lower-case letters: an atom; others: a free-form name);
+# the tag of Matroska; further names that files use.
+_TABLE = """
+title         TIT2 TITLE           -            TITLE
+artist        TPE1 ARTIST          -            ARTIST
+album         TALB ALBUM           -            ALBUM
+album_artist  TPE2 ALBUMARTIST     -            ALBUM_ARTIST
+composer      TCOM COMPOSER        -            COMPOSER
+track         TRCK TRACKNUMBER     -            PART_NUMBER
+disc          TPOS DISCNUMBER      -            DISC
+date          TDRC DATE            -            DATE
+genre         TCON GENRE           -            GENRE
+comment       COMM COMMENT         -            COMMENT
+description   TDES DESCRIPTION     -            DESCRIPTION
+lyrics        USLT LYRICS          -            LYRICS          unsyncedlyrics
+copyright     TCOP COPYRIGHT       -            COPYRIGHT
+grouping      TIT1 GROUPING        -            GROUPING
+compilation   TCMP COMPILATION     -            COMPILATION     itunescompilation
+bpm           TBPM BPM             tmpo         BPM             tempo
+initialkey    TKEY INITIALKEY      initialkey   INITIAL_KEY     key
+publisher     TPUB LABEL           LABEL        LABEL           organization
+isrc          TSRC ISRC            ISRC         ISRC
+subtitle      TIT3 SUBTITLE        SUBTITLE     SUBTITLE
+remixer       TPE4 REMIXER         REMIXER      REMIXED_BY      mixartist
+performer     TPE3 PERFORMER       PERFORMER    PERFORMER
+lyricist      TEXT LYRICIST        LYRICIST     LYRICIST
+mood          TMOO MOOD            MOOD         MOOD
+media         TMED MEDIA           MEDIA        ORIGINAL_MEDIA_TYPE
+title-sort    TSOT TITLESORT       sonm         TITLE-SORT      sort_name
+artist-sort   TSOP ARTISTSORT      soar         ARTIST-SORT     sort_artist
+album-sort    TSOA ALBUMSORT       soal         ALBUM-SORT      sort_album
+"""
+TAGS: dict[str, Names] = {}
+_KNOWN_AS: dict[str, str] = {}
+for _name, _id3, _vorbis, _mp4, *_others in map(str.split, _TABLE.strip().splitlines()):
+    TAGS[_name] = Names(_id3, _vorbis, None if _mp4 == "-" else _mp4, _others[0])
+    _KNOWN_AS |= {_other.lower(): _name for _other in (_name, _id3, _vorbis, _mp4, *_others)}
+del _KNOWN_AS["-"]
+LYRICS = re.compile(r"(?i)lyrics-[a-z]{3}")  # FFmpeg's name, with a language
+
+
 def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the tags that a stem gets, with lower-case names, as text for any format.
+    """Return the tags that a stem gets, under our names, as text for any format.
 
-    Empty and overlong tags are left out. Bytes that are not UTF-8 become U+FFFD.
+    Empty and overlong tags are left out. Bytes that are not UTF-8 become U+FFFD. Of several tags
+    with the same meaning, the first one counts.
     """
-    clean = {_clean(name).lower(): _clean(text) for name, text in tags.items()}
-    music = {
-        name: text
-        for name, text in clean.items()
-        if name and 0 < len(text) <= MAX_TAG and not OF_THE_FILE.fullmatch(name)
-    }
-    return dict(list(music.items())[:MAX_TAGS])
+    clean: dict[str, str] = {}
+    # Names with a language are surely lyrics. FFmpeg also calls a description "comment".
+    names = sorted(tags, key=lambda name: (not LYRICS.fullmatch(name), name == "comment"))
+    for name, value in ((name, tags[name]) for name in names):
+        name, value = _text(name), _text(value)
+        known = "lyrics" if LYRICS.fullmatch(name) else _KNOWN_AS.get(name.lower(), name)
+        if known and 0 < len(value) <= MAX_TAG and not OF_THE_FILE.fullmatch(name.lower()):
+            clean.setdefault(known, value)
+    return dict(list(clean.items())[:MAX_TAGS])
 
 
-def _clean(text: str) -> str:
+def _text(text: str) -> str:
     return CONTROL.sub("", decoded(text, "replace")).strip()

@@ -8,7 +8,6 @@ slow or too long, sizes are limited, and credentials go to the URL's own host on
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -17,12 +16,12 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import urljoin
 
 from .. import __version__
 from ..errors import DownloadError
@@ -63,7 +62,7 @@ LIMITS = Limits()
 
 
 class HostError(DownloadError):
-    """A host does not deliver a file."""
+    """A host does not deliver a file. `summary` names the host and the reason, but no URL."""
 
     temporary = False  # it may deliver the file later
     wait: float | None = None  # seconds that it asks to wait
@@ -72,9 +71,14 @@ class HostError(DownloadError):
     status = 0
 
     def __init__(self, url: str, reason: str, **facts: Any) -> None:
-        super().__init__(f"{redact(url)}: {reason}")
-        self.reason = reason
         vars(self).update(facts)
+        self.reason, shown = reason, redact(url)
+        host = shown.partition("://")[2].partition("/")[0]
+        self.summary, text = f"{host}: {reason}", f"{shown}: {reason}"
+        if not self.answered:
+            self.summary = f"No connection to {host} ({reason})"
+            text = f"{self.summary}. Check the network and the proxy settings: {shown}"
+        super().__init__(text)
 
 
 def redact(url: str) -> str:
@@ -84,221 +88,120 @@ def redact(url: str) -> str:
     return scheme + separator + host.rpartition("@")[2] + slash + path
 
 
-class _Watchdog:
-    """Shuts connections down from a timer thread when a transfer exceeds its limits.
+class Transfer:
+    """A request, and its response: the status, headers, and the body as a stream.
 
-    Checks between blocks would not end a read that slow headers, chunk sizes or trailers prolong.
+    A timer thread shuts the connections down when a limit is exceeded. Checks between blocks would
+    not end a read that slow headers, chunk sizes or trailers prolong.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits, self.received, self.reason = limits, 0, ""
+    response: Response
+
+    def __init__(self, url: str, limits: Limits) -> None:
+        self.url, self.limits = url, limits
+        self._received, self._exceeded = 0, ""
         self._sockets: list[socket.socket] = []
         self._done = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
 
-    def add(self, connection: socket.socket) -> None:
-        """Watch a connection, too."""
+    def watch(self, connection: socket.socket) -> socket.socket:
+        """Let the timer shut a connection down, too. Raises `OSError` if the time is over."""
         # TLS takes the descriptor away from the socket: a duplicate still reaches the connection.
         self._sockets.append(connection.dup())
-        if self.reason:
-            self._shut_down()
+        if self._exceeded:
+            raise OSError(self._exceeded)
+        return connection
 
-    def stop(self) -> None:
+    def run_timer(self) -> None:
+        """Wait for the end of the transfer, or shut it down when a limit is exceeded."""
+        limits, deadline = self.limits, time.monotonic() + self.limits.longest
+        while not self._exceeded:
+            before, left = self._received, deadline - time.monotonic()
+            if self._done.wait(max(0.0, min(limits.span, left))):
+                return
+            gained = self._received - before
+            if left <= limits.span:
+                self._exceeded = f"only {self._received} bytes came in {limits.longest:.0f} s"
+            elif gained < limits.slowest * limits.span:
+                self._exceeded = f"only {gained} bytes came in {limits.span:.0f} s"
+        for connection in self._sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
         """End the timer."""
         self._done.set()
         for connection in self._sockets:
             connection.close()
 
-    def _watch(self) -> None:
-        limits, deadline = self.limits, time.monotonic() + self.limits.longest
-        while not self.reason:
-            before, pause = self.received, min(limits.span, deadline - time.monotonic())
-            if self._done.wait(max(0.0, pause)):
-                return
-            gained = self.received - before
-            if time.monotonic() >= deadline:
-                self.reason = f"only {self.received} bytes came in {limits.longest:.0f} s"
-            elif gained < limits.slowest * limits.span:
-                self.reason = f"only {gained} bytes came in {limits.span:.0f} s"
-        self._shut_down()
+    def send(self, session: Session, method: str, headers: dict[str, str], stop_at: str) -> None:
+        """Send the request, and follow redirects without reading their bodies."""
+        from requests.utils import get_auth_from_url
 
-    def _shut_down(self) -> None:
-        for connection in self._sockets:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        url, auth = self.url, get_auth_from_url(self.url)
+        options: Any = {"timeout": self.limits.timeout, "stream": True}
+        for _ in range(MAX_REDIRECTS + 1):
+            own: Any = auth if any(auth) else None
+            with self.failures():
+                response = session.request(method, url, headers=headers, auth=own, **options)
+                location = response.headers.get("Location", "")
+                if not response.is_redirect or (stop_at and stop_at in response.headers):
+                    self.response = response
+                    return
+                response.close()
+                target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+                if session.should_strip_auth(url, target):
+                    headers.pop("Authorization", None)
+                    auth = ("", "")
+            url = target
+        raise HostError(self.url, f"more than {MAX_REDIRECTS} redirects")
 
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Turn exceptions of requests, whose texts contain the URL, into `HostError`."""
+        import requests
+        from urllib3.exceptions import HTTPError
 
-def _session(watchdog: _Watchdog) -> Session:
-    """Make a session whose connections are watched, without redirects and without ~/.netrc."""
-    import requests
-    from requests.adapters import HTTPAdapter
+        try:
+            yield
+        except (requests.RequestException, HTTPError, OSError, ValueError) as exc:
+            cause: BaseException = exc
+            while inner := cause.__cause__ or cause.__context__:
+                cause = inner
+            text = " ".join((getattr(cause, "strerror", None) or str(cause)).split())[:200]
+            facts: dict[str, Any] = {}
+            if self._exceeded:
+                text, facts = self._exceeded, {"temporary": True}
+            elif isinstance(cause, ssl.SSLCertVerificationError):
+                text += " (REQUESTS_CA_BUNDLE can name a file of certificates)"
+            elif isinstance(exc, ValueError):
+                text = "the address or the answer is not valid HTTP"
+            else:
+                answered = not isinstance(exc, requests.ConnectionError)
+                facts = {"temporary": True, "answered": answered}
+            raise HostError(self.url, text or type(cause).__name__, **facts) from exc
 
-    def watched(pool: Any) -> Any:
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
-            def _new_conn(self) -> socket.socket:
-                connection: socket.socket = super()._new_conn()
-                watchdog.add(connection)
-                return connection
-
-        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
-
-    def watching(manager: Any) -> Any:
-        pools = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
-        return manager
-
-    class Adapter(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **options: Any) -> None:
-            super().init_poolmanager(*args, **options)
-            watching(self.poolmanager)
-
-        def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-            return watching(super().proxy_manager_for(proxy, **options))
-
-    class Session(requests.Session):
-        def get_redirect_target(self, resp: Any) -> None:
-            # requests would read and decompress the body of a redirect, whatever its options are.
-            return None
-
-    session = Session()
-    session.auth = lambda request: request  # keeps requests from reading ~/.netrc
-    # Lengths and ranges count the bytes of the file: it must not be compressed.
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"demucs-infer/{__version__}"}
-    session.headers.update(headers)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, Adapter())
-    return session
-
-
-@contextmanager
-def request(
-    url: str,
-    limits: Limits,
-    headers: Mapping[str, str] | None = None,
-    method: str = "GET",
-    stop_at: str = "",
-) -> Iterator[Answer]:
-    """Send a request, follow its redirects, and yield the answer.
-
-    A redirect that has the header `stop_at` is not followed. Raises `HostError`.
-    """
-    watchdog = _Watchdog(limits)
-    try:
-        with _session(watchdog) as session, _silent_urllib3():
-            with _failures(url, watchdog):
-                response = _send(session, url, dict(headers or {}), method, stop_at, limits.timeout)
-            with response:
-                yield Answer(url, response, watchdog)
-    finally:
-        watchdog.stop()
-
-
-@contextmanager
-def _silent_urllib3() -> Iterator[None]:
-    """Drop this thread's log records of urllib3, which contain URLs with their queries."""
-    thread = threading.get_ident()
-
-    def is_of_others(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    loggers = [logging.getLogger(f"urllib3.{name}") for name in ("connection", "connectionpool")]
-    for each in loggers:
-        each.addFilter(is_of_others)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(is_of_others)
-
-
-def _send(
-    session: Session, url: str, headers: dict[str, str], method: str, stop_at: str, timeout: float
-) -> Response:
-    from requests.auth import _basic_auth_str
-
-    parts = _parse(url, url)
-    if parts.username or parts.password:
-        user, password = (unquote(text or "") for text in (parts.username, parts.password))
-        headers["Authorization"] = _basic_auth_str(user, password)
-    for _ in range(MAX_REDIRECTS + 1):
-        # The user and password that a redirect names are not used.
-        plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        response = session.request(method, plain, headers=headers, timeout=timeout, stream=True)
-        if not response.is_redirect or (stop_at and stop_at in response.headers):
-            return response
-        response.close()
-        location = response.headers["Location"].encode("latin-1").decode("utf-8", "replace")
-        parts = _parse(location, url, base=plain)
-        if session.should_strip_auth(plain, parts.geturl()):
-            headers.pop("Authorization", None)
-    raise HostError(url, f"more than {MAX_REDIRECTS} redirects")
-
-
-def _parse(location: str, url: str, base: str = "") -> SplitResult:
-    """Parse `url`, or a redirect of it. Raises `HostError` unless it is an address of the web."""
-    with suppress(ValueError):
-        parts = urlsplit(urljoin(base, location))
-        _ = parts.port
-        if parts.scheme in ("http", "https") and parts.hostname:
-            return parts
-    target = f"redirects to {redact(location)[:200]!r}, which " if base else ""
-    raise HostError(url, f"{target}is not an http or https address")
-
-
-@contextmanager
-def _failures(url: str, watchdog: _Watchdog) -> Iterator[None]:
-    """Turn exceptions of requests and urllib3, whose texts contain the URL, into `HostError`."""
-    import requests
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except (requests.RequestException, HTTPError, OSError, ValueError) as exc:
-        cause: BaseException = exc
-        while inner := cause.__cause__ or cause.__context__:
-            cause = inner
-        text = " ".join((getattr(cause, "strerror", None) or str(cause)).split())[:200]
-        if watchdog.reason:
-            raise HostError(url, watchdog.reason, temporary=True) from exc
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            hint = "REQUESTS_CA_BUNDLE can name a file of certificates"
-            raise HostError(url, f"{text} ({hint})") from exc
-        if isinstance(exc, ValueError):
-            raise HostError(url, "the address or the answer is not valid HTTP") from exc
-        answered = not isinstance(exc, requests.ConnectionError)
-        text = text or type(cause).__name__
-        raise HostError(url, text, temporary=True, answered=answered) from exc
-
-
-class Answer:
-    """The head of a response, and its body as a stream."""
-
-    def __init__(self, url: str, response: Response, watchdog: _Watchdog) -> None:
-        self.url, self.status, self.headers = url, response.status_code, response.headers
-        self._response, self._watchdog = response, watchdog
+    def header(self, name: str) -> str:
+        """Return a header, or "" if there is none."""
+        return self.response.headers.get(name, "").strip()
 
     def number(self, header: str = "Content-Length") -> int | None:
         """Return the number in a header, or None if there is none of moderate size."""
-        text = self.headers.get(header, "").strip()
+        text = self.header(header)
         return int(text) if re.fullmatch(NUMBER, text) else None
 
     def check(self) -> None:
         """Raise `HostError` for a status that is an error."""
-        if self.status in (200, 206):
-            return
-        reason = f"the server answers {self.status} {self._response.reason or ''}".strip()[:200]
-        temporary = self.status in TEMPORARY_STATUS
-        wait = self._retry_after() if temporary else None
-        raise HostError(self.url, reason, temporary=temporary, wait=wait, status=self.status)
-
-    def _retry_after(self) -> float | None:
         from urllib3.exceptions import InvalidHeader
         from urllib3.util import Retry
 
-        text = self.headers.get("Retry-After", "")
-        with suppress(InvalidHeader, ValueError, TypeError, OverflowError):
-            return Retry().parse_retry_after(text if len(text) < 40 else "")
-        return None
+        status, wait = self.response.status_code, None
+        if status in (200, 206):
+            return
+        if (temporary := status in TEMPORARY_STATUS) and len(self.header("Retry-After")) < 40:
+            with suppress(InvalidHeader, ValueError, TypeError, OverflowError):
+                wait = Retry().get_retry_after(self.response.raw)
+        reason = f"the server answers {status} {self.response.reason or ''}".strip()[:200]
+        raise HostError(self.url, reason, temporary=temporary, wait=wait, status=status)
 
     def blocks(self, most: int, start: int = 0, total: int | None = None) -> Iterator[bytes]:
         """Yield the body, which begins at byte `start` of a file of `total` bytes.
@@ -318,29 +221,78 @@ class Answer:
             raise HostError(self.url, reason, temporary=True)
 
     def _read(self) -> bytes:
-        with _failures(self.url, self._watchdog):
-            block: bytes = self._response.raw.read1(BLOCK)
-            self._watchdog.received += len(block)
-            if not block and self._watchdog.reason:
-                raise OSError
-        return block
+        with self.failures():
+            block: bytes = self.response.raw.read1(BLOCK)
+            self._received += len(block)
+            if not block and self._exceeded:
+                raise OSError(self._exceeded)
+            return block
+
+
+@contextmanager
+def request(
+    url: str,
+    limits: Limits,
+    headers: Mapping[str, str] | None = None,
+    method: str = "GET",
+    stop_at: str = "",
+) -> Iterator[Transfer]:
+    """Send a request, follow its redirects, and yield the answer.
+
+    A redirect that has the header `stop_at` is not followed. Raises `HostError`.
+    """
+    thread, transfer = threading.get_ident(), Transfer(url, limits)
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    with ExitStack() as stack:
+        # The records of urllib3 contain URLs with their queries.
+        for name in ("urllib3.connection", "urllib3.connectionpool"):
+            logging.getLogger(name).addFilter(is_of_others)
+            stack.callback(logging.getLogger(name).removeFilter, is_of_others)
+        stack.callback(transfer.close)
+        threading.Thread(target=transfer.run_timer, daemon=True).start()
+        session = stack.enter_context(_session(transfer))
+        transfer.send(session, method, dict(headers or {}), stop_at)
+        stack.enter_context(transfer.response)
+        yield transfer
+
+
+def _session(transfer: Transfer) -> Session:
+    """Make a session whose connections are watched, without redirects and without ~/.netrc."""
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **options)
+
+            class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
+                def _new_conn(self) -> socket.socket:
+                    return transfer.watch(super()._new_conn())
+
+            pool.ConnectionCls = Connection
+            return pool
+
+    session = requests.Session()
+    # With this, requests neither reads ~/.netrc nor takes credentials from the URL of a redirect.
+    session.auth = lambda request: request
+    # requests would read and decompress the body of a redirect, whatever its options are.
+    session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
+    # Lengths and ranges count the bytes of the file: it must not be compressed.
+    headers = {"Accept-Encoding": "identity", "User-Agent": f"demucs-infer/{__version__}"}
+    session.headers.update(headers)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter())
+    return session
 
 
 def read(url: str, most: int, limits: Limits = LIMITS) -> Iterator[bytes]:
     """Yield the content of `url`, of at most `most` bytes, in one attempt. Raises `HostError`."""
-    with request(url, limits) as answer:
-        answer.check()
-        yield from answer.blocks(most, total=answer.number())
-
-
-def file_digest(file: IO[bytes]) -> tuple[str, int]:
-    """Return the SHA-256 of an open file, in hex, and its length."""
-    digest, size = sha256(), 0
-    file.seek(0)
-    while block := file.read(READ_BLOCK):
-        digest.update(block)
-        size += len(block)
-    return digest.hexdigest(), size
+    with request(url, limits) as transfer:
+        transfer.check()
+        yield from transfer.blocks(most, total=transfer.number())
 
 
 @contextmanager
@@ -350,16 +302,14 @@ def _file_lock(target: Path) -> Iterator[None]:
 
     lock = FileLock(f"{target}.lock", thread_local=False)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("%s: waiting for another process that downloads it", target.name)
-        try:
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            logger.warning("%s: waiting for another process that downloads it", target.name)
             lock.acquire(timeout=LOCK_TIMEOUT)
-        except Timeout as exc:
-            raise DownloadError(
-                f"{target}: another process has not downloaded it in {LOCK_TIMEOUT} s: try again"
-                " when that has ended"
-            ) from exc
+    except Timeout as exc:
+        reason = f"another process has not downloaded it in {LOCK_TIMEOUT} s"
+        raise DownloadError(f"{target}: {reason}: try again when that has ended") from exc
     try:
         yield
     finally:
@@ -388,11 +338,6 @@ class Download:
     headers: Mapping[str, str] = field(default_factory=dict)
     limits: Limits | None = None
 
-    @property
-    def part(self) -> Path:
-        """The file that grows while the content arrives."""
-        return self.target.with_name(f"{self.target.name}.part")
-
     def run(self) -> None:
         """Download the file, unless it is there. A wrong one is renamed to `TARGET.corrupt`.
 
@@ -400,25 +345,31 @@ class Download:
         """
         if not self.sha256 and self.length is None:
             raise HostError(self.url, "is not downloaded, as its SHA-256 is not known")
+        part = self.target.with_name(f"{self.target.name}.part")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             with _file_lock(self.target):
                 if not self._is_there():
-                    self._fetch(self.limits or LIMITS)
+                    self._fetch(part, self.limits or LIMITS)
         except OSError as exc:
             # A full disk should not stay full.
             with suppress(OSError):
-                self.part.unlink()
+                part.unlink()
             reason = exc.strerror or exc
             raise DownloadError(f"{self.target}: cannot be written ({reason})") from exc
 
     def _difference(self, file: IO[bytes]) -> str:
         """Describe how a file differs from the expected one. Return "" if it does not."""
-        digest, size = file_digest(file)
-        if self.sha256:
-            right = digest.startswith(self.sha256.lower())
-            return "" if right else f"its SHA-256 is {digest} and should be {self.sha256}"
-        return "" if size == self.length else f"it has {size} bytes and should have {self.length}"
+        digest, size = sha256(), 0
+        file.seek(0)
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
+            size += len(block)
+        if not self.sha256:
+            found, wanted = f"it has {size} bytes", f"{self.length}"
+            return "" if size == self.length else f"{found} and should have {wanted}"
+        right = digest.hexdigest().startswith(self.sha256.lower())
+        return "" if right else f"its SHA-256 is {digest.hexdigest()} and should be {self.sha256}"
 
     def _is_there(self) -> bool:
         if not self.target.exists():
@@ -432,40 +383,38 @@ class Download:
             logger.warning(text, self.target, difference, aside.name)
         return not difference
 
-    def _fetch(self, limits: Limits) -> None:
+    def _fetch(self, part: Path, limits: Limits) -> None:
         """Repeat attempts that break, with pauses, as long as `limits` allow."""
         from urllib3.util import Retry
 
         fresh = Retry(limits.attempts - 1, backoff_factor=limits.backoff, backoff_max=LONGEST_WAIT)
-        retry, reached = fresh, self._part_size()
+        retry, reached = fresh, _size(part)
         while True:
             try:
-                self._attempt(limits)
-                self.part.replace(self.target)
+                self._attempt(part, limits)
+                part.replace(self.target)
                 return
             except HostError as exc:
-                size = self._part_size()
-                retry = fresh if size - reached >= GAIN else retry
-                reached = max(reached, size)
                 if not exc.temporary or limits.attempts == 1:
                     raise
-                if not retry.total or (exc.wait or 0) > LONGEST_WAIT:
-                    asks = f"asks to wait {exc.wait:.0f} s" if retry.total else ""
-                    reason = f"{exc.reason} ({asks or f'tried {limits.attempts} times'})"
-                    answered = exc.answered and not asks
-                    raise HostError(self.url, reason, temporary=answered) from exc
+                if _size(part) - reached >= GAIN:
+                    retry, reached = fresh, _size(part)
+                asks = (exc.wait or 0) > LONGEST_WAIT
+                if asks or not retry.total:
+                    end = f"asks to wait {exc.wait} s" if asks else f"tried {limits.attempts} times"
+                    facts = {"temporary": not asks, "answered": exc.answered}
+                    raise HostError(self.url, f"{exc.reason}, {end}", **facts) from exc
                 retry = retry.increment("GET", error=exc)
                 wait = retry.get_backoff_time() if exc.wait is None else exc.wait
-                text = "%s: %s: next attempt in %.0f s"
-                logger.warning(text, self.target.name, exc.reason, wait)
+                logger.warning("%s, next attempt in %.0f s", exc.summary, wait)
                 time.sleep(wait)
+            finally:
+                if not _size(part):
+                    part.unlink(missing_ok=True)
 
-    def _part_size(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def _attempt(self, limits: Limits) -> None:
+    def _attempt(self, part: Path, limits: Limits) -> None:
         """Request once what the part lacks, and verify the whole."""
-        with _open_part(self.part) as file:
+        with open(part, "a+b", opener=_without_links) as file:
             start = file.seek(0, os.SEEK_END)
             try:
                 if not start or self._difference(file):
@@ -487,16 +436,16 @@ class Download:
 
         headers = {**self.headers, **({"Range": f"bytes={start}-"} if start else {})}
         with request(self.url, limits, headers) as answer:
-            first, total = 0, answer.number()
-            if answer.status == 206:
-                text = answer.headers.get("Content-Range", "").strip()
-                span = re.fullmatch(rf"bytes ({NUMBER})-({NUMBER})/({NUMBER}|\*)", text)
-                first = int(span[1]) if span else -1
-                total = (int(span[2]) + 1 if span[3] == "*" else int(span[3])) if span else None
-            if first not in (0, start) or answer.status == 416:
-                file.truncate(0)
+            status, first, total = answer.response.status_code, 0, answer.number()
+            if status == 206:
+                pattern = rf"bytes {start}-[0-9]+/({NUMBER}|\*)"
+                span = re.fullmatch(pattern, answer.header("Content-Range"))
+                first, status = start, status if span else 416
+                rest = None if total is None else start + total
+                total = rest if span is None or span[1] == "*" else int(span[1])
+            if status == 416:
                 reason = "the server has other ranges of the file than those asked for"
-                raise HostError(self.url, reason, temporary=start > 0)
+                raise HostError(self.url, reason, wrong=True)
             answer.check()
             file.truncate(first)
             name, options = printable(self.target.name), {"unit": "B", "unit_scale": True}
@@ -510,19 +459,10 @@ class Download:
         return total
 
 
-@contextmanager
-def _open_part(path: Path) -> Iterator[IO[bytes]]:
-    """Open the part of a download, which is removed if it is empty at the end.
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
-    Raises `OSError` if it is a link, which another user may have made.
-    """
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, f"{path.name} is a symbolic link")
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "a+b") as file:
-            yield file
-    finally:
-        if not path.stat().st_size:
-            path.unlink()
+
+def _without_links(path: str, flags: int) -> int:
+    """Open a file. Raises `OSError` for a link, which another user may have made."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -142,7 +142,7 @@ def _is_outside(name: object) -> bool:
 
 def _read_list(path: Path) -> None:
     from demucs_infer.batch.tracks import find_tracks, plan_jobs, read_list
-    from demucs_infer.io.output import Output
+    from demucs_infer.write.output import Output
 
     names = (name for name in read_list(path) if not _is_outside(name))
     tracks = list(itertools.islice(find_tracks(names), 1000))
@@ -161,7 +161,7 @@ def _templates(folder: Path) -> Sequence[bytes]:
 
 
 def _read_template(path: Path) -> None:
-    from demucs_infer.io.output import Output
+    from demucs_infer.write.output import Output
 
     template = path.read_bytes().decode("utf-8", "surrogateescape")
     for track in (Path("a b.wav"), Path("...wav"), Path("x" * 200, "y" * 250), Path("-")):

@@ -10,14 +10,14 @@ import re
 import string
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ..engine.options import STEMS
-from ..errors import OptionError, SaveAudioError
+from ..errors import LoadAudioError, OptionError, SaveAudioError
 from ..fields import number, option
 from ..log import logger
 from ..storage.locations import (
@@ -28,10 +28,12 @@ from ..storage.locations import (
     below,
     check,
     check_folder,
+    exists,
     location,
     parent_name,
+    reading,
 )
-from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MP3_PRESETS, TOGETHER, Encoding
+from .formats import ALL_FORMATS, CODECS, DEFAULT_BITS, MIX, MP3_PRESETS, Format, find_format
 from .stems import Stem, mix
 
 if TYPE_CHECKING:
@@ -44,15 +46,13 @@ PIPE_NAME = "stdin"  # what a track from standard input is called
 WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
 FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
+PAGE_FORMAT = find_format("mp3", bitrate=128)  # of the sounds of a page to listen with
 OTHER_METHODS = ("none", "add", "minus")
 DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
 PAGE = "player"  # the name of a track's page to listen with, among its stems
-MIX = "mix"  # the first stream of a file of all stems
-MOST_STEMS = 4  # of a stem file
-STANDARD = ("drums", "bass", "other", "vocals")  # in the order of a stem file
-REST = ("guitar", "piano")  # which such a file has no room for: they go to "other"
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
+FolderOf = Callable[[Location], str]
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
@@ -143,9 +143,7 @@ class Output:
         choices=CLIP_MODE_NAMES,
     )
     keep_rate: bool = option(
-        False,
-        "write at the sample rate of the track instead of the model's",
-        action="store_true",
+        False, "write at the sample rate of the track instead of the model's", action="store_true"
     )
     two_stems: str | None = option(
         None,
@@ -162,11 +160,29 @@ class Output:
         " models that STEM needs (a quarter of htdemucs_ft), add runs all (default: %(default)s)",
         choices=OTHER_METHODS,
     )
-    encoding: Encoding = field(init=False, repr=False)
+    file_format: Format = field(init=False, repr=False)  # `format`, with its options
+    _mentioned: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "encoding", self._encoding())
-        self._check_choices()
+        known = ALL_FORMATS.get(self.format)
+        if self.as_float and known and 32 not in known.codecs:
+            raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
+        bits = 32 if self.as_float else self.bits_per_sample
+        chosen = find_format(self.format, bits, self.bitrate, self.preset, self.codec)
+        object.__setattr__(self, "file_format", chosen)
+        for name, choices in (
+            ("clip", (None, *CLIP_MODE_NAMES)),
+            ("other_method", OTHER_METHODS),
+            ("depth", (None, "auto")),
+        ):
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(filter(None, choices))
+                raise OptionError(f"{name}={getattr(self, name)!r}: use {wanted}")
+        if self.is_together and self.clip in ("clamp", "tanh"):
+            raise OptionError(
+                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
+                " gain: use rescale-all"
+            )
         check(self._folder)
         if isinstance(self._folder, Url) and self._folder.is_web:
             raise OptionError(f"{self._folder}: URLs of the web can only be read")
@@ -179,49 +195,21 @@ class Output:
             raise SaveAudioError("standard output is closed: nothing can be written to it")
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        values = self._values(Path("track.wav"), "model", str)
-        self._file(self._template, {**values, "folder": "folder"}, "stem", self.format)
-        from .encode import check_encoder  # not before an output is wanted
-
-        check_encoder(self.encoding)
-
-    def _encoding(self) -> Encoding:
-        bits = self.bits_per_sample
-        if self.as_float:
-            if self.format != "wav":
-                raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
-            bits = 32
-        return Encoding(self.format, bits, self.bitrate, self.preset, self.codec)
-
-    def _check_choices(self) -> None:
-        if self.clip not in (None, *CLIP_MODE_NAMES):
-            raise OptionError(f"clip={self.clip!r}: use {', '.join(CLIP_MODE_NAMES)}")
-        if self.is_together and self.clip in ("clamp", "tanh"):
-            raise OptionError(
-                f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
-                " gain: use rescale-all"
-            )
-        if self.other_method not in OTHER_METHODS:
-            raise OptionError(f"other_method={self.other_method!r}: use {', '.join(OTHER_METHODS)}")
-        if self.depth not in (None, "auto"):
-            raise OptionError(f"depth={self.depth!r}: use 'auto', or bits_per_sample")
+        # The template makes sense, and the encoders are there.
+        self._file(self._template, Path("track.wav"), "model", lambda track: "folder", "stem")
+        chosen.check_encoder()
+        if self.player:
+            PAGE_FORMAT.check_encoder()
 
     @property
     def is_together(self) -> bool:
-        """Whether one file holds all stems of a track, behind the mix."""
-        return self.format in TOGETHER
+        """True if one file holds all stems of a track, behind the mix."""
+        return self.file_format.is_together
 
     @property
     def clip_mode(self) -> str | None:
-        """What happens to samples beyond ±1; stems in one file are all lowered by the same."""
+        """The clip mode; stems in one file are all lowered by the same."""
         return "rescale-all" if self.is_together and self.clip == "rescale" else self.clip
-
-    def encoding_for(self, bits: int) -> Encoding:
-        """How the stems of a track are encoded that has `bits` (32: float)."""
-        fits = [depth for depth in self.encoding.kind.codecs if depth <= bits]
-        if self.depth is None or self.encoding.kind.is_lossy or not fits:
-            return self.encoding
-        return replace(self.encoding, bits=max(fits))
 
     @property
     def _template(self) -> str:
@@ -235,99 +223,93 @@ class Output:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether the stem goes to standard output."""
+        """True if the stem goes to standard output."""
         return self._folder == PIPE
 
     def workspace(self, patience: float = 0) -> Workspace:
-        """Room for what is not finished: among the stems if they are local, to be renamed there.
+        """Return a hidden folder for unfinished files: among the stems if these are local.
 
         Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
         """
         from ..storage.spool import Workspace
 
-        folder = self._folder
-        if isinstance(folder, Path) and not self.is_pipe:
-            return Workspace(folder, patience)
-        check_folder(folder)
-        return Workspace(_temporary_folder(), patience)
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            return Workspace(self._folder, patience)
+        check_folder(self._folder)
+        try:
+            return Workspace(Path(tempfile.gettempdir()), patience)
+        except OSError as exc:
+            raise SaveAudioError(
+                f"no folder for temporary files, set TMPDIR: {exc.strerror}"
+            ) from exc
+
+    def check_folder(self) -> None:
+        """Raise `SaveAudioError` if files in the output folder cannot be made. Makes nothing."""
+        self.workspace()  # asks a store
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            folder = self._folder.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
+
+    def _sums(self, sources: Sequence[str]) -> list[Stem]:
+        """Return the stems that are written as sums of `sources`."""
+        stem, method = self.two_stems, self.other_method
+        if stem is None:
+            return self.file_format.arranged(sources)
+        rest = Stem(f"no_{stem}", tuple(source for source in sources if source != stem))
+        return [Stem(stem, (stem,)), *([rest] if method == "add" else [])]
 
     def stems(self, sources: Sequence[str]) -> list[str]:
-        """Names of the stems that are written of those that the model gives.
+        """Return the names of what is written of the stems that the model gives.
 
         Raises `OptionError` if one file cannot hold them.
         """
-        if self.two_stems is not None:
-            names = [self.two_stems, *self._rest]
-        else:
-            names = [stem.name for stem in self._arranged(sources)]
+        names = [stem.name for stem in self._sums(sources)]
+        if self.two_stems is not None and self.other_method == "minus":
+            names.append(f"minus_{self.two_stems}")
         if not self.is_together:
             return names
         if MIX in names:
             raise OptionError(f"a stem {MIX!r} and the mix would have one name: use another")
         return [MIX, *names]
 
-    def _arranged(self, stems: Sequence[str]) -> list[Stem]:
-        """The stems in their order, and which of `stems` are summed where there is no room."""
-        kept = [Stem(name, (name,)) for name in stems]
-        if self.format != "stem.mp4":
-            return kept
-        if set(stems) == {*STANDARD, *REST}:
-            rest = {"other": REST}
-            return [Stem(name, (name, *rest.get(name, ()))) for name in STANDARD]
-        if len(stems) > MOST_STEMS:
-            raise OptionError(
-                f"stem.mp4 holds {MOST_STEMS} stems, not {len(stems)}: choose with --stems, or"
-                " write mka"
-            )
-        if set(stems) == {*STANDARD}:
-            return [Stem(name, (name,)) for name in STANDARD]
-        return kept
+    def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
+        """Return a block of each name of `stems`, from the model's and the `mixture` on demand."""
+        picked = [mix(stem, stems) for stem in self._sums(list(stems))]
+        if self.two_stems is not None and self.other_method == "minus":
+            picked.append(mixture() - picked[0])
+        return [mixture(), *picked] if self.is_together else picked
 
-    def warn(self, sources: Sequence[str]) -> None:
-        """Say which of the stems that the model gives are not written as they are."""
+    def check_stems(self, sources: Sequence[str], separated: Sequence[str]) -> None:
+        """Raise `OptionError` if the stems need others than are `separated` of `sources`.
+
+        Stems that are written as a part of another one are mentioned.
+        """
         if self.two_stems is None:
-            for stem in self._arranged(sources):
+            for stem in self._sums(separated):
                 if len(stem.sources) > 1:
                     rest = " and ".join(stem.sources[1:])
-                    logger.warning(
-                        "%s holds %d stems: %s are added to %r",
-                        *(self.format, MOST_STEMS, rest, stem.name),
-                    )
+                    logger.warning("%s: %s are added to %r", self.format, rest, stem.name)
+            return
+        if self.two_stems not in sources:
+            raise OptionError(
+                f"there is no stem {self.two_stems!r}: the model has {', '.join(sources)}"
+            )
+        missing = [name for name in self.needed or sources if name not in separated]
+        if missing:
+            raise OptionError(f"two stems need {', '.join(missing)}, too: choose no stems for that")
 
     @property
     def needed(self) -> list[str] | None:
         """The sources that have to be separated; None for all."""
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
 
-    @property
-    def _rest(self) -> list[str]:
-        prefix = {"add": "no", "minus": "minus"}.get(self.other_method)
-        return [f"{prefix}_{self.two_stems}"] if prefix else []
-
-    def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        """What is written of a block: `stems` `[C, n]` by name, and `mixture` on demand."""
-        first = [mixture()] if self.is_together else []
-        return first + self._pick(mixture, stems)
-
-    def _pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        if self.two_stems is None:
-            return [mix(stem, stems) for stem in self._arranged(list(stems))]
-        stem = stems[self.two_stems]
-        if self.other_method == "none":
-            return [stem]
-        if self.other_method == "minus":
-            return [stem, mixture() - stem]
-        others = (other for name, other in stems.items() if name != self.two_stems)
-        return [stem, sum(others, stem.new_zeros(()).expand_as(stem))]
-
     def paths(
-        self,
-        track: Named,
-        model: str,
-        stems: Sequence[str],
-        folder_of: Callable[[Location], str] = lambda track: "",
+        self, track: Named, model: str, stems: Sequence[str], folder_of: FolderOf = lambda track: ""
     ) -> dict[str, Location]:
-        """The file of each stem of `track`; all are within the folder, whatever the names are.
+        """Return the file of each stem of `track`, within the folder whatever the names are.
 
         `folder_of` gives the track's folder below the one that was named.
         """
@@ -338,8 +320,7 @@ class Output:
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        values = self._values(track, model, folder_of)
-        paths = {stem: self._file(self._template, values, stem, self.format) for stem in stems}
+        paths = {stem: self._file(self._template, track, model, folder_of, stem) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
@@ -347,56 +328,91 @@ class Output:
         return paths
 
     def page(
-        self, track: Location, model: str, folder_of: Callable[[Location], str] = lambda track: ""
+        self, track: Location, model: str, folder_of: FolderOf = lambda track: ""
     ) -> Location | None:
-        """The page to listen to `track` with, if one is wanted: beside the stems."""
+        """Return the page to listen to `track` with, if one is wanted.
+
+        It is beside the stems, or in a folder that is called like their one file.
+        """
         if not self.player:
             return None
-        values = self._values(track, model, folder_of)
-        return self._file(self._page_template, values, PAGE, "html")
-
-    @property
-    def _page_template(self) -> str:
-        """The template of a page: beside the stems, or in a folder named like their one file."""
         template = self._template
-        if "{stem}" in template:
-            return template
-        folder = template.removesuffix(".{ext}")
-        return folder + ("." if folder == template else "/") + "{stem}.{ext}"
+        if "{stem}" not in template:
+            folder = template.removesuffix(".{ext}")
+            template = folder + ("." if folder == template else "/") + "{stem}.{ext}"
+        return self._file(template, track, model, folder_of, PAGE, "html")
 
-    def track_name(self, track: Location) -> str:
-        """What `{track}` stands for."""
-        return PIPE_NAME if track == PIPE else _split(track)[0]
-
-    def _values(
-        self, track: Location, model: str, folder_of: Callable[[Location], str]
-    ) -> dict[str, str]:
-        """What the fields of a template stand for, but for the stem."""
-        # Looked up only where it is wanted: it takes long, for a million tracks.
-        folder = folder_of(track) if "{folder" in self._template else ""
-        return {
+    def _file(
+        self,
+        template: str,
+        track: Location,
+        model: str,
+        folder_of: FolderOf,
+        stem: str,
+        ext: str | None = None,
+    ) -> Location:
+        """Return the file in the output folder that a template means."""
+        # Looking a folder up takes long for a million tracks.
+        folder = folder_of(track) if "{folder" in template else ""
+        values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],
             "parent": _safe(parent_name(track)),
             "folder": "/".join(_safe(name) for name in folder.split("/") if name),
             "model": model,
+            "stem": stem,
+            "ext": ext or self.format,
         }
-
-    def _file(self, template: str, values: dict[str, str], stem: str, ext: str) -> Location:
-        """Return the file in the output folder that a template means."""
-        values = {**values, "stem": stem, "ext": ext}
         try:
             _check_template(template)
             relative = template.format(**values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
             raise OptionError(f"the file name {template!r} is no template of {known}") from exc
-        relative = relative if values["folder"] else relative.lstrip("/")
+        if template.startswith("{folder") and not folder:
+            relative = relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
         if TEMPORARY in relative.lower():
             pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
             relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
         return below(self._folder, relative)
+
+    def is_written(self, path: Location) -> bool:
+        """Return True if a file is there that is of the format, as far as its header shows.
+
+        Raises an error of a store that is out of reach.
+        """
+        from ..read.decode import AudioFile
+        from ..read.packets import AV_ERRORS
+
+        if not exists(path):
+            return False
+        try:
+            with reading(path) as file:
+                if path.name.endswith(".html"):
+                    return file.read(15).lower().startswith(b"<!doctype html")
+                with AudioFile(cast(BinaryIO, file))._open() as container:
+                    return ALL_FORMATS[self.format].fits(container)
+        except (LoadAudioError, *AV_ERRORS):
+            return False
+
+    def mention_leftovers(self, files: Iterable[Location]) -> None:
+        """Warn once of files that are in the folder of a track and not among its `files`."""
+        own = [path for path in files if isinstance(path, Path)]
+        *_, folder_name, _ = ("", *self._template.split("/"))
+        if self._mentioned or self.is_pipe or "{track" not in folder_name:
+            return
+        for folder in {path.parent for path in own if path.parent.is_dir()}:
+            others = sorted(path.name for path in set(folder.iterdir()) - set(own))
+            if others := [name for name in others if not name.startswith(".")]:
+                self._mentioned.append(folder)
+                names = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+                logger.warning("%s: also has files that are not of this run: %s", folder, names)
+                return
+
+    def track_name(self, track: Location) -> str:
+        """Return the value of `{track}`."""
+        return PIPE_NAME if track == PIPE else _split(track)[0]
 
 
 @lru_cache(maxsize=16)
@@ -409,21 +425,14 @@ def _check_template(template: str) -> None:
             raise ValueError(f"{name} is no field")
 
 
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError as exc:
-        raise SaveAudioError(f"no folder for temporary files, set TMPDIR: {exc.strerror}") from exc
-
-
 def _split(track: Location) -> tuple[str, str]:
-    """Name and suffix of a track; ".name" has no suffix, and "..." is no more than a name."""
+    """Split a track's name and suffix; ".name" has no suffix, and "..." is only a name."""
     name, _, suffix = track.name.rpartition(".")
     return (name, suffix) if name.strip(".") else (track.name, "")
 
 
 def _safe(name: str) -> str:
-    """`name` as the name of a folder: dots alone mean another one; Windows drops them at an end."""
+    """Make `name` safe as a directory name: never "." or "..", without dots that Windows strips."""
     if os.name == "nt":
         name = re.sub(r'[<>:"/\\|?*]', "_", name).rstrip(". ")
     return name if name.strip(".") else "_"

@@ -1,0 +1,277 @@
+"""Write the stems of a track into files, which appear together when all are whole.
+
+    block of stems ──▶ resample ──▶ spool ──▶ rescale or clip ──▶ encoder ──▶ file ──rename──▶ stem
+
+The stems wait in spools until their peaks are known. The sounds of a page to listen with are stems
+in MP3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from torch import Tensor
+
+from ..engine.machine import worker_pool
+from ..errors import SaveAudioError
+from ..read.pcm import RESCALING, prevent_clip, rescale_divisor
+from ..resample import Resampler
+from ..storage.locations import Location, Undo, publish, replaced_by
+from ..storage.spool import Spool, Workspace
+from .encode import Encoder, encoder, encoding_errors
+from .formats import MIX, Format
+from .output import PAGE_FORMAT, PIPE
+from .player import Page, write_page
+from .video import Picture, VideoEncoder
+
+BLOCK = 2**16  # samples that are read from a spool at once
+
+
+@dataclass(frozen=True)
+class StemFile:
+    """A stem that is there: `peak` is its magnitude before it was multiplied by `gain`."""
+
+    path: Location
+    peak: float | None = None
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The facts that the files of a track share.
+
+    Args:
+        format: the format, with its options.
+        clip: the clip mode.
+        space: the workspace of unfinished files.
+        samplerate: hertz, of the samples that are written to it.
+        rate: hertz, of the files.
+        channels: of the stems.
+        model: the name of the model.
+        tags: of the track; `title` at least, unless there are none.
+        length: the number of samples that each file gets (default: what resampling gives).
+        cover: the file of a picture.
+        picture: the picture of a video that goes with the stem.
+        original: the mix at `rate`, if that is not made from the samples that are written.
+    """
+
+    format: Format
+    clip: str | None
+    space: Workspace
+    samplerate: int
+    rate: int
+    channels: int
+    model: str
+    tags: Mapping[str, str]
+    length: int | None = None
+    cover: bytes | None = None
+    picture: Picture | None = None
+    original: Spool | None = None
+
+    @property
+    def sounds(self) -> Target:
+        """The target of the sounds of a page to listen with."""
+        channels = min(self.channels, PAGE_FORMAT.most_channels)
+        rate = PAGE_FORMAT.samplerate(self.samplerate)
+        space, old_rate = self.space, self.samplerate
+        return Target(PAGE_FORMAT, "rescale-all", space, old_rate, rate, channels, self.model, {})
+
+
+class _Signal:
+    """A stem on its way: resampled, measured, and kept in `spool` until its gain is known."""
+
+    def __init__(self, target: Target, name: str) -> None:
+        self.channels = target.channels
+        self.peak, self.divisor = 0.0, 1.0
+        self._resampler: Resampler | None = None
+        if name == MIX and target.original is not None:
+            self.spool = target.original
+            peaks = (block.abs().max().item() for block in self.spool.blocks(BLOCK))
+            self.peak = max(peaks, default=0.0)
+        else:
+            self.spool = target.space.spool(target.channels)
+            self._resampler = Resampler(target.samplerate, target.rate, target.length)
+
+    def write(self, block: Tensor | None) -> None:
+        """Take samples `[C, n]` at the model's rate, or None for the end."""
+        if self._resampler is None:
+            return
+        if block is None:
+            block = self._resampler.flush()
+        else:
+            block = self._resampler.push(block[: self.channels])
+        if block is not None and block.shape[-1]:
+            self.peak = max(self.peak, block.abs().max().item())
+            self.spool.write(block)
+
+
+def _encode(
+    file: Path, target: Target, signals: Mapping[str, _Signal], advance: Callable[[int], None]
+) -> None:
+    """Encode one stem or several into `file`. `advance` counts the samples."""
+    names = list(signals)
+    tags = dict(target.tags)
+    if tags and not target.format.is_together:
+        tags["title"] = f"{tags['title']} ({names[0]})"
+    advance(0)
+    with file.open("w+b") as handle:
+        # Players show the names of streams.
+        arguments = (handle, target.format, target.rate, target.channels, names, tags)
+        if target.picture is not None:
+            sink: Encoder = VideoEncoder(target.picture, *arguments)
+        else:
+            sink = encoder(*arguments, target.cover)
+        clip = None if target.clip in RESCALING else target.clip
+        try:
+            for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals.values())):
+                scaled = (block / s.divisor for block, s in zip(blocks, signals.values()))
+                sink.write([prevent_clip(block, clip) for block in scaled])
+                advance(sum(block.shape[-1] for block in blocks))
+            sink.close()
+        finally:
+            sink.abandon()
+
+
+class TrackWriter:
+    """Takes the stems of a track block by block, and makes them appear together.
+
+    `page` is that of its page to listen with, if there is to be one. Raises `SaveAudioError` if
+    something cannot be written. A caller that does not finish calls `discard`.
+    """
+
+    def __init__(
+        self, paths: Mapping[str, Location], target: Target, page: Location | None
+    ) -> None:
+        target.format.check_channels(target.channels)
+        self.paths, self.target, self.page = paths, target, page
+        self._stems = {name: _Signal(target, name) for name in paths}
+        heard = [name for name in paths if not (target.format.is_together and name == MIX)]
+        self._sounds = {name: _Signal(target.sounds, name) for name in heard if page is not None}
+        self._files: list[Path] = []
+
+    def write(self, stems: Sequence[Tensor]) -> None:
+        """Take a block of every stem, each `[C, n]`, in the order of the paths."""
+        self._write(dict(zip(self.paths, stems)))
+
+    def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
+        for name, path in self.paths.items():
+            with encoding_errors(path):
+                self._stems[name].write(blocks[name])
+                if name in self._sounds:
+                    self._sounds[name].write(blocks[name])
+
+    def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
+        """Encode the stems and let their files appear.
+
+        `progress` is called with the fraction of the samples that are encoded, in one thread at a
+        time. An exception that it raises ends the work.
+        """
+        self._write(dict.fromkeys(self.paths))
+        for signals, mode in ((self._stems, self.target.clip), (self._sounds, "rescale-all")):
+            loudest = max((signal.peak for signal in signals.values()), default=0.0)
+            for signal in signals.values() if mode in RESCALING else ():
+                signal.divisor = rescale_divisor(loudest if mode == "rescale-all" else signal.peak)
+        self._publish(self._encode(progress))
+        self.discard()
+        return {
+            name: StemFile(self.paths[name], signal.peak, 1 / signal.divisor)
+            for name, signal in self._stems.items()
+        }
+
+    def _file(self) -> Path:
+        self._files.append(self.target.space.file())
+        return self._files[-1]
+
+    def _encode(self, progress: Callable[[float], None]) -> dict[Location, Path]:
+        """Return the whole file for each path."""
+        whole = sum(s.spool.length for s in [*self._stems.values(), *self._sounds.values()])
+        lock, encoded = threading.Lock(), 0
+
+        def advance(samples: int) -> None:
+            nonlocal encoded
+            with lock:
+                encoded += samples
+                progress(encoded / max(1, whole))
+
+        files = {path: self._file() for path in dict.fromkeys(self.paths.values())}
+        jobs: list[tuple[Location, Callable[[], None]]] = []
+        for path, file in files.items():
+            signals = {name: s for name, s in self._stems.items() if self.paths[name] == path}
+            jobs.append((path, partial(_encode, file, self.target, signals, advance)))
+        if self.page is not None:
+            sounds = {name: self._file() for name in self._sounds}
+            for name, file in sounds.items():
+                signals = {name: self._sounds[name]}
+                encode = partial(_encode, file, self.target.sounds, signals, advance)
+                jobs.append((self.page, encode))
+        with worker_pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+            futures = [(path, pool.submit(encode)) for path, encode in jobs]
+        for path, future in futures:
+            with encoding_errors(path):
+                future.result()
+        if self.page is not None:
+            files[self.page] = self._file()
+            tags, rate = self.target.tags, self.target.sounds.rate
+            length = max(signal.spool.length for signal in self._sounds.values())
+            about = tags["title"], tags.get("artist", ""), self.target.model, rate, length
+            with encoding_errors(self.page), files[self.page].open("wb") as page:
+                write_page(page, Page(*about, list(sounds)), sounds.values())
+        return files
+
+    def _publish(self, files: Mapping[Location, Path]) -> None:
+        """Let all files appear, or none: one that fails takes back those before it."""
+        published: list[Undo] = []
+        try:
+            for path, file in files.items():
+                with encoding_errors(path):
+                    published.append(_publish(file, path))
+        except BaseException:
+            for undo in reversed(published):
+                with contextlib.suppress(OSError, SaveAudioError):
+                    undo()
+            raise
+        for file in files.values():
+            replaced_by(file).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the temporary files."""
+        for signal in [*self._stems.values(), *self._sounds.values()]:
+            signal.spool.close()
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+
+def _publish(file: Path, path: Location) -> Undo:
+    """Give `file`, which is whole, its name, or copy it to a store or to standard output.
+
+    Return a function that takes that back.
+    """
+    if path == PIPE:
+        with file.open("rb") as source, standard_output() as sink:
+            shutil.copyfileobj(source, sink)
+        return lambda: None
+    undo = publish(file, path)
+    file.unlink(missing_ok=True)
+    return undo
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[IO[bytes]]:
+    """Lend standard output for bytes, unbuffered, so that a failed write raises at once."""
+    sys.stdout.flush()
+    try:
+        copy = os.dup(sys.stdout.fileno())
+    except (AttributeError, OSError):  # an object with a buffer
+        yield sys.stdout.buffer
+        return
+    with open(copy, "wb") as file:  # noqa: PTH123
+        yield file
