@@ -55,7 +55,7 @@ def fast_copy(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Return True if `layer` has forward hooks, or a `forward` of its own."""
+    """Return True if `layer` has forward hooks, or a `forward` set on the instance."""
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     return "forward" in vars(layer) or any(hook is not changes_type for hook in hooks)
 
@@ -351,7 +351,7 @@ class FastAttention(transformer.Attention):
         if query.dtype == torch.bfloat16:
             if has_tiles():
                 return F.scaled_dot_product_attention(query, key, value, scale=1.0)
-            # float32 by oneDNN is faster by a third, where there are no tiles.
+            # float32 by oneDNN is faster by a third on processors without tiles.
             return self._mixed(query.float(), key.float(), value.float()).to(query.dtype)
         mixed = torch.empty_like(query)
         for item, head in itertools.product(*map(range, query.shape[:2])):

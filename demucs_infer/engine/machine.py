@@ -117,7 +117,7 @@ def _is_of_intel() -> bool:
 def onednn_is_faster() -> bool:
     """Return True if products of matrices are faster by oneDNN than by MKL.
 
-    MKL takes AVX-512 only on processors by Intel. It is as good where there is no AVX-512.
+    MKL takes AVX-512 only on processors by Intel. With AVX2 alone, both are as fast.
     """
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return X86 and wide and not _is_of_intel() and torch.backends.mkldnn.is_available()

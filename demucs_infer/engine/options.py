@@ -32,7 +32,7 @@ Callback = Callable[[dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and where it comes from."""
+    """The model, and where to find it."""
 
     model: str = option(
         DEFAULT_MODEL,
@@ -65,7 +65,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SeparationOptions:
-    """How a track is separated: the options that `Separator.update_parameter` can change.
+    """The options of a separation, which `Separator.update_parameter` can change.
 
     Raises `OptionError` for a value out of range.
     """
@@ -120,8 +120,8 @@ class SeparationOptions:
     _: KW_ONLY
     stems: str | Sequence[str] | None = option(
         None,
-        "only these stems: models of a bag that do not count for them are not run; a stem may be a"
-        " sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
+        "only these stems: models of a bag that do not contribute to them are not run; a stem may"
+        " be a sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
         section=STEMS,
         type=lambda text: text.split(","),
         metavar="STEM,...",
