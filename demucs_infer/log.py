@@ -39,7 +39,8 @@ def decoded(text: str, errors: str = "backslashreplace") -> str:
 
 def printable(text: object, keep: str = "") -> str:
     """Return `text` with its control characters escaped, except those in `keep`."""
-    if isinstance(text, _Styled):
+    # Most texts have nothing to escape, which this tells at once.
+    if isinstance(text, _Styled) or (isinstance(text, str) and text.isprintable()):
         return text
     return _CONTROL.sub(
         lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], decoded(str(text))

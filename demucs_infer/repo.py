@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf, registry
-from .hub.checkpoints import Bag, Content, read_package, read_state
+from .hub.checkpoints import Bag, Content, read_package, read_weights
 from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
 from .hub.registry import Checkpoint
@@ -144,7 +144,7 @@ class RemoteRepo(ModelOnlyRepo):
         if architecture is None:
             return read_package(content)
         klass = ClassName(architecture["klass"])
-        return {**architecture, "klass": klass, "state": read_state(content)}
+        return {**architecture, "klass": klass, "state": read_weights(content)}
 
     def read(self, sig: str) -> Content:
         """Return the verified bytes of a checkpoint, which is downloaded if it is not there.
@@ -220,18 +220,18 @@ class RemoteRepo(ModelOnlyRepo):
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
-        """Say how to do without a download, with the URLs and digests of the files."""
-        texts = []
+        """Describe how to do without a download, with the URLs and digests of the files."""
+        files = []
         for sig in signatures:
-            sources = sources_of(sig, self._checkpoints[sig])
-            digests = [source.sha256 and f" (SHA-256 {source.sha256})" for source in sources]
-            urls = [redact(source.url) for source in sources]
-            # A mirror has the same file as the host.
-            shown = [d if d not in digests[i + 1 :] else "" for i, d in enumerate(digests)]
-            texts.append(" or ".join(url + digest for url, digest in zip(urls, shown)))
+            urls: dict[str, list[str]] = {}
+            for source in sources_of(sig, self._checkpoints[sig]):
+                digest = f" (SHA-256 {source.sha256})" if source.sha256 else ""
+                urls.setdefault(digest, []).append(redact(source.url))
+            files.append(" or ".join(" or ".join(urls[digest]) + digest for digest in urls))
+        them, folder = "it" if len(files) == 1 else "them", self._own_path(signatures[0]).parent
         return (
-            f"Copy it into {self._own_path(signatures[0]).parent}, or into a folder for --cache-dir"
-            f" (or for --repo, with a NAME.yaml for a bag), from {', '.join(texts)}"
+            f"Copy {them} into {folder}, or into a folder for --cache-dir (or for --repo, with a"
+            f" NAME.yaml for a bag), from {', '.join(files)}"
         )
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -24,22 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .batch.console import Console, Ended, put, streams_and_signals
 from .catalog import add_catalog_flags, download_models, print_models
-from .engine.options import (
-    POSITIVE,
-    SeparationOptions,
-    SeparatorOptions,
-    add_flags,
-    option,
-    values_of,
-)
-from .errors import (
-    DemucsInferError,
-    DownloadError,
-    LoadAudioError,
-    ModelLoadingError,
-    OptionError,
-    SaveAudioError,
-)
+from .engine.options import SeparationOptions, SeparatorOptions
+from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
+from .fields import POSITIVE, add_flags, option, values_of
 from .io.folders import Folders
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
@@ -50,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/speed.md.
+# Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/performance.md.
 SPIN_COUNT = 100_000
 HELP_WIDTH = 78  # columns
 # The options that -h shows.
@@ -298,28 +285,38 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
     model = args.sig or args.name or DEFAULT_MODEL
-    folder = PIPE if args.out == PIPE else args.out / model_label(model)
+    label = model_label(model)
+    folder = PIPE if args.out == PIPE else args.out / label
     output = Output(**{**values_of(Output, args), "folder": folder})
     faults: list[tuple[Location, DemucsInferError]] = []
     folders = Folders()
+
+    def report_fault(name: Location, error: DemucsInferError) -> None:
+        faults.append((name, error))
+
+    from .batch.tracks import find_tracks, plan_jobs, read_list
+
     # The model may be a large download: look first whether it has work to do.
-    tracks = list(_find_tracks(args, faults, folders))
-    _check_folder(output)
+    listed = () if args.from_file is None else read_list(args.from_file, report_fault)
+    names = folders.noting(itertools.chain(args.tracks, listed))
+    tracks = list(find_tracks(names, leave_out=args.out, report=report_fault))
+    if not tracks and not faults:
+        raise OptionError(f"{args.from_file}: names no track")
+    output.check_folder()
 
     from .api import Separator
     from .batch.batch import Batch, TrackResult, warn_of_full_disk
-    from .batch.tracks import plan_jobs
 
-    errors: list[Exception] = []
     count = len(tracks) + len(faults)
     if output.is_pipe and count > 1:
         raise OptionError(f"standard output takes one track, not {count}")
     console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
+    label = model_label(model)
     for name, fault in faults:
-        console.report(TrackResult(name, model_label(model), error=fault).as_json())
+        console.report(TrackResult(name, label, error=fault).as_json())
     if not tracks:
         console.sum_up()
-        return console.failures, errors
+        return console.failures, []
     options = {
         **values_of(SeparatorOptions, args),
         "model": model,
@@ -332,19 +329,15 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     network: Any = separator.model
     output.check_stems(network.sources, separator.stems)
     jobs = plan_jobs(tracks, output, separator.name, separator.stems, folders)
-    models = getattr(network, "models", None)
     shown = folder.resolve() if isinstance(folder, Path) else folder
-    console.introduce(None if models is None else len(models), shown)
+    console.introduce(len(network.models) if hasattr(network, "models") else None, shown)
 
     def report(result: TrackResult) -> None:
-        console.report(result.as_json())
-        if result.error is not None:
-            errors.append(result.error)
+        console.report(result.as_json(), result.error)
 
     def report_elsewhere(result: dict[str, Any]) -> None:
-        console.report(result, elsewhere=True)
-        if result["error"] is not None:
-            errors.append(DemucsInferError(result["error"]))
+        error = result["error"] and DemucsInferError(result["error"])
+        console.report(result, error, elsewhere=True)
 
     if args.ray is None:
         with output.workspace() as space:
@@ -353,7 +346,7 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
             batch = Batch(separator, output, space, announce=console.announce, report=report)
             batch.run(jobs, skip_existing=args.skip_existing)
     else:
-        del separator
+        del separator, network
         from .cluster import separate_on_ray
 
         if output.is_pipe or any(job.track == PIPE for job in jobs):
@@ -368,56 +361,7 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
             verbose=args.verbose,
         )
     console.sum_up()
-    if console.unwritten is not None:
-        errors.append(console.unwritten)
-    return console.failures, errors
-
-
-def _find_tracks(
-    args: argparse.Namespace, faults: list[tuple[Location, DemucsInferError]], folders: Folders
-) -> Iterator[Location]:
-    """Yield the tracks of the command line and its list that exist, as far as this is quick to say.
-
-    `folders` notes their names, and `faults` takes the others and their errors. Raises
-    `OptionError` if there is neither.
-    """
-    from .batch.tracks import find_tracks, read_list
-
-    def report(name: Location, error: DemucsInferError) -> None:
-        faults.append((name, error))
-
-    listed = () if args.from_file is None else read_list(args.from_file, report)
-    names = folders.noting(itertools.chain(args.tracks, listed))
-    found = 0
-    for track in find_tracks(names, leave_out=args.out, report=report):
-        found += 1
-        if isinstance(track, Path) and track != PIPE and _is_missing(track):
-            report(track, LoadAudioError(f"{track}: no such file"))
-        else:
-            yield track
-    if not found and not faults:
-        raise OptionError(f"{args.from_file}: names no track")
-
-
-def _is_missing(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # The decoder tells the reason.
-        pass
-    return False
-
-
-def _check_folder(output: Output) -> None:
-    """Raise `SaveAudioError` if files in the output folder cannot be made, without making it."""
-    output.workspace()  # asks a store
-    if isinstance(output.folder, Path) and not output.is_pipe:
-        folder = output.folder.absolute()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
-            raise SaveAudioError(f"{output.folder}: cannot be written to ({reason})")
+    return console.failures, console.errors
 
 
 if __name__ == "__main__":

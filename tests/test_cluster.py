@@ -21,7 +21,7 @@ from demucs_infer.errors import OptionError
 from .helpers import SOURCES, Command, assert_one_line, environment, run, separate, stems_of, wav
 
 slow = pytest.mark.slow
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "batch.md"
 
 
 def write_tracks(folder: Path, count: int) -> Path:

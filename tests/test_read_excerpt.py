@@ -9,8 +9,9 @@ import soundfile
 import torch
 
 from demucs_infer.api import Separator
-from demucs_infer.engine.options import SeparationOptions, parse_time
+from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import LoadAudioError, OptionError
+from demucs_infer.fields import parse_time
 from demucs_infer.separate import main
 
 from .helpers import Command, json_lines

@@ -24,7 +24,7 @@ from demucs_infer.errors import DownloadError, ModelLoadingError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
-from demucs_infer.hub.checkpoints import read_state
+from demucs_infer.hub.checkpoints import read_weights
 from demucs_infer.hub.registry import Checkpoint
 from demucs_infer.pretrained import (
     add_model_flags,
@@ -35,7 +35,6 @@ from demucs_infer.pretrained import (
     model_label,
 )
 from demucs_infer.repo import AnyModel, BagOnlyRepo, LocalRepo, RemoteRepo, check_checksum
-from demucs_infer.separate import main
 from demucs_infer.states import save_model, save_with_checksum
 
 from . import web as answers
@@ -152,6 +151,7 @@ def test_unknown_names_suggest_the_nearest(repo: Path) -> None:
         ("HTDemucs_FT", "htdemucs_ft"),
         ("955717e9", "955717e8"),
         ("drum_sep", "drumsep"),
+        ("hdemucs", "hdemucs_mmi"),
     ):
         with pytest.raises(ModelLoadingError, match=rf"Did you mean {nearest}\?"):
             get_model(name)
@@ -203,7 +203,7 @@ def test_weights_alone_become_a_model(published: Web, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="SHA-256"):
         get_model("foreign_state")
     with pytest.raises(ModelLoadingError, match="cannot be read as a checkpoint"):
-        read_state(tmp_path / "cache" / "weights.ckpt.corrupt")
+        read_weights(tmp_path / "cache" / "weights.ckpt.corrupt")
 
 
 def test_a_damaged_file_is_fetched_anew_once(
@@ -366,6 +366,7 @@ def test_a_file_is_a_model(suffix: str, folder: Path, monkeypatch: pytest.Monkey
     for path in (name, f"./{name}", str(folder / name), folder / name):
         found = get_model(path)
         assert torch.equal(found.encoder[0].conv.weight, model.encoder[0].conv.weight)
+        # The folder of its stems has this name.
         assert Separator(path, device="cpu").name == model_label(path) == "my-20240101"
 
 
@@ -383,7 +384,7 @@ def test_paths_to_nothing(folder: Path) -> None:
     with pytest.raises(ModelLoadingError, match="is not a folder"):
         get_model("tiny", folder / "nowhere")
     for name in ("./absent.th", str(folder / "absent.yaml"), str(folder / "absent.safetensors")):
-        with pytest.raises(ModelLoadingError, match="there is no such file"):
+        with pytest.raises(ModelLoadingError, match="no such file"):
             get_model(name)
     for name in ("absent.th", "absent.yaml", str(folder)):
         with pytest.raises(ModelLoadingError, match="no model is named"):
@@ -391,14 +392,6 @@ def test_paths_to_nothing(folder: Path) -> None:
     (folder / "lost.yaml").write_text("models: ['../tiny']")
     with pytest.raises(ModelLoadingError, match=r"no model is named '\.\./tiny'"):
         get_model(folder / "lost.yaml")
-
-
-def test_stems_of_a_file_are_in_a_folder_of_its_stem(folder: Path, track: Path) -> None:
-    out = track.parent / "out"
-    main(["-n", str(folder / "tiny.th"), "-q", "-d", "cpu", "-o", str(out), str(track)])
-    assert {path.parent.relative_to(out).as_posix() for path in out.rglob("*.wav")} == {
-        "tiny/track"
-    }
 
 
 def test_lists_of_files_are_those_of_the_reference() -> None:
@@ -426,7 +419,7 @@ def test_a_bag_loads_each_model_once(folder: Path, monkeypatch: pytest.MonkeyPat
     (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 64)}]")
     assert len(get_model("many", folder).models) == 64
     assert loaded == ["tiny"]
-    (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 40_000)}]")
+    (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 10_000)}]")
     with pytest.raises(ModelLoadingError, match="may list 64"):
         get_model("many", folder)
 

@@ -96,7 +96,7 @@ with ThreadPoolExecutor(4) as pool:
 @pytest.mark.slow
 def test_many_starts_in_one_folder(tmp_path: Path) -> None:
     """In threads and processes: each can be made, and none is removed while it is in use."""
-    command = [sys.executable, "-c", STARTS, tmp_path, "40"]
+    command = [sys.executable, "-c", STARTS, tmp_path, "30"]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in processes] == [0] * 2
     assert not list(tmp_path.iterdir())

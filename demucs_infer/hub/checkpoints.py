@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_CHECKPOINT = 2**32  # bytes; the largest released one has 3.4e8
-MAX_YAML = 2**18  # bytes of a bag or a registry
+MAX_YAML = 2**16  # bytes of a bag or a registry
 MAX_MODELS = 64  # of a bag
 MAX_HEADER = 2**22  # bytes; the header of a released safetensors file has 1e5
 LENGTH_BYTES = 8  # the length of a safetensors header
@@ -152,14 +152,6 @@ def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     return _read_with(readers[path.suffix], file)
 
 
-def read_state(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
-    """Read a PyTorch file of a model's weights and nothing else, whatever its suffix.
-
-    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
-    """
-    return _read_with(read_pickled, file)
-
-
 def read_weights(file: str | os.PathLike[str] | Content) -> dict[str, Tensor]:
     """Read the weights of a file that a training saved, with or without the training's state.
 
@@ -169,9 +161,10 @@ def read_weights(file: str | os.PathLike[str] | Content) -> dict[str, Tensor]:
     from torch import Tensor
 
     path = file.path if isinstance(file, Content) else Path(file)
-    tensors_only = path.suffix == ".safetensors"
-    reader = _load_safetensors if tensors_only else partial(read_pickled, skip=True)
-    state: Any = _read_with(reader, file)
+    if path.suffix == ".safetensors":
+        state: Any = _read_with(lambda data: _load_safetensors(data)[0], file)
+    else:
+        state = _read_with(partial(read_pickled, skip=True), file)
     while wrapped := [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]:
         state = wrapped[0]
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -192,9 +185,8 @@ def _read_with(
     try:
         package = reader(content.data)
     except Refused as exc:
-        raise ModelLoadingError(
-            f"{path}: refused, it holds {exc}, which is not part of a Demucs checkpoint"
-        ) from exc
+        text = f"refused, it holds {exc}, which is not part of a Demucs checkpoint"
+        raise ModelLoadingError(f"{path}: {text}") from exc
     except Exception as exc:
         # Damaged and hostile files bring about exceptions of all kinds.
         reason = shortened(exc)
@@ -204,52 +196,51 @@ def _read_with(
     return package
 
 
-def _load_safetensors(data: bytes) -> dict[str, Tensor]:
+def _load_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file."""
     import safetensors.torch
 
     header = int.from_bytes(data[:LENGTH_BYTES], "little")
     if header > MAX_HEADER:
         raise Refused(f"a header of {header} bytes")
-    return safetensors.torch.load(data)
+    tensors = safetensors.torch.load(data)
+    facts = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header])
+    return tensors, facts.get("__metadata__") or {}
 
 
 def _read_safetensors(data: bytes) -> dict[str, Any]:
-    tensors = _load_safetensors(data)
-    header = int.from_bytes(data[:LENGTH_BYTES], "little")
-    metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header]).get("__metadata__") or {}
+    tensors, metadata = _load_safetensors(data)
     if "klass" not in metadata:
         raise Refused("no klass in the metadata")
-    structure = json.loads(metadata["structure"]) if "structure" in metadata else None
+
+    def parsed(field: str, default: str) -> Any:
+        return json.loads(metadata.get(field, default), object_hook=partial(_from_node, tensors))
+
     return {
         "klass": ClassName(metadata["klass"]),
-        "args": _from_json(json.loads(metadata.get("args", "[]")), {}),
-        "kwargs": _from_json(json.loads(metadata.get("kwargs", "{}")), {}),
-        "state": tensors if structure is None else _from_json(structure, tensors),
+        "args": parsed("args", "[]"),
+        "kwargs": parsed("kwargs", "{}"),
+        "state": parsed("structure", "null") if "structure" in metadata else tensors,
     }
 
 
-def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_to_json`."""
-    if isinstance(value, list):
-        return [_from_json(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("_type") == "fraction":
-        return make_fraction(value["numerator"], value["denominator"])
-    kind = next(iter(value)) if len(value) == 1 else ""
-    node: Any = value.get(kind)
+def _from_node(tensors: Mapping[str, Tensor], node: dict[str, Any]) -> Any:
+    """Undo `_to_json` for one object of JSON, whose values are done already."""
+    if node.get("_type") == "fraction":
+        return make_fraction(node["numerator"], node["denominator"])
+    kind: str = next(iter(node)) if len(node) == 1 else ""
+    value: Any = node.get(kind)
     if kind == "_tensor":
-        return tensors[node]
+        return tensors[value]
     if kind == "_dict":
-        return {key: _from_json(item, tensors) for key, item in node}
+        return dict(value)
     if kind == "_class":
-        return ClassName(node)
+        return ClassName(value)
     if kind in ("_list", "_tuple"):
-        items = [_from_json(item, tensors) for item in node]
-        return items if kind == "_list" else tuple(items)
-    if str(kind).startswith("_"):
-        raise Refused(f"the structure node {str(kind)[:40]!r}")
-    return {key: _from_json(item, tensors) for key, item in value.items()}
+        return list(value) if kind == "_list" else tuple(value)
+    if kind.startswith("_"):
+        raise Refused(f"the structure node {kind[:40]!r}")
+    return node
 
 
 def _to_json(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "state") -> Any:

@@ -65,13 +65,6 @@ class ClassName:
     dotted: str
 
 
-@dataclass(frozen=True)
-class _StorageType:
-    """The type of a storage, by the name of its `torch.dtype`."""
-
-    dtype: str
-
-
 SKIPPED = ClassName("an object that is not part of a model's weights")
 
 
@@ -81,20 +74,20 @@ def _short(value: Any) -> str:
     return shortened(value)
 
 
-def check_size(value: Any) -> None:
-    """Raise `Refused` for containers that hold themselves, or each other too often to be walked."""
-    _count(value, {}, 0)
+def check_size(value: Any, known: dict[int, int] | None = None, depth: int = 0) -> int:
+    """Count the values in nested containers, each as often as it is reached.
 
-
-def _count(value: Any, known: dict[int, int], depth: int) -> int:
-    """Count the values in nested containers, each as often as it is reached."""
+    Raises `Refused` for containers that hold themselves, or each other too often to be walked.
+    `known` has the counts of those that were reached before.
+    """
+    known = {} if known is None else known
     if not isinstance(value, (Mapping, list, tuple)):
         return 1
     if depth > MAX_DEPTH:
         raise Refused(f"containers in each other, more than {MAX_DEPTH} deep")
     if id(value) not in known:
         items = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_count(item, known, depth + 1) for item in items)
+        known[id(value)] = 1 + sum(check_size(item, known, depth + 1) for item in items)
     if known[id(value)] > MAX_VALUES:
         raise Refused(f"more than {MAX_VALUES} values")
     return known[id(value)]
@@ -134,15 +127,11 @@ def _make_tensor(
     return storage.as_strided(size, stride, offset)
 
 
-def _make_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _make_dict,
     "fractions.Fraction": make_fraction,
     "torch._utils._rebuild_tensor_v2": _make_tensor,
-    "torch._utils._rebuild_parameter": _make_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
 }
 
 
@@ -169,9 +158,7 @@ class _Unpickler(pickle._Unpickler):
         dotted = f"{module}.{name}"
         if dotted in FUNCTIONS:
             return FUNCTIONS[dotted]
-        if dotted in DTYPES:
-            return _StorageType(DTYPES[dotted])
-        if CLASS_NAME.fullmatch(dotted):
+        if dotted in DTYPES or CLASS_NAME.fullmatch(dotted):
             return ClassName(dotted)
         if self.skip:
             return SKIPPED
@@ -181,13 +168,11 @@ class _Unpickler(pickle._Unpickler):
         import torch
 
         kind, storage, key, _, numel = pid
-        if kind != "storage" or not isinstance(storage, _StorageType) or not isinstance(key, str):
+        name = DTYPES.get(storage.dotted) if isinstance(storage, ClassName) else None
+        if kind != "storage" or name is None or not isinstance(key, str):
             raise Refused(f"a persistent {_short(kind)}")
         if key not in self.storages:
-            content, dtype = (
-                self.archive.read(f"{self.root}/data/{key}"),
-                getattr(torch, storage.dtype),
-            )
+            content, dtype = self.archive.read(f"{self.root}/data/{key}"), getattr(torch, name)
             if len(content) != numel * dtype.itemsize:
                 raise Refused(
                     f"a storage of {len(content)} bytes for {_short(numel)} values of {dtype}"

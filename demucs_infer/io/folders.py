@@ -1,4 +1,4 @@
-"""The folder of a track below the one that was named: what `{folder}` in a file name stands for.
+"""The folder of a track below the one that was named: the value of `{folder}` in a file name.
 
 named      track                  folder
 A          A/Hits/01.mp3          Hits
@@ -18,32 +18,28 @@ Name = TypeVar("Name")
 
 
 class Folders:
-    """The folders and patterns that were named; it can be pickled, for workers elsewhere."""
+    """The folders and patterns that were named. It can be pickled, for workers elsewhere."""
 
     def __init__(self) -> None:
         self._named: set[str] = set()
 
     def noting(self, names: Iterable[Name]) -> Iterator[Name]:
-        """`names`, each noted when it comes."""
+        """Yield `names` and remember them, of a pattern the folder before its first wildcard."""
         for name in names:
-            self._named.add(_root(str(name)))
+            text = str(name)
+            if glob.has_magic(text):
+                plain = itertools.takewhile(lambda part: not glob.has_magic(part), _parts(text))
+                text = _joined(text, list(plain))
+            self._named.add(text)
             yield name
 
     def of(self, track: object) -> str:
-        """The folder of `track` below what was named, with slashes; empty for a named track."""
+        """Return the folder of `track` below what was named, with slashes, or "" for the latter."""
         *parents, _ = _parts(str(track))
         for count in range(len(parents), 0, -1):
             if _joined(str(track), parents[:count]) in self._named:
                 return "/".join(parents[count:])
         return ""
-
-
-def _root(name: str) -> str:
-    """Return `name`, or of a pattern the folder before its first wildcard."""
-    if not glob.has_magic(name):
-        return name
-    plain = itertools.takewhile(lambda part: not glob.has_magic(part), _parts(name))
-    return _joined(name, list(plain))
 
 
 def _parts(name: str) -> list[str]:

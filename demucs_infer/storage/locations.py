@@ -49,8 +49,7 @@ ATOMIC = {scheme: {"chunksize": 2**23} for scheme in S3 | GS}
 # Stores read these characters as something else than parts of a name.
 AMBIGUOUS = {**dict.fromkeys(S3, ("?versionId=",)), **dict.fromkeys(AZURE, ("?", "#"))}
 MAX_FOLDERS = 10_000  # that are remembered while locations are compared
-LONGEST_KEY = 1024  # bytes of an object's name
-LONGEST_NAME = 255  # bytes of a file's name, where the system does not say
+LONGEST_KEY = 1025  # bytes of an object's name, with the slash before it
 TEMPORARY = ".demucs-infer-"  # begins the names of unfinished files and of their folders
 MAX_TRACK = 2**33  # bytes of a track from the web, a pipe or a device
 MAX_LIST = 2**26  # bytes of a list of tracks from the web
@@ -67,8 +66,7 @@ class Url:
 
     def __str__(self) -> str:
         # In the names of stores, question marks are characters like others.
-        shown = http.redact(self.text if self.is_web else self.root)
-        return shown if self.is_web else shown + self.path
+        return http.redact(self.text) if self.is_web else http.redact(self.root) + self.path
 
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.text}/{name}")
@@ -84,25 +82,25 @@ class Url:
         return self.scheme in WEB
 
     @property
+    def rest(self) -> str:
+        """The part behind the protocol: the path of a URL file://."""
+        return self.text.partition("://")[2]
+
+    @property
     def root(self) -> str:
         """The protocol with the bucket or host, which a file system is built from."""
-        return f"{self.scheme}://{self.text.partition('://')[2].partition('/')[0]}"
+        return f"{self.scheme}://{self.rest.partition('/')[0]}"
 
     @property
     def path(self) -> str:
         """The part behind the root, from its slash on."""
-        return "".join(self.text.partition("://")[2].partition("/")[1:])
-
-    @property
-    def local(self) -> Path:
-        """The path of a URL file://."""
-        return Path(self.text.partition("://")[2]).absolute()
+        return "".join(self.rest.partition("/")[1:])
 
     @property
     def names(self) -> list[str]:
         """The names of the folders above the file, and of the file."""
         if not self.is_web:
-            return self.text.partition("://")[2].split("/")
+            return self.rest.split("/")
         parts = re.split("[?#]", self.path, maxsplit=1)[0].split("/")
         return [re.sub("[/\0]", "_", unquote(part)) for part in parts]
 
@@ -116,20 +114,18 @@ class Url:
         allowed = PROTOCOLS | set(re.split(r"[\s,]+", os.environ.get(MORE_PROTOCOLS, "").lower()))
         if self.scheme not in allowed:
             names = ", ".join(sorted(filter(None, allowed)))
-            raise OptionError(
-                f"{self}: URLs of {self.scheme}:// are not opened, only those of {names}"
-                f" ({MORE_PROTOCOLS} can name others)"
-            )
-        if self.is_web:
-            with contextlib.suppress(ValueError):
-                if urlsplit(self.text).hostname and "\0" not in self.text:
-                    return
-            raise OptionError(f"{self}: is not a URL of the web")
-        if CHAIN.search(self.text.partition("://")[2]) or "::" in self.root or "\0" in self.text:
+            problem = f"URLs of {self.scheme}:// are not opened, only those of {names}"
+            raise OptionError(f"{self}: {problem} ({MORE_PROTOCOLS} can name others)")
+        host = None
+        with contextlib.suppress(ValueError):
+            host = urlsplit(self.text).hostname
+        if "\0" in self.text or (self.is_web and not host):
+            raise OptionError(f"{self}: is not a valid URL")
+        if not self.is_web and (CHAIN.search(self.rest) or "::" in self.root):
             raise OptionError(f"{self}: chains of URLs are not opened")
-        for characters in AMBIGUOUS.get(self.scheme, ()):
-            if characters in self.path:
-                raise OptionError(f"{self}: a name with {characters!r} means something else there")
+        for text in AMBIGUOUS.get(self.scheme, ()):
+            if text in self.path:
+                raise OptionError(f"{self}: a name with {text!r} means something else there")
 
     def find(self, pattern: bool) -> list[Url]:
         """List the files below this folder, or the files and folders that fit this pattern."""
@@ -141,13 +137,11 @@ class Url:
     @contextlib.contextmanager
     def store(self, kind: type[AudioError] = LoadAudioError) -> Iterator[tuple[Any, str]]:
         """Lend the file system of the root, and the path in it. Failures raise `kind`."""
-        done = "written" if kind is SaveAudioError else "read"
-        try:
-            self.check()
+        with self.checked(kind):
             from fsspec.core import url_to_fs
 
             if self.scheme == "file":
-                store, path = url_to_fs("file://")[0], str(self.local)
+                store, path = url_to_fs("file://")[0], str(Path(self.rest).absolute())
             else:
                 store, base = url_to_fs(self.root)
                 # Without a host, some stores add the current folder.
@@ -155,6 +149,13 @@ class Url:
             # Others may have changed the store since it was listed.
             store.invalidate_cache()
             yield store, path
+
+    @contextlib.contextmanager
+    def checked(self, kind: type[AudioError] = LoadAudioError) -> Iterator[None]:
+        """Check the URL. Failures, also those of the block, raise `kind`."""
+        try:
+            self.check()
+            yield
         except AudioError:
             raise
         except OptionError as exc:
@@ -162,15 +163,21 @@ class Url:
         except ImportError as exc:
             package = getattr(exc.__cause__, "name", None) or exc.name or "another package"
             raise MissingDependencyError(package, str(self)) from exc
-        except FileNotFoundError as exc:
-            logger.debug("", exc_info=exc)
-            missing = "file" if kind is LoadAudioError else "bucket or folder"
-            raise kind(f"{self}: no such {missing}") from exc
         except Exception as exc:
-            # Each store has its own exceptions. Their texts may contain the URL.
-            text = str(getattr(exc, "strerror", None) or exc).replace(self.text, str(self))
-            reason = (text.splitlines() or [type(exc).__name__])[0]
-            raise kind(f"{self}: cannot be {done} ({reason})") from exc
+            # Each store has its own exceptions.
+            logger.debug("", exc_info=exc)
+            raise kind(self._describe(exc, kind)) from exc
+
+    def _describe(self, exc: Exception, kind: type[AudioError]) -> str:
+        """Return the message for an exception, whose text may contain the URL."""
+        if isinstance(exc, http.HostError) and not exc.answered:
+            return str(exc)
+        if isinstance(exc, FileNotFoundError) or getattr(exc, "status", 0) == 404:
+            return f"{self}: no such {'file' if kind is LoadAudioError else 'bucket or folder'}"
+        text = getattr(exc, "reason", None) or getattr(exc, "strerror", None) or exc
+        lines = str(text).replace(self.text, str(self)).splitlines() or [type(exc).__name__]
+        done = "read" if kind is LoadAudioError else "written"
+        return f"{self}: cannot be {done} ({lines[0]})"
 
 
 Location = Path | Url
@@ -237,7 +244,7 @@ class Identities:
     """
 
     def __init__(self) -> None:
-        self._real_folder = functools.lru_cache(MAX_FOLDERS)(os.path.realpath)
+        self._real_folder = functools.lru_cache(MAX_FOLDERS)(_resolve)
 
     def of(self, place: Location) -> str:
         """Return the identity of a location."""
@@ -249,9 +256,16 @@ class Identities:
             folder, name = os.path.split(os.path.abspath(place))  # noqa: PTH100
         path = os.path.join(self._real_folder(folder), name)  # noqa: PTH118
         if os.path.islink(path):  # noqa: PTH114
-            path = os.path.realpath(path)
+            path = _resolve(path)
         path = os.path.normcase(path)
         return path.casefold() if sys.platform == "darwin" else path
+
+
+def _resolve(path: str) -> str:
+    # Python before 3.13 follows links by recursion. The system opens no chain that is so long.
+    with contextlib.suppress(RecursionError):
+        return os.path.realpath(path)
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 @contextlib.contextmanager
@@ -261,7 +275,9 @@ def reading(place: Location) -> Iterator[IO[bytes]]:
         with place.open("rb") as file:
             yield file
     elif place.is_web:
-        yield io.BytesIO(b"".join(_blocks(place, MAX_LIST)))
+        with place.checked():
+            content = b"".join(http.read(place.text, MAX_LIST, TRACK_LIMITS))
+        yield io.BytesIO(content)
     else:
         with place.store() as (store, path), store.open(path, "rb") as file:
             yield file
@@ -281,27 +297,23 @@ def local_copy(name: Named, folder: Path | None = None) -> Iterator[Path]:
                 store.get_file(path, str(copy))
         else:
             with copy.open("wb") as target:
-                for block in _blocks(place, MAX_TRACK):
+                for block in _blocks(place):
                     target.write(block)
         yield copy
 
 
-def _blocks(place: Location, most: int) -> Iterator[bytes]:
+def _blocks(place: Location) -> Iterator[bytes]:
     """Yield what is at a URL of the web, or comes out of a pipe. Raises `LoadAudioError`."""
     if isinstance(place, Url):
-        try:
-            place.check()
-            yield from http.read(place.text, most, TRACK_LIMITS)
-        except http.HostError as exc:
-            reason = "no such file" if exc.status == 404 else f"cannot be read ({exc.reason})"
-            raise LoadAudioError(f"{place}: {reason}") from exc
-        except OptionError as exc:
-            raise LoadAudioError(str(exc)) from exc
+        with place.checked():
+            yield from http.read(place.text, MAX_TRACK, TRACK_LIMITS)
         return
+    count = 0
     with place.open("rb") as source:
-        while block := source.read(2**20):
+        while block := source.read(http.READ_BLOCK):
             yield block
-            if (most := most - len(block)) < 0:
+            count += len(block)
+            if count > MAX_TRACK:
                 raise LoadAudioError(f"{place}: goes on after {MAX_TRACK} bytes")
 
 
@@ -321,27 +333,19 @@ def check_target(place: Location) -> None:
     try:
         check(place)
         if isinstance(place, Url):
-            if len(os.fsencode(place.path)) > LONGEST_KEY + 1:
-                problem = "the name is too long"
+            problem = "the name is too long" if len(os.fsencode(place.path)) > LONGEST_KEY else ""
         elif place.is_dir():
             problem = "a folder has this name"
         else:
-            limit = _longest_name(place)
-            if any(len(os.fsencode(part)) > limit for part in place.parts):
-                problem = "a name is too long"
+            # The system refuses names that are too long, also if there is no such file.
+            folder = next(path for path in place.absolute().parents if path.exists())
+            for part in place.parts:
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / part).lstat()
     except (OSError, OptionError) as exc:
         problem = str(getattr(exc, "strerror", None) or exc)
     if problem:
         raise SaveAudioError(f"{place}: cannot be written ({problem})")
-
-
-def _longest_name(path: Path) -> int:
-    """Return the bytes that a name may have in the first folder above `path` that exists."""
-    folder = next((folder for folder in path.absolute().parents if folder.exists()), Path.cwd())
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError, ValueError):
-            return os.pathconf(folder, "PC_NAME_MAX")
-    return LONGEST_NAME
 
 
 def replaced_by(file: Path) -> Path:
@@ -382,12 +386,6 @@ def _rename(file: Path, target: Path) -> Undo:
         except OSError:
             # The file system has no links.
             target.replace(kept)
-    try:
-        file.replace(target)
-    except OSError:
-        if not target.exists() and kept.exists():
-            kept.replace(target)
-        raise
 
     def undo() -> None:
         if kept.exists():
@@ -397,6 +395,12 @@ def _rename(file: Path, target: Path) -> Undo:
         for folder in made:
             folder.rmdir()
 
+    try:
+        file.replace(target)
+    except OSError:
+        if kept.exists() and not target.exists():
+            kept.replace(target)
+        raise
     return undo
 
 

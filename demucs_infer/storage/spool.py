@@ -15,15 +15,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from ..errors import SaveAudioError
 from .locations import TEMPORARY
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = "demucs-infer.lock"
 IN_MEMORY = 2**22  # bytes that a spool keeps in memory: 12 s of stereo at 44.1 kHz
@@ -57,6 +58,8 @@ class Spool:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the samples `[C, stop - start]`, which must have been written."""
+        import torch
+
         frame = self.channels * SAMPLE
         self._file.seek(start * frame)
         data = bytearray(self._file.read((stop - start) * frame))

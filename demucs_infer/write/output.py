@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ..engine.options import STEMS, number, option
+from ..engine.options import STEMS
 from ..errors import LoadAudioError, OptionError, SaveAudioError
+from ..fields import number, option
 from ..log import logger
 from ..storage.locations import (
     TEMPORARY,
@@ -142,9 +143,7 @@ class Output:
         choices=CLIP_MODE_NAMES,
     )
     keep_rate: bool = option(
-        False,
-        "write at the sample rate of the track instead of the model's",
-        action="store_true",
+        False, "write at the sample rate of the track instead of the model's", action="store_true"
     )
     two_stems: str | None = option(
         None,
@@ -244,6 +243,16 @@ class Output:
                 f"no folder for temporary files, set TMPDIR: {exc.strerror}"
             ) from exc
 
+    def check_folder(self) -> None:
+        """Raise `SaveAudioError` if files in the output folder cannot be made. Makes nothing."""
+        self.workspace()  # asks a store
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            folder = self._folder.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
+
     def _sums(self, sources: Sequence[str]) -> list[Stem]:
         """Return the stems that are written as sums of `sources`."""
         stem, method = self.two_stems, self.other_method
@@ -298,11 +307,7 @@ class Output:
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
 
     def paths(
-        self,
-        track: Named,
-        model: str,
-        stems: Sequence[str],
-        folder_of: FolderOf = lambda track: "",
+        self, track: Named, model: str, stems: Sequence[str], folder_of: FolderOf = lambda track: ""
     ) -> dict[str, Location]:
         """Return the file of each stem of `track`, within the folder whatever the names are.
 
