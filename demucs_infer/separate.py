@@ -128,7 +128,7 @@ class _ShortHelp(argparse.Action):
 
 @dataclass(frozen=True)
 class _BatchOptions:
-    """What is done with many tracks."""
+    """Options of a batch."""
 
     skip_existing: bool = option(
         False,
@@ -279,11 +279,13 @@ def limit_openmp_spinning() -> None:
 
 
 def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
-    """Separate every track. Returns what `_run` does."""
+    """Find all tracks and separate them. Returns what `_run` does."""
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
+    if args.ray is not None and PIPE in (args.out, *args.tracks):
+        raise OptionError("--ray takes no standard input and no standard output")
     model = args.sig or args.name or DEFAULT_MODEL
     label = model_label(model)
     folder = PIPE if args.out == PIPE else args.out / label
@@ -291,32 +293,46 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     faults: list[tuple[Location, DemucsInferError]] = []
     folders = Folders()
 
-    def report_fault(name: Location, error: DemucsInferError) -> None:
+    def report(name: Location, error: DemucsInferError) -> None:
         faults.append((name, error))
 
-    from .batch.tracks import find_tracks, plan_jobs, read_list
+    from .batch.tracks import find_tracks, read_list
 
     # The model may be a large download: look first whether it has work to do.
-    listed = () if args.from_file is None else read_list(args.from_file, report_fault)
+    listed = () if args.from_file is None else read_list(args.from_file, report)
     names = folders.noting(itertools.chain(args.tracks, listed))
-    tracks = list(find_tracks(names, leave_out=args.out, report=report_fault))
+    tracks = list(find_tracks(names, leave_out=args.out, report=report))
     if not tracks and not faults:
         raise OptionError(f"{args.from_file}: names no track")
     output.check_folder()
 
-    from .api import Separator
-    from .batch.batch import Batch, TrackResult, warn_of_full_disk
+    from .batch.batch import TrackResult
 
     count = len(tracks) + len(faults)
     if output.is_pipe and count > 1:
         raise OptionError(f"standard output takes one track, not {count}")
     console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
-    label = model_label(model)
     for name, fault in faults:
         console.report(TrackResult(name, label, error=fault).as_json())
-    if not tracks:
-        console.sum_up()
-        return console.failures, []
+    if tracks:
+        _run_model(args, model, output, tracks, folders, console)
+    console.sum_up()
+    return console.failures, console.errors
+
+
+def _run_model(
+    args: argparse.Namespace,
+    model: str,
+    output: Output,
+    tracks: Sequence[Location],
+    folders: Folders,
+    console: Console,
+) -> None:
+    """Load the model and separate `tracks`, here or on a Ray cluster."""
+    from .api import Separator
+    from .batch.batch import Batch, warn_of_full_disk
+    from .batch.tracks import plan_jobs
+
     options = {
         **values_of(SeparatorOptions, args),
         "model": model,
@@ -329,39 +345,37 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     network: Any = separator.model
     output.check_stems(network.sources, separator.stems)
     jobs = plan_jobs(tracks, output, separator.name, separator.stems, folders)
-    shown = folder.resolve() if isinstance(folder, Path) else folder
+    shown = output.folder.resolve() if isinstance(output.folder, Path) else output.folder
     console.introduce(len(network.models) if hasattr(network, "models") else None, shown)
-
-    def report(result: TrackResult) -> None:
-        console.report(result.as_json(), result.error)
-
-    def report_elsewhere(result: dict[str, Any]) -> None:
-        error = result["error"] and DemucsInferError(result["error"])
-        console.report(result, error, elsewhere=True)
-
     if args.ray is None:
         with output.workspace() as space:
-            if isinstance(folder, Path):
+            if isinstance(output.folder, Path):
                 warn_of_full_disk(separator, output, space, jobs)
-            batch = Batch(separator, output, space, announce=console.announce, report=report)
+            batch = Batch(
+                separator,
+                output,
+                space,
+                announce=console.announce,
+                report=lambda result: console.report(result.as_json(), result.error),
+            )
             batch.run(jobs, skip_existing=args.skip_existing)
     else:
         del separator, network
         from .cluster import separate_on_ray
 
-        if output.is_pipe or any(job.track == PIPE for job in jobs):
-            raise OptionError("--ray takes no standard input and no standard output")
+        def report(result: dict[str, Any]) -> None:
+            error = result["error"] and DemucsInferError(result["error"])
+            console.report(result, error, elsewhere=True)
+
         own = {"folders": folders, "output": output, "skip_existing": args.skip_existing}
         separate_on_ray(
             [full_text(job.track) for job in jobs],
             {**options, **own},
-            report_elsewhere,
+            report,
             address=args.ray,
             cpus_per_worker=args.cpus_per_worker,
             verbose=args.verbose,
         )
-    console.sum_up()
-    return console.failures, console.errors
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which tracks are meant, and which files their stems become."""
+"""Find tracks, and plan the files of their stems."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SUFFIXES = frozenset(
 )
 
 
-MAX_LINE = 2**16  # characters of a line in a list: the rest is no name
+MAX_LINE = 2**16  # characters of a line in a list: longer ones are not names
 ENCODINGS = {  # by what a list begins with; the longer ones first, as they begin alike
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -168,7 +168,7 @@ class _Search:
     identities: Identities
 
     def tracks(self, name: Location) -> Iterable[Location]:
-        """The tracks that a name means; what goes wrong is reported."""
+        """Return the tracks that a name stands for. Errors are reported."""
         try:
             _check_name(name)
             return self._remote(name) if isinstance(name, Url) else self._local(name, self.expand)

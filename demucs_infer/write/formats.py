@@ -128,12 +128,12 @@ class Format:
 
         formats = [self, *self.variants.values()]
         encoders = {encoder for each in formats for encoder in each.codecs.values()}
-        codecs = {Codec(encoder, "w").canonical_name for encoder in encoders}
+        codecs = {Codec(encoder, "w").id for encoder in encoders}
         streams = container.streams.audio
         return (
             {"ipod": "mp4"}.get(self.container, self.container) in container.format.name.split(",")
             and len(streams) > self.is_together
-            and all(stream.codec_context.codec.canonical_name in codecs for stream in streams)
+            and all(stream.codec_context.codec.id in codecs for stream in streams)
             and any(True for _ in container.decode(audio=0))
         )
 

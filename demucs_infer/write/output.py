@@ -1,4 +1,4 @@
-"""What is written of a track: which stems, where, and in which format.
+"""The output of a track: its stems, their folder, and their format.
 
 Importing this needs no PyTorch.
 """
@@ -58,7 +58,7 @@ BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 @dataclass(frozen=True)
 class Output:
-    """What is written of a track, where and how. Raises `OptionError` for what cannot be."""
+    """The output of a track. Raises `OptionError` for options that do not fit."""
 
     folder: str | os.PathLike[str] | Url = option(
         "separated",
@@ -368,7 +368,7 @@ class Output:
             relative = template.format(**values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
-            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
+            raise OptionError(f"the file name {template!r} is not a template of {known}") from exc
         if template.startswith("{folder") and not folder:
             relative = relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
@@ -422,7 +422,7 @@ def _check_template(template: str) -> None:
         raise ValueError("a NUL is in it")
     for _, name, width, conversion in string.Formatter().parse(template):
         if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
-            raise ValueError(f"{name} is no field")
+            raise ValueError(f"{name} is not a field")
 
 
 def _split(track: Location) -> tuple[str, str]:
