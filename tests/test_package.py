@@ -53,7 +53,7 @@ IMPORTED = {
     "compat": "",
 }
 # `fatal` takes messages of any type and a status; `DummyPoolExecutor` no number of workers.
-OTHER_PARAMETERS = {"fatal", "DummyPoolExecutor"}
+OTHER_PARAMETERS = {"fatal"}
 
 
 def defined_in(module: Any) -> dict[str, Any]:
