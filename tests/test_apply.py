@@ -91,7 +91,7 @@ def bags(tiny):
     "options",
     [
         {"shifts": 0},
-        {"shifts": 3, "overlap": 0.6},
+        {"shifts": 2, "overlap": 0.4},
         {"segment": 0.3, "transition_power": 2.0},
         {"num_workers": 2},
     ],

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import shutil
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch.torch_version import TorchVersion
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.demucs import Demucs
 from demucs_infer.engine.backends import backend_of, on_engine, pytorch
+from demucs_infer.engine.backends.compiled import CompiledCache
 from demucs_infer.engine.machine import X86
 from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import MissingDependencyError, OptionError
@@ -142,7 +146,7 @@ def test_cache_of_compiled_networks(
     nn.init.zeros_(other.decoder[-1][-1].weight)
     assert not torch.equal(separated(other), first)
     assert len(files()) == 2
-    # Safe entries alone are used: see test_cache.
+    # Safe entries alone are used: see below.
     (tmp_path / "blocked").write_text("")
     assert torch.equal(separated(ours, tmp_path / "blocked"), first)
 
@@ -172,6 +176,7 @@ def test_error_without_the_package_has_the_command_that_installs_it(
         ({"engine": "onnxruntime", "precision": "bfloat16"}, "'bfloat16' is not supported"),
         ({"engine": "onnxruntime", "precision": "float16"}, "takes 'float32'"),
         ({"engine": "onnxruntime", "compile": True}, "compiles by itself"),
+        ({"device": "openvino:QPU"}, "no device 'QPU' here, but CPU"),
         ({"device": "onnxruntime:QPU"}, "no provider 'QPU', but cpu"),
         ({"device": "onnxruntime:cpu:first"}, "a number must follow"),
     ],
@@ -180,13 +185,6 @@ def test_error_without_the_package_has_the_command_that_installs_it(
 def test_unsupported_combinations_are_rejected(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         on_engine(HTDemucs(**TINY), SeparationOptions(**options))
-
-
-def test_devices_that_openvino_lacks_are_rejected() -> None:
-    pytest.importorskip("openvino")
-    options = SeparationOptions(device="openvino:QPU")
-    with pytest.raises(OptionError, match="no device 'QPU' here, but CPU"):
-        on_engine(HTDemucs(**TINY), options)
 
 
 @pytest.mark.parametrize(
@@ -288,3 +286,87 @@ def test_half_precision_on_a_gpu_uses_autocast(monkeypatch: pytest.MonkeyPatch) 
         assert 40 < decibels(on_engine(ours, options)(mix), theirs(mix)) < 100
     monkeypatch.setattr(pytorch, "cuda_has_bfloat16", lambda device: False)
     assert on_engine(ours, options) is ours
+
+
+# The cache of compiled networks, and other users who could exchange its entries.
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the permissions of POSIX")
+
+
+@posix
+def test_an_entry_is_read_back(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / "cache")
+    assert cache.load("a") is None
+    before = os.umask(0o002)  # of a user whose files their group may write
+    cache.store("a", b"network")
+    os.umask(before)
+    assert cache.load("a") == b"network"
+    assert {path.name for path in cache.folder.iterdir()} == {"a", "a.sha256"}
+    (tmp_path / "cache" / "a").write_bytes(b"damaged")
+    assert cache.load("a") is None
+    CompiledCache(None).store("a", b"network")
+    assert CompiledCache(None).load("a") is None
+
+
+@posix
+@pytest.mark.parametrize(
+    ("path", "mode"), [("cache", 0o777), ("cache/a", 0o666), ("cache/a.sha256", 0o662), ("", 0o777)]
+)
+def test_what_others_may_write_is_not_used(
+    path: str, mode: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "home").mkdir()
+    cache = CompiledCache(tmp_path / "home/cache")
+    cache.store("a", b"network")
+    (tmp_path / "home" / path).chmod(mode)
+    assert cache.load("a") is None
+    assert str(cache.folder) in caplog.text
+    if path in ("", "cache"):
+        cache.store("b", b"network")
+        assert not (cache.folder / "b").exists()
+    if not path:  # where each can remove only what is theirs
+        (tmp_path / "home").chmod(0o1777)
+        assert cache.load("a") == b"network"
+
+
+@posix
+@pytest.mark.parametrize("target", ["link", "fifo"])
+def test_an_entry_that_is_not_a_file(target: str, tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / "cache")
+    cache.store("a", b"network")
+    (cache.folder / "a").rename(tmp_path / "elsewhere")
+    if target == "link":
+        (cache.folder / "a").symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(cache.folder / "a")
+    assert cache.load("a") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "chown") or os.geteuid() != 0, reason="needs another user")
+def test_a_folder_that_another_user_exchanges(tmp_path: Path) -> None:
+    """The folder that is checked is the one that is read."""
+    cache = CompiledCache(tmp_path / "cache")
+    cache.store("a", b"network")
+    shutil.copytree(cache.folder, tmp_path / "evil")
+    CompiledCache(tmp_path / "evil").store("a", b"evil")
+    for path in (tmp_path / "evil", *(tmp_path / "evil").iterdir()):
+        os.chown(path, 65534, 65534)
+    os.chown(tmp_path, 0, 0)
+    done = threading.Event()
+
+    def exchange() -> None:
+        while not done.is_set():
+            for source, goal in (
+                ("cache", "x"),
+                ("evil", "cache"),
+                ("cache", "evil"),
+                ("x", "cache"),
+            ):
+                (tmp_path / source).rename(tmp_path / goal)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    found = {cache.load("a") for _ in range(3000)}
+    done.set()
+    thread.join()
+    assert b"evil" not in found

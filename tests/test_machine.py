@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,30 +118,6 @@ def test_only_the_workers_of_the_pool_use_one_thread() -> None:
                 assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(usual)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.slow
-def test_worker_does_not_start_openmp_threads() -> None:
-    script = """
-import os, torch
-from concurrent.futures import ThreadPoolExecutor
-from demucs_infer.engine.machine import worker_pool
-
-def work():
-    before = set(os.listdir("/proc/self/task"))
-    x = torch.ones(2, 1, 1_000_000)
-    torch.nn.functional.conv1d(x, torch.ones(4, 1, 50)).exp().sum()
-    return len(set(os.listdir("/proc/self/task")) - before)
-
-torch.set_num_threads(4)
-for pool in (ThreadPoolExecutor(1), worker_pool(1)):
-    print(pool.submit(work).result())
-"""
-    result = run("-c", script)
-    assert result.returncode == 0, result.stderr
-    usual, alone = map(int, result.stdout.split())
-    assert usual > alone == 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ..utils import run_network, standardize
 from .machine import onednn_is_faster
 from .model import changes_type
 
-TILE_BYTES = 2**24  # of the largest result in a tile; every further tile makes threads wait
+TILE_BYTES = 2**23  # of the largest result in a tile; every further tile makes threads wait
 PIECE = 2**12  # values whose sum in float32 is as good as exact
 FLATNESS = 10  # above this ratio of |mean| to std, E[x²] - E[x]² cancels: use Welford's algorithm
 ATTENTION_ROWS = 896  # queries at once, so that their scores stay in the cache
@@ -164,8 +164,8 @@ class FastGroupNorm(nn.GroupNorm):
         return y
 
 
-# Layers in tiles: the result of a layer that only the next one reads is never whole, so that it
-# stays in the cache.
+# Layers in tiles: the result of a layer that only the next one reads is never whole. With tiles of
+# 8 MB, a window of htdemucs adds 400 MB to the peak; with 16 MB it adds 472 MB.
 
 
 def gated_in_tiles(y: Tensor, rewrite: Any) -> Tensor:
