@@ -221,17 +221,17 @@ class RemoteRepo(ModelOnlyRepo):
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
         """Describe how to do without a download, with the URLs and digests of the files."""
-        texts = []
+        files = []
         for sig in signatures:
-            sources = sources_of(sig, self._checkpoints[sig])
-            digests = [source.sha256 and f" (SHA-256 {source.sha256})" for source in sources]
-            urls = [redact(source.url) for source in sources]
-            # A mirror has the same file as the host.
-            shown = [d if d not in digests[i + 1 :] else "" for i, d in enumerate(digests)]
-            texts.append(" or ".join(url + digest for url, digest in zip(urls, shown)))
+            urls: dict[str, list[str]] = {}
+            for source in sources_of(sig, self._checkpoints[sig]):
+                digest = f" (SHA-256 {source.sha256})" if source.sha256 else ""
+                urls.setdefault(digest, []).append(redact(source.url))
+            files.append(" or ".join(" or ".join(urls[digest]) + digest for digest in urls))
+        them, folder = "it" if len(files) == 1 else "them", self._own_path(signatures[0]).parent
         return (
-            f"Copy it into {self._own_path(signatures[0]).parent}, or into a folder for --cache-dir"
-            f" (or for --repo, with a NAME.yaml for a bag), from {', '.join(texts)}"
+            f"Copy {them} into {folder}, or into a folder for --cache-dir (or for --repo, with a"
+            f" NAME.yaml for a bag), from {', '.join(files)}"
         )
 
 

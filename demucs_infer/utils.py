@@ -202,6 +202,9 @@ def appearing(path: Path) -> Iterator[Path]:
 class DummyPoolExecutor(Executor):
     """An executor that runs each call at once, in the caller's thread."""
 
+    def __init__(self, workers: int = 0) -> None:
+        """Take the number of workers, as other executors do, and ignore it."""
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))

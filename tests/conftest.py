@@ -31,6 +31,14 @@ def _messages() -> Iterator[None]:
     logger.handlers[:], logger.propagate, logger.level = before
 
 
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests to servers on loopback reach them."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
 @pytest.fixture
 def hang_ups() -> Iterator[None]:
     """Let processes that the test starts take SIGHUP, even if nohup started this one."""
@@ -135,9 +143,8 @@ def published(checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Other processes take part by running `web.code` first.
     """
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "DEMUCS_INFER_OFFLINE", "HF_TOKEN"):
+    for name in ("DEMUCS_INFER_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
     weights = io.BytesIO()
     torch.save(HTDemucs(**TINY).state_dict(), weights)
     with serving() as web:

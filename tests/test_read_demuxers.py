@@ -25,9 +25,7 @@ DASH = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="
 # What an attacker sends, with a place for the file that is somebody else's.
 LISTS = {
     "hls": HLS + "#EXT-X-ENDLIST\n",
-    "hls, live": HLS,
     "hls, a key": HLS.replace("#EXTINF:2,", '#EXT-X-KEY:METHOD=AES-128,URI="{0}"\n#EXTINF:2,'),
-    "hls, a map": HLS.replace("#EXTINF:2,", '#EXT-X-MAP:URI="{0}"\n#EXTINF:2,'),
     "hls, other lists": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=9\n{}\n",
     "dash": DASH,
     "concat": "ffconcat version 1.0\nfile '{}'\n",

@@ -35,7 +35,6 @@ from demucs_infer.pretrained import (
     model_label,
 )
 from demucs_infer.repo import AnyModel, BagOnlyRepo, LocalRepo, RemoteRepo, check_checksum
-from demucs_infer.separate import main
 from demucs_infer.states import save_model, save_with_checksum
 
 from . import web as answers
@@ -367,6 +366,7 @@ def test_a_file_is_a_model(suffix: str, folder: Path, monkeypatch: pytest.Monkey
     for path in (name, f"./{name}", str(folder / name), folder / name):
         found = get_model(path)
         assert torch.equal(found.encoder[0].conv.weight, model.encoder[0].conv.weight)
+        # The folder of its stems has this name.
         assert Separator(path, device="cpu").name == model_label(path) == "my-20240101"
 
 
@@ -394,14 +394,6 @@ def test_paths_to_nothing(folder: Path) -> None:
         get_model(folder / "lost.yaml")
 
 
-def test_stems_of_a_file_are_in_a_folder_of_its_stem(folder: Path, track: Path) -> None:
-    out = track.parent / "out"
-    main(["-n", str(folder / "tiny.th"), "-q", "-d", "cpu", "-o", str(out), str(track)])
-    assert {path.parent.relative_to(out).as_posix() for path in out.rglob("*.wav")} == {
-        "tiny/track"
-    }
-
-
 def test_lists_of_files_are_those_of_the_reference() -> None:
     ours = pretrained._parse_remote_files(pretrained.REMOTE_ROOT / "files.txt")
     theirs = demucs.pretrained._parse_remote_files(demucs.pretrained.REMOTE_ROOT / "files.txt")
@@ -427,7 +419,7 @@ def test_a_bag_loads_each_model_once(folder: Path, monkeypatch: pytest.MonkeyPat
     (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 64)}]")
     assert len(get_model("many", folder).models) == 64
     assert loaded == ["tiny"]
-    (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 40_000)}]")
+    (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 10_000)}]")
     with pytest.raises(ModelLoadingError, match="may list 64"):
         get_model("many", folder)
 

@@ -113,6 +113,16 @@ class _Track:
     written: Future[None] | None = None
 
 
+def _result(future: Future[Any]) -> Any:
+    """Return the result of `future`.
+
+    Python does not notice a signal that arrives just before a wait without a timeout.
+    """
+    while not wait([future], 1).done:
+        pass
+    return future.result()
+
+
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
@@ -156,7 +166,7 @@ class Batch:
                 for job, decoded in self._read_ahead(reader, wanted):
                     track, title, begin = None, self._announce(job.track), time.monotonic()
                     try:
-                        track = decoded.result()
+                        track = _result(decoded)
                         track.title, track.begin = title, begin
                         self._call(self._separate, track)
                     except Exception as exc:
@@ -301,7 +311,7 @@ class Batch:
                 while not wait([track.written], 0.2).done:
                     bar.n = track.encoded
                     bar.refresh()
-        track.written.result()
+        _result(track.written)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

@@ -27,13 +27,12 @@ GRAPH_PRECISIONS = ("float32", "float16")  # of a network in ONNX
 HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
 READ = "which tracks are accepted"
 
-
 Callback = Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and where it comes from."""
+    """The model, and where to find it."""
 
     model: str = option(
         DEFAULT_MODEL,
@@ -66,7 +65,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SeparationOptions:
-    """How a track is separated: the options that `Separator.update_parameter` can change.
+    """The options of a separation, which `Separator.update_parameter` can change.
 
     Raises `OptionError` for a value out of range.
     """
@@ -121,8 +120,8 @@ class SeparationOptions:
     _: KW_ONLY
     stems: str | Sequence[str] | None = option(
         None,
-        "only these stems: models of a bag that do not count for them are not run; a stem may be a"
-        " sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
+        "only these stems: models of a bag that do not contribute to them are not run; a stem may"
+        " be a sum with a name, as in vocals,instrumental=drums+bass+other; all: every source",
         section=STEMS,
         type=lambda text: text.split(","),
         metavar="STEM,...",
@@ -188,15 +187,3 @@ class SeparationOptions:
 @dataclass(frozen=True)
 class SeparatorOptions(SeparationOptions, ModelOptions):
     """The options of a `Separator`, in the order of demucs."""
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """The options of a network in ONNX, see `export`."""
-
-    precision: str = option(
-        "float32",
-        "of weights and network in ONNX; inputs and outputs stay in float32 (default: %(default)s)",
-        choices=GRAPH_PRECISIONS,
-    )
-    dynamic: bool = option(False, "take any batch in ONNX, not one window", action="store_true")

@@ -63,8 +63,6 @@ def separate(
     """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
 
     Args:
-        model: a model or a bag.
-        source: the mixture.
         options: those of `apply_model` and `Separator`; `stems` are names of sources.
         bar: makes a progress bar, if the options want progress.
         in_lockstep: let the passes of a bag and of shifts advance together, so that the sum is a
@@ -74,8 +72,7 @@ def separate(
         stay: leave the models on the device; else each member of a bag returns after its last
             window, because four models at once would fill a small GPU.
         title: that of one bar for the track, in place of one for each pass.
-        transition_power: exponent of the windows' weights.
-        pool, lock: see `apply_model`.
+        transition_power, pool, lock: see `apply_model`.
 
     Raises `OptionError` for a segment that is too long and for unknown stems, `DemucsInferError`
     for stems that are not finite.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_CHECKPOINT = 2**32  # bytes; the largest released one has 3.4e8
-MAX_YAML = 2**18  # bytes of a bag or a registry
+MAX_YAML = 2**16  # bytes of a bag or a registry
 MAX_MODELS = 64  # of a bag
 MAX_HEADER = 2**22  # bytes; the header of a released safetensors file has 1e5
 LENGTH_BYTES = 8  # the length of a safetensors header

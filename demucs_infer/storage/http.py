@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin, urlsplit
 
 from .. import __version__
 from ..errors import DownloadError
@@ -135,24 +135,22 @@ class Transfer:
 
     def send(self, session: Session, method: str, headers: dict[str, str], stop_at: str) -> None:
         """Send the request, and follow redirects without reading their bodies."""
-        from requests.utils import get_auth_from_url
-
-        url, auth = self.url, get_auth_from_url(self.url)
         options: Any = {"timeout": self.limits.timeout, "stream": True}
-        for _ in range(MAX_REDIRECTS + 1):
-            own: Any = auth if any(auth) else None
-            with self.failures():
-                response = session.request(method, url, headers=headers, auth=own, **options)
-                location = response.headers.get("Location", "")
+        with self.failures():
+            url, parts = self.url, urlsplit(self.url)
+            user, password = (unquote(text or "") for text in (parts.username, parts.password))
+            auth = (user, password) if user or password else None
+            for _ in range(MAX_REDIRECTS + 1):
+                response = session.request(method, url, headers=headers, auth=auth, **options)
                 if not response.is_redirect or (stop_at and stop_at in response.headers):
                     self.response = response
                     return
                 response.close()
-                target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
-                if session.should_strip_auth(url, target):
+                location = response.headers["Location"].encode("latin-1").decode(errors="replace")
+                before, url = url, urljoin(url, location)
+                if session.should_strip_auth(before, url):
                     headers.pop("Authorization", None)
-                    auth = ("", "")
-            url = target
+                    auth = None
         raise HostError(self.url, f"more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
