@@ -7,9 +7,9 @@ A file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -170,11 +170,16 @@ class Encoder:
     def _finish(self) -> None:
         for stream in self._streams:
             self._mux(stream.encode(None))
+        self._close()
+
+    def _close(self) -> None:
         self.container.close()
 
     def abandon(self) -> None:
-        """Write nothing more, also when the encoder is deleted."""
+        """Write nothing more. FFmpeg lets go of the file; later, PyAV 14 would crash on that."""
         self.sink.error = self.sink.error or SaveAudioError("the file is abandoned")
+        with contextlib.suppress(*AV_ERRORS, RuntimeError):
+            self._close()
 
 
 class _VorbisEncoder(Encoder):
@@ -188,6 +193,9 @@ class _VorbisEncoder(Encoder):
         self._sound.write(block.t().numpy())
 
     def _finish(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._sound.close()
 
 
@@ -265,7 +273,7 @@ def _write(wav: Tensor, path: Path, samplerate: int, format: Format) -> None:
         target.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def encoding_errors(path: object) -> Iterator[None]:
     """Raise `SaveAudioError` for what the system, FFmpeg or libsndfile objects to."""
     try:

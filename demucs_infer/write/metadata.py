@@ -82,8 +82,9 @@ def read_cover(audio: AudioFile, kinds: Sequence[str]) -> bytes | None:
 
 def disposition(stream: Any) -> int:
     """Return FFmpeg's flags of a stream, whose type differs between the releases of PyAV."""
-    flags = getattr(stream, "disposition", 0)
-    return getattr(flags, "value", flags)
+    if not hasattr(stream, "disposition"):  # PyAV 14.0
+        return ATTACHED_PICTURE if stream.type == "video" and not stream.average_rate else 0
+    return getattr(stream.disposition, "value", stream.disposition)
 
 
 class Metadata:

@@ -218,7 +218,7 @@ class VideoEncoder(Encoder):
             for stream in self._streams:
                 self._mux(stream.encode(None))
             self._copy_picture(None)
-            self.container.close()
+            self._close()
 
     def close(self) -> None:
         """Copy the rest of the picture; the file is whole then."""
