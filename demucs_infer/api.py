@@ -27,12 +27,11 @@ from .batch.batch import TrackResult, separate_file
 from .engine.backends import Backend, backend_of
 from .engine.options import (
     ModelOptions,
-    NotProvided,
     SeparationOptions,
     SeparatorOptions,
-    takes,
 )
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
+from .fields import NotProvided, takes
 from .hub.registry import cache_folder
 from .log import fatal
 from .pretrained import get_model, list_models, model_label
@@ -280,7 +279,7 @@ class Separator:
         return separate_file(self._changed(changes), track, output)
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
-        """This, with other options, for one call; the model is the same."""
+        """Return a copy with other options for one call, which shares the model."""
         if not changes:
             return self
         other = copy.copy(self)

@@ -16,14 +16,7 @@ from typing import Any
 
 from .batch.console import json_text, put
 from .errors import OptionError
-from .hub.registry import (
-    MEGABYTE,
-    NOT_STATED,
-    bags,
-    cache_folder,
-    checkpoints,
-    is_community,
-)
+from .hub.registry import MEGABYTE, NOT_STATED, bags, cache_folder, checkpoints, is_community
 from .pretrained import find_model, open_repo
 from .repo import RemoteRepo
 

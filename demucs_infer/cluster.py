@@ -141,52 +141,52 @@ def separate_on_ray(
     Raises `DemucsInferError` if there is no cluster, or the workers cannot be started.
     """
     waiting, output = dict.fromkeys(tracks), arguments["output"]
-    with contextlib.ExitStack() as stack:
-        with output.workspace():
+
+    def remove_workspaces(patience: float = 0) -> None:
+        with output.workspace(patience):
             pass
-        stack.callback(_remove_workspaces, output)
-        ray = stack.enter_context(_connected(address, verbose))
-        count, cpus, gpus = _workers(ray, arguments.get("device"), cpus_per_worker)
 
-        def run(part: Sequence[str], calls: int) -> None:
-            """Run `part` with `calls` tracks in a worker at once."""
-            data = ray.data.from_items(
-                [{"input": track} for track in part],
-                override_num_blocks=len(part),  # A dead worker loses its block.
-            ).map(
-                _Worker,
-                fn_constructor_args=(str(Path.cwd()), arguments),
-                compute=ray.data.ActorPoolStrategy(
-                    size=min(count, len(part)),
-                    max_tasks_in_flight_per_actor=calls,
-                    max_concurrent_calls_per_actor=calls,
-                    enable_true_multi_threading=True,
-                ),
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_task_retries=RETRIES,
-            )
-            try:
-                for row in data.iter_rows():
-                    result = json.loads(row["result"])
-                    waiting.pop(result["input"], None)
-                    report(result)
-            except (ray.exceptions.RayError, RuntimeError) as exc:
-                raise DemucsInferError(f"the workers cannot be run: {_cause(exc)}") from exc
+    def run(part: Sequence[str], calls: int) -> None:
+        """Run `part` with `calls` tracks in a worker at once."""
+        data = ray.data.from_items(
+            [{"input": track} for track in part],
+            override_num_blocks=len(part),  # A dead worker loses its block.
+        ).map(
+            _Worker,
+            fn_constructor_args=(str(Path.cwd()), arguments),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(count, len(part)),
+                max_tasks_in_flight_per_actor=calls,
+                max_concurrent_calls_per_actor=calls,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_task_retries=RETRIES,
+        )
+        try:
+            for row in data.iter_rows():
+                result = json.loads(row["result"])
+                waiting.pop(result["input"], None)
+                report(result)
+        except (ray.exceptions.RayError, RuntimeError) as exc:
+            raise DemucsInferError(f"the workers cannot be run: {_cause(exc)}") from exc
 
-        for start in range(0, len(tracks), PART):
-            run(tracks[start : start + PART], IN_FLIGHT)
-        if waiting:
-            run(list(waiting), 1)
+    remove_workspaces()
+    try:
+        with _connected(address, verbose) as ray:
+            count, cpus, gpus = _workers(ray, arguments.get("device"), cpus_per_worker)
+            for start in range(0, len(tracks), PART):
+                run(tracks[start : start + PART], IN_FLIGHT)
+            if waiting:
+                run(list(waiting), 1)
+    finally:
+        # Dead workers left them, or those that die now.
+        with contextlib.suppress(DemucsInferError):
+            remove_workspaces(DYING)
     for track in waiting:
         error = DemucsInferError(f"{track}: its worker died {DEATHS} times: given up")
         report(TrackResult(location(track), str(arguments["model"]), error=error).as_json())
-
-
-def _remove_workspaces(output: Output) -> None:
-    """Remove the unfinished files of dead workers, including those that die within `DYING`."""
-    with contextlib.suppress(DemucsInferError), output.workspace(DYING):
-        pass
 
 
 def _workers(ray: Any, device: str | None, cpus: int | None) -> tuple[int, int, int]:
@@ -204,8 +204,7 @@ def _workers(ray: Any, device: str | None, cpus: int | None) -> tuple[int, int, 
 
 def _cause(exc: BaseException) -> str:
     """Return the last line of an error in a worker."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1] if lines else type(exc).__name__
+    return (str(exc).strip() or type(exc).__name__).splitlines()[-1].strip()
 
 
 @contextlib.contextmanager
@@ -222,17 +221,17 @@ def _connected(address: str, verbose: bool) -> Iterator[Any]:
         import ray.data
     except ImportError as exc:
         raise MissingDependencyError("ray[data]", "--ray") from exc
-    if not verbose:
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", module=__name__, message=".*ray_remote_args")
+    level = logging.INFO if verbose else logging.CRITICAL
+    for name in () if verbose else ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(level)
     with contextlib.ExitStack() as stack:
+        if not verbose:
+            warnings.filterwarnings("ignore", module=__name__, message=".*ray_remote_args")
         # Ray reports deaths on standard output, which belongs to our results.
         messages = sys.stderr if verbose else stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(messages))
         if not ray.is_initialized():
             stack.callback(ray.shutdown)
-            level = logging.INFO if verbose else logging.CRITICAL
             host, _, port = address.rpartition("://")[2].rpartition(":")
             try:
                 if host:  # Ray itself tries a dead address for many minutes.

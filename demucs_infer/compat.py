@@ -1,4 +1,4 @@
-"""What differs between the supported PyTorch releases."""
+"""Differences between the supported PyTorch releases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def _never() -> bool:
     return False
 
 
-# Whether the processor multiplies tiles of bfloat16 (AMX); from PyTorch 2.4 on.
+# Returns True if the processor multiplies tiles of bfloat16 (AMX); PyTorch 2.4 and later.
 has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _never)
 
 
 def has_bfloat16_instructions() -> bool:
-    """Tell if an x86 processor multiplies bfloat16; PyTorch knows from 2.5 on, Linux always."""
+    """Return True if an x86 processor multiplies bfloat16: asks PyTorch (2.5 on), then Linux."""
     known = (getattr(torch.cpu, "_is_avx512_bf16_supported", _never), has_tiles)
     if any(ask() for ask in known):
         return True
@@ -29,7 +29,7 @@ def has_bfloat16_instructions() -> bool:
 
 
 def cuda_has_bfloat16(device: torch.device) -> bool:
-    """Tell if a GPU multiplies bfloat16 itself, instead of converting it."""
+    """Return True if a GPU multiplies bfloat16 itself, instead of converting it."""
     with torch.cuda.device(device):
         try:
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,7 +38,7 @@ def cuda_has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast_on_cpu() -> bool:
-    """Whether operations on a CPU choose their own precision."""
+    """Return True if operations on a CPU choose their own precision."""
     if hasattr(torch, "get_autocast_dtype"):  # from 2.4 on
         return torch.is_autocast_enabled("cpu")
     return torch.is_autocast_cpu_enabled()

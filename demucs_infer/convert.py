@@ -11,11 +11,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .engine.options import GraphOptions, add_flags, values_of
+from .engine.options import GRAPH_PRECISIONS
 from .errors import DemucsInferError, ModelLoadingError, OptionError
+from .fields import add_flags, option, values_of
 from .log import fatal
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 LARGEST_CONFIG = 2**16  # bytes
 SUFFIXES = (".safetensors", ".onnx")
-PLAIN = GraphOptions()
 
 SPECTRAL_RECIPE = """\
 Input: `mix` [1, channels, samples], float32, at `samplerate`.
@@ -43,6 +44,22 @@ of its mono sum and divide by 1e-5 plus that sum's (unbiased) standard deviation
 on both sides to the model's valid length. If `resample`, resample it by 2 (julius.resample_frac).
 The output holds the channels of each source in turn: resample it by 1/2, trim it evenly, and scale
 it back."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """The options of a network in ONNX, see `export`."""
+
+    precision: str = option(
+        "float32",
+        "precision of weights and network in ONNX; inputs and outputs stay in float32 (default:"
+        " %(default)s)",
+        choices=GRAPH_PRECISIONS,
+    )
+    dynamic: bool = option(False, "take any batch in ONNX, not one window")
+
+
+PLAIN = GraphOptions()
 
 
 def main(opts: Sequence[str] | None = None) -> None:

@@ -137,7 +137,7 @@ class HTDemucs(HybridUNet):
     """Hybrid Transformer Demucs.
 
     Takes the options of `HTDemucsOptions`. Callable on `[B, C, T]` at `samplerate`, of at most
-    `segment` seconds (shorter windows are padded with zeros on the right, but for training);
+    `segment` seconds (except in training, shorter windows are padded with zeros on the right);
     returns `[B, S, C, T]`.
     """
 

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.options import DEFAULT_MODEL, ModelOptions, add_flags
+from .engine.options import DEFAULT_MODEL, ModelOptions
 from .errors import ModelLoadingError
+from .fields import add_flags
 from .hub import hf
 from .hub.registry import REMOTE_ROOT, bag_files, is_offline, released_files
 from .repo import CHECKPOINT_SUFFIXES, AnyModelRepo, BagOnlyRepo, LocalRepo, RemoteRepo
@@ -110,7 +111,7 @@ def _file_of(name: str) -> Path | None:
     if path.is_file():
         return path
     if path.name != name:
-        raise ModelLoadingError(f"{name}: there is no such file")
+        raise ModelLoadingError(f"{name}: no such file")
     return None
 
 
@@ -170,7 +171,7 @@ def list_models(repo: Path | None = None) -> dict[str, dict[str, str | Path]]:
     """Single models and bags, as `{"single": {name: origin}, "bag": {name: origin}}`.
 
     The origin is an address or a file, and of a bag the YAML file that lists its models. Raises
-    `ModelLoadingError` if `repo` is no folder.
+    `ModelLoadingError` if `repo` is not a folder.
     """
     models = open_repo(None if repo is None else Path(repo))
     return {

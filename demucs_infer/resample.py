@@ -89,7 +89,7 @@ class _Filters:
 
     @property
     def _rows(self) -> int:
-        """Filters whose taps are worked on at once: all may take many times what they are."""
+        """Return how many filters are computed at once, to limit the memory of their taps."""
         return max(1, TAPS_AT_ONCE // (2 * self.width + 1))
 
     @property
@@ -118,7 +118,7 @@ def _filters(from_samplerate: int, to_samplerate: int) -> _Filters:
 
 
 def resampled_length(length: int, from_samplerate: int, to_samplerate: int) -> int:
-    """Samples that `length` samples become: rounded down, as in the reference."""
+    """Return the number of samples after resampling, rounded down as in the reference."""
     return length * to_samplerate // from_samplerate
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -24,22 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .batch.console import Console, Ended, put, streams_and_signals
 from .catalog import add_catalog_flags, download_models, print_models
-from .engine.options import (
-    POSITIVE,
-    SeparationOptions,
-    SeparatorOptions,
-    add_flags,
-    option,
-    values_of,
-)
-from .errors import (
-    DemucsInferError,
-    DownloadError,
-    LoadAudioError,
-    ModelLoadingError,
-    OptionError,
-    SaveAudioError,
-)
+from .engine.options import SeparationOptions, SeparatorOptions
+from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
+from .fields import POSITIVE, add_flags, option, values_of
 from .io.folders import Folders
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
@@ -141,7 +128,7 @@ class _ShortHelp(argparse.Action):
 
 @dataclass(frozen=True)
 class _BatchOptions:
-    """What is done with many tracks."""
+    """Options of a batch."""
 
     skip_existing: bool = option(
         False,
@@ -292,35 +279,60 @@ def limit_openmp_spinning() -> None:
 
 
 def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
-    """Separate every track. Returns what `_run` does."""
+    """Find all tracks and separate them. Returns what `_run` does."""
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
         raise OptionError("--from-file - and - both want standard input: choose one")
+    if args.ray is not None and PIPE in (args.out, *args.tracks):
+        raise OptionError("--ray takes no standard input and no standard output")
     model = args.sig or args.name or DEFAULT_MODEL
-    folder = PIPE if args.out == PIPE else args.out / model_label(model)
+    label = model_label(model)
+    folder = PIPE if args.out == PIPE else args.out / label
     output = Output(**{**values_of(Output, args), "folder": folder})
     faults: list[tuple[Location, DemucsInferError]] = []
     folders = Folders()
+
+    def report(name: Location, error: DemucsInferError) -> None:
+        faults.append((name, error))
+
+    from .batch.tracks import find_tracks, read_list
+
     # The model may be a large download: look first whether it has work to do.
-    tracks = list(_find_tracks(args, faults, folders))
-    _check_folder(output)
+    listed = () if args.from_file is None else read_list(args.from_file, report)
+    names = folders.noting(itertools.chain(args.tracks, listed))
+    tracks = list(find_tracks(names, leave_out=args.out, report=report))
+    if not tracks and not faults:
+        raise OptionError(f"{args.from_file}: names no track")
+    output.check_folder()
 
-    from .api import Separator
-    from .batch.batch import Batch, TrackResult, warn_of_full_disk
-    from .batch.tracks import plan_jobs
+    from .batch.batch import TrackResult
 
-    errors: list[Exception] = []
     count = len(tracks) + len(faults)
     if output.is_pipe and count > 1:
         raise OptionError(f"standard output takes one track, not {count}")
     console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
-    label = model_label(model)
     for name, fault in faults:
         console.report(TrackResult(name, label, error=fault).as_json())
-    if not tracks:
-        console.sum_up()
-        return console.failures, errors
+    if tracks:
+        _run_model(args, model, output, tracks, folders, console)
+    console.sum_up()
+    return console.failures, console.errors
+
+
+def _run_model(
+    args: argparse.Namespace,
+    model: str,
+    output: Output,
+    tracks: Sequence[Location],
+    folders: Folders,
+    console: Console,
+) -> None:
+    """Load the model and separate `tracks`, here or on a Ray cluster."""
+    from .api import Separator
+    from .batch.batch import Batch, warn_of_full_disk
+    from .batch.tracks import plan_jobs
+
     options = {
         **values_of(SeparatorOptions, args),
         "model": model,
@@ -333,92 +345,37 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     network: Any = separator.model
     output.check_stems(network.sources, separator.stems)
     jobs = plan_jobs(tracks, output, separator.name, separator.stems, folders)
-    models = getattr(network, "models", None)
-    shown = folder.resolve() if isinstance(folder, Path) else folder
-    console.introduce(None if models is None else len(models), shown)
-
-    def report(result: TrackResult) -> None:
-        console.report(result.as_json())
-        if result.error is not None:
-            errors.append(result.error)
-
-    def report_elsewhere(result: dict[str, Any]) -> None:
-        console.report(result, elsewhere=True)
-        if result["error"] is not None:
-            errors.append(DemucsInferError(result["error"]))
-
+    shown = output.folder.resolve() if isinstance(output.folder, Path) else output.folder
+    console.introduce(len(network.models) if hasattr(network, "models") else None, shown)
     if args.ray is None:
         with output.workspace() as space:
-            if isinstance(folder, Path):
+            if isinstance(output.folder, Path):
                 warn_of_full_disk(separator, output, space, jobs)
-            batch = Batch(separator, output, space, announce=console.announce, report=report)
+            batch = Batch(
+                separator,
+                output,
+                space,
+                announce=console.announce,
+                report=lambda result: console.report(result.as_json(), result.error),
+            )
             batch.run(jobs, skip_existing=args.skip_existing)
     else:
-        del separator
+        del separator, network
         from .cluster import separate_on_ray
 
-        if output.is_pipe or any(job.track == PIPE for job in jobs):
-            raise OptionError("--ray takes no standard input and no standard output")
+        def report(result: dict[str, Any]) -> None:
+            error = result["error"] and DemucsInferError(result["error"])
+            console.report(result, error, elsewhere=True)
+
         own = {"folders": folders, "output": output, "skip_existing": args.skip_existing}
         separate_on_ray(
             [full_text(job.track) for job in jobs],
             {**options, **own},
-            report_elsewhere,
+            report,
             address=args.ray,
             cpus_per_worker=args.cpus_per_worker,
             verbose=args.verbose,
         )
-    console.sum_up()
-    if console.unwritten is not None:
-        errors.append(console.unwritten)
-    return console.failures, errors
-
-
-def _find_tracks(
-    args: argparse.Namespace, faults: list[tuple[Location, DemucsInferError]], folders: Folders
-) -> Iterator[Location]:
-    """Yield the tracks of the command line and its list that exist, as far as this is quick to say.
-
-    `folders` notes their names, and `faults` takes the others and their errors. Raises
-    `OptionError` if there is neither.
-    """
-    from .batch.tracks import find_tracks, read_list
-
-    def report(name: Location, error: DemucsInferError) -> None:
-        faults.append((name, error))
-
-    listed = () if args.from_file is None else read_list(args.from_file, report)
-    names = folders.noting(itertools.chain(args.tracks, listed))
-    found = 0
-    for track in find_tracks(names, leave_out=args.out, report=report):
-        found += 1
-        if isinstance(track, Path) and track != PIPE and _is_missing(track):
-            report(track, LoadAudioError(f"{track}: no such file"))
-        else:
-            yield track
-    if not found and not faults:
-        raise OptionError(f"{args.from_file}: names no track")
-
-
-def _is_missing(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # The decoder tells the reason.
-        pass
-    return False
-
-
-def _check_folder(output: Output) -> None:
-    """Raise `SaveAudioError` if files in the output folder cannot be made, without making it."""
-    output.workspace()  # asks a store
-    if isinstance(output.folder, Path) and not output.is_pipe:
-        folder = output.folder.absolute()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
-            raise SaveAudioError(f"{output.folder}: cannot be written to ({reason})")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ PACKAGES = ("demucs", "demucs_infer")  # that checkpoints are from
 MORE_WEIGHTS, MORE_VALUES = 5000, 10**8  # than its state holds, which a model is built for
 # Values that the largest tensor of a window may have: of any model, and for each of its weights.
 FREE_VALUES, VALUES_PER_WEIGHT = 25 * 10**6, 4
-STEP_VALUES = 256  # that a step of an LSTM counts for
+# One step of an LSTM needs as much memory as this many values.
+STEP_VALUES = 256
 
 # Names that a quantized state has for the class of diffq that unpacks it.
 QUANTIZERS = {
@@ -199,11 +200,11 @@ class _Budget(TorchFunctionMode):
 
 
 def _model_class(klass: Any) -> type[nn.Module]:
-    """Our class for the one that a package names, or has (a package need not be from a file)."""
+    """Return our class for the class that a package names or, in memory, contains."""
     dotted = _dotted_name(klass)
     package, _, name = dotted.partition(".")
     if package not in PACKAGES or name not in MODEL_CLASSES:
-        raise ModelLoadingError(f"{shortened(dotted)[1:-1]} is no model class of Demucs")
+        raise ModelLoadingError(f"{shortened(dotted)[1:-1]} is not a model class of Demucs")
     return MODEL_CLASSES[name]
 
 
@@ -345,7 +346,7 @@ def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
     diffq = _import_diffq()
     dotted = _dotted_name(meta["klass"])
     if dotted not in QUANTIZERS:
-        raise ModelLoadingError(f"{dotted} is no quantizer of diffq")
+        raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
     return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
 
 
@@ -410,7 +411,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], half: bool = Fals
     # The reference's names, and of two names of a class the first.
     names = {kind: f"demucs.{name}" for name, kind in reversed(MODEL_CLASSES.items())}
     if type(model) not in names:
-        raise ModelLoadingError(f"{type(model).__name__} is no model class of Demucs")
+        raise ModelLoadingError(f"{type(model).__name__} is not a model class of Demucs")
     args, kwargs = model._init_args_kwargs  # type: ignore[misc]
     package = {"klass": ClassName(names[type(model)]), "args": args, "kwargs": kwargs}
     return write_safetensors({**package, "state": get_state(model, half=half)}, path)

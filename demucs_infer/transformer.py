@@ -128,7 +128,7 @@ def create_2d_sin_embedding(
 ) -> Tensor:
     """Positions in frequency (`height`) and time (`width`), as `[1, C, F, T]`.
 
-    Raises `OptionError` if `d_model` is no multiple of 4.
+    Raises `OptionError` if `d_model` is not a multiple of 4.
     """
     if d_model % 4:
         raise OptionError(f"d_model={d_model} must be a multiple of 4")

@@ -80,12 +80,12 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pick_sources(x: Tensor, indices: Sequence[int] | None) -> Tensor:
-    """The sources `indices` of `x` `[B, S, ...]`; if those are all, `x` itself and not a copy."""
+    """Return the sources `indices` of `x` `[B, S, ...]`; if those are all, `x` without a copy."""
     return x if indices is None or list(indices) == list(range(x.shape[1])) else x[:, list(indices)]
 
 
 def run_network(network: Any, model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """What `network` makes of `inputs`, which have the type of `model`'s parameters meanwhile."""
+    """Run `network` on `inputs` in the dtype of `model`'s parameters; return their own dtype."""
     outer, inner = inputs[0].dtype, next(model.parameters()).dtype
     return tuple(y.to(outer) for y in network(*(x.to(inner) for x in inputs)))
 
@@ -102,10 +102,10 @@ def capture_init(init: Init) -> Init:
 
 
 class Uninitialized(TorchFunctionMode):
-    """Leaves weights as they come while models are built that are given others.
+    """Skip the drawing of initial weights while a model is built that then gets others.
 
-    On PyTorch's device `meta`, drawing them would import its compiler, which takes a second and a
-    folder for temporary files.
+    On PyTorch's device `meta`, drawing would import its compiler, which takes a second and a folder
+    for temporary files.
     """
 
     def __torch_function__(
@@ -118,15 +118,15 @@ class Uninitialized(TorchFunctionMode):
 
 
 def signature_of(options: type) -> inspect.Signature:
-    """The signature of a class that takes what the dataclass `options` takes."""
+    """Return the signature of the dataclass `options`, for a class with the same parameters."""
     return inspect.signature(options)
 
 
 def check_architecture(options: Any, *counts: str) -> None:
-    """Raise `OptionError` for options that no model can have; checkpoints are not trusted.
+    """Raise `OptionError` for options that no model can have, since checkpoints are not trusted.
 
-    Types are those that the dataclass declares. `counts` are the options that say how often a
-    layer is repeated (either sign).
+    Values must have the types that the dataclass declares. `counts` are the options that are
+    numbers of layers (of either sign).
     """
     for name, kind in _declared(type(options)).items():
         value = getattr(options, name)
@@ -135,7 +135,7 @@ def check_architecture(options: Any, *counts: str) -> None:
             raise OptionError(f"{name}={shortened(value)} must be {wanted}, and finite")
     sources = list(options.sources)
     if len(set(sources)) != len(sources) or not all(map(_is_name, sources)) or not sources:
-        raise OptionError(f"sources={shortened(sources)} are no names for files")
+        raise OptionError(f"sources={shortened(sources)} cannot be names of files")
     for name in POSITIVE:
         value = getattr(options, name, 1)
         if value <= 0:
@@ -148,13 +148,13 @@ def check_architecture(options: Any, *counts: str) -> None:
 
 
 def _declared(options: type[Any]) -> dict[str, Any]:
-    """The type of each option; it is written out, since annotations are text."""
+    """Return the type of each option. Annotations are text here, and must be evaluated."""
     kinds = get_type_hints(options)
     return {name: kind for name, kind in kinds.items() if get_origin(kind) is not ClassVar}
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """A value has a declared type; whole numbers pass as real ones, and 0 and 1 as bool."""
+    """Return True if `value` has the type `kind`. Integers pass as floats, and 0 and 1 as bool."""
     parts = get_args(kind)
     if get_origin(kind) is Sequence:
         listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -172,7 +172,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """A value for a message, in one line of moderate length."""
+    """Return a value as text for a message, in one line of moderate length."""
     words = " ".join(_shorten.repr(value).split())
     return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}..."
 
@@ -183,24 +183,27 @@ def _is_name(source: Any) -> bool:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its name when the block ends well, else vanishes.
+    """Lend a temporary file that is renamed to `path` if the block succeeds, and removed if not.
 
-    Raises `OSError` if the file cannot be made.
+    Raises `OSError` if the file cannot be created.
     """
-    # Opened as any file is, so that it gets the rights of any file.
+    # `open` gives the file the usual permissions, which `tempfile` would not.
     temporary = path.with_name(f".{path.stem[:100]}-{secrets.token_hex(4)}.part")
     temporary.open("xb").close()
     rights = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        temporary.chmod(rights)  # safetensors makes the file anew, for its owner alone
+        temporary.chmod(rights)  # safetensors replaces the file by a private one
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class DummyPoolExecutor(Executor):
-    """Runs what is submitted at once, in the caller's thread."""
+    """An executor that runs each call at once, in the caller's thread."""
+
+    def __init__(self, workers: int = 0) -> None:
+        """Take the number of workers, as other executors do, and ignore it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

@@ -342,14 +342,10 @@ def stem_box(path: Path) -> dict[str, Any]:
 def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None:
     """Write a registry of two released models, the bags `one` and `both`, and a community model."""
     digest, state_digest = (sha256(data).hexdigest() for data in (content, state))
-    checkpoints = {
-        name: {
-            "description": f"the {name} model",
-            "sha256": digest,
-            **({"megabytes": 1} if name == "first" else {}),
-        }
-        for name in ("first", "second")
+    released = {
+        name: {"description": f"the {name} model", "sha256": digest} for name in ("first", "second")
     }
+    released["first"]["megabytes"] = 1
     foreign = {
         "description": "weights alone",
         "url": f"{root}/elsewhere/weights.ckpt",
@@ -358,21 +354,20 @@ def publish(folder: Path, root: str, content: bytes, state: bytes = b"") -> None
         "licence": "MIT",
         "architecture": {"klass": "demucs.htdemucs.HTDemucs", "kwargs": TINY},
     }
-    files = "".join(f"{name}-{digest[:8]}.th\n" for name in checkpoints)
+    files = "".join(f"{name}-{digest[:8]}.th\n" for name in released)
     (folder / "files.txt").write_text(f"root: models/\n{files}")
     members = {"one": ["first"], "both": ["first", "second"], "foreign": ["foreign_state"]}
     for name, models in members.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"models": models}))
     bags = {name: {"description": f"of {name}", "sources": SOURCES} for name in members}
-    community = {"foreign": bags.pop("foreign")}
     registry = {
         "root": f"{root}/",
         "embedded": {},
-        "checkpoints": checkpoints,
-        "bags": bags,
+        "checkpoints": released,
         "community": {
             "checkpoints": {"foreign_state": foreign},
-            "bags": community,
+            "bags": {"foreign": bags.pop("foreign")},
         },
+        "bags": bags,
     }
     (folder / "registry.yml").write_text(yaml.safe_dump(registry, sort_keys=False))

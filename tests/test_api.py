@@ -12,18 +12,15 @@ from typing import Any
 import demucs.api
 import numpy as np
 import pytest
-import soundfile
 import torch
-import yaml
 
 from demucs_infer import resample
-from demucs_infer.api import LoadAudioError, LoadModelError, Separator
+from demucs_infer.api import LoadAudioError, Separator
 from demucs_infer.audio import AudioFile
 from demucs_infer.engine.backends import pytorch
 from demucs_infer.errors import OptionError
-from demucs_infer.hub.registry import bags
 
-from .helpers import SOURCES, assert_close, fast_model, noise, save_package
+from .helpers import SOURCES, assert_close, noise
 
 
 @pytest.mark.parametrize(("model", "rate"), [("tiny", 8000), ("tiny", 11_025), ("pair", None)])
@@ -55,6 +52,12 @@ def test_files_are_separated_as_in_the_reference(
                 assert torch.equal(stem, ours[name])
     with track.open("r", encoding="latin-1") as text, pytest.raises(LoadAudioError, match="binary"):
         separator.separate_audio_file(text)
+    with pytest.raises(LoadAudioError, match=r"none\.wav: no such file"):
+        separator.separate_audio_file("none.wav")
+    assert (separator.samplerate, separator.audio_channels) == (8000, 2)
+    with Separator("tiny", fast_repo, device="auto") as other:
+        assert other.model is not None
+    assert other.model is None  # when it is closed
 
 
 def test_mono_is_repeated(separator: Separator) -> None:
@@ -89,15 +92,13 @@ def test_samples_of_every_type_and_layout_are_taken_and_left_alone(separator: Se
 @pytest.mark.parametrize(
     "wav",
     [
-        torch.full((2, 1), 0.5),
         torch.full((2, 5000), 0.5),
         torch.tensor([[1.0], [-1.0]]).expand(-1, 5000),
         torch.full((2, 5000), 1e-30),
         torch.full((2, 5000), 1e6),
         torch.zeros(2, 1),
-        torch.zeros(2, 9000),
     ],
-    ids=["one sample", "constant", "opposite", "tiny", "huge", "one zero", "silence"],
+    ids=["constant", "opposite", "tiny", "huge", "one zero"],
 )
 def test_silence_stays_silent_and_a_constant_is_in_each_stem(repo: Path, wav: torch.Tensor) -> None:
     separator = Separator("tiny", repo, device="cpu", shifts=0)
@@ -125,21 +126,6 @@ def test_wrong_tensors_are_refused(separator: Separator, wav: torch.Tensor, mess
         separator.separate_tensor(wav)
 
 
-def test_file_with_nan_is_refused(separator: Separator, tmp_path: Path) -> None:
-    wav = noise(2, 1000)
-    wav[0, 5] = torch.nan
-    soundfile.write(tmp_path / "nan.wav", wav.T.numpy(), 8000, subtype="FLOAT")
-    with pytest.raises(LoadAudioError, match="finite"):
-        separator.separate_audio_file(tmp_path / "nan.wav")
-    with pytest.raises(LoadAudioError, match="no such file"):
-        separator.separate_audio_file(tmp_path / "none.wav")
-
-
-def test_properties(separator: Separator) -> None:
-    assert (separator.samplerate, separator.audio_channels) == (8000, 2)
-    assert separator.model.sources == SOURCES
-
-
 def test_update_parameter_changes_the_next_calls(repo: Path) -> None:
     calls: list[dict] = []
     separator = Separator("tiny", repo, device="cpu", shifts=0)
@@ -150,15 +136,14 @@ def test_update_parameter_changes_the_next_calls(repo: Path) -> None:
     separator.update_parameter(callback=None, segment=None)
     separator.separate_tensor(noise(2, 4000))
     assert len(calls) == 8
-    with pytest.raises(OptionError, match=r"longer than the 0\.5 s"):
-        separator.update_parameter(segment=0.6)
-    with pytest.raises(OptionError, match="overlap=2"):
-        separator.update_parameter(overlap=2)
-    separator.separate_tensor(noise(2, 4000))
+    separator.update_parameter(stems=["vocals"])
+    assert list(separator.separate_tensor(noise(2, 4000)).stems) == ["vocals"]
+    separator.update_parameter(stems=None)
+    assert list(separator.separate_tensor(noise(2, 4000)).stems) == SOURCES
 
 
-@pytest.mark.parametrize("model", ["tiny", "pair"])
-def test_options_are_checked_when_a_separator_is_made(repo: Path, model: str) -> None:
+def test_options_are_checked_when_they_are_set(repo: Path) -> None:
+    separator = Separator("pair", repo, device="cpu")
     for options in (
         {"overlap": 1},
         {"shifts": -1},
@@ -168,49 +153,19 @@ def test_options_are_checked_when_a_separator_is_made(repo: Path, model: str) ->
         {"device": "gpu"},
         {"device": "cuda:99"},
         {"stems": ["voice"]},
+        {"precision": "float16"},
+        {"engine": "abacus"},
+        {"batch_size": 0},
     ):
         (value,) = options.values()
         word = value[0] if isinstance(value, list) else str(value)
-        with pytest.raises(OptionError, match=word):
-            Separator(model, repo, **{"device": "cpu", **options})
+        for change in (separator.update_parameter, partial(Separator, "pair", repo)):
+            with pytest.raises(OptionError, match=word):
+                change(**{"device": "cpu", **options})
+    separator.separate_tensor(noise(2, 4000))
 
 
-def test_unknown_model_is_named(repo: Path) -> None:
-    with pytest.raises(LoadModelError, match="tinny"):
-        Separator("tinny", repo)
-
-
-def test_only_the_wanted_stems_are_returned(separator: Separator, fast_repo: Path) -> None:
-    wav = noise(2, 9000)
-    every = separator.separate_tensor(wav)[1]
-    separator = Separator("tiny", fast_repo, device="cpu", shifts=0, stems=["vocals"])
-    ((name, stem),) = separator.separate_tensor(wav)[1].items()
-    assert name == "vocals"
-    assert_close(stem, every["vocals"], 1e-6)
-    separator.update_parameter(stems=None)
-    assert list(separator.separate_tensor(wav)[1]) == SOURCES
-    with pytest.raises(OptionError, match="'voice'"):
-        separator.update_parameter(stems=["voice"])
-
-
-def test_one_stem_of_htdemucs_ft_runs_a_quarter_of_the_windows(tmp_path: Path) -> None:
-    bag = bags()["htdemucs_ft"]
-    for signature in bag["models"]:
-        save_package(tmp_path / f"{signature}.th", fast_model(int(signature[:4], 16)))
-    (tmp_path / "ft.yaml").write_text(yaml.safe_dump(bag))
-    wav, counts, drums = noise(2, 15_000), [], []
-    for stems in (None, ["drums"]):
-        calls: list[dict[str, Any]] = []
-        separator = Separator(
-            "ft", tmp_path, device="cpu", shifts=0, stems=stems, callback=calls.append
-        )
-        drums.append(separator.separate_tensor(wav)[1]["drums"])
-        counts.append(len(calls))
-    assert counts[0] == 4 * counts[1] > 0
-    assert torch.equal(*drums)
-
-
-def test_precision_and_engine_are_options(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_an_option(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytorch, "why_no_bfloat16", lambda: None)  # whatever the processor has
     mix = noise(2, 6000)
     separator = Separator("tiny", repo=repo, device="cpu", shifts=0)
@@ -222,14 +177,10 @@ def test_precision_and_engine_are_options(repo: Path, monkeypatch: pytest.Monkey
     separator.update_parameter(precision="float32")
     again = separator.separate_tensor(mix).stems["vocals"]
     assert (again - exact).abs().max() <= 2e-6 * exact.abs().max()
-    for wrong in ({"precision": "float16"}, {"engine": "abacus"}, {"batch_size": 0}):
-        for change in (separator.update_parameter, partial(Separator, "tiny", repo=repo)):
-            with pytest.raises(OptionError, match=next(iter(wrong))):
-                change(**{"device": "cpu", **wrong})
 
 
 @pytest.mark.slow
-def test_openvino_is_a_device_too(repo: Path, tmp_path: Path) -> None:
+def test_openvino_is_a_device(repo: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     mix = noise(2, 6000)
     exact = Separator("tiny", repo=repo, device="cpu", shifts=0).separate_tensor(mix).stems

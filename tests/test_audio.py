@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 from pathlib import Path
 
 import av
@@ -15,7 +16,6 @@ import torch
 from demucs_infer.audio import (
     AudioFile,
     as_dtype_pcm,
-    convert_audio,
     convert_audio_channels,
     encode_mp3,
     f32_pcm,
@@ -23,105 +23,28 @@ from demucs_infer.audio import (
     prevent_clip,
     save_audio,
 )
-from demucs_infer.errors import (
-    LoadAudioError,
-    OptionError,
-    SaveAudioError,
-)
+from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.read.pcm import CLIP_MODES
 from demucs_infer.write import formats
 from demucs_infer.write.output import CLIP_MODE_NAMES
 
 from .helpers import assert_close, noise
 
-# container, codec, sample rate, layout; all that people bring
-FORMATS = [
-    ("wav", "pcm_s16le", 44100, "stereo"),
-    ("wav", "pcm_u8", 8000, "mono"),
-    ("wav", "pcm_s24le", 96000, "stereo"),
-    ("wav", "pcm_f64le", 48000, "5.1"),
-    ("wav", "pcm_s16le", 48000, "7.1"),
-    ("flac", "flac", 44100, "5.1"),
-    ("mp3", "mp3", 44100, "stereo"),
-    ("m4a", "aac", 44100, "stereo"),
-    ("m4a", "aac", 48000, "7.1"),
-    ("ogg", "vorbis", 44100, "stereo"),
-    ("opus", "libopus", 48000, "stereo"),
-    ("webm", "libopus", 48000, "mono"),
-    ("mp4", "aac", 22050, "stereo"),
-    ("aiff", "pcm_s16be", 44100, "stereo"),
-    ("mka", "alac", 44100, "stereo"),
-]
+NOISE = random.Random(1).randbytes(300_000)
 
 
-def tone(rate: int, seconds: float, channels: int) -> np.ndarray:
-    wave = 0.4 * np.sin(2 * np.pi * 440 / rate * np.arange(int(seconds * rate)))
-    return np.repeat(wave.astype(np.float32)[:, None], channels, 1)
-
-
-def encode(path: Path, codec: str, rate: int, layout: str, seconds: float = 1.0) -> int:
-    """Write a tone and return the number of channels."""
-    if codec == "vorbis":  # PyAV's wheel decodes it only
-        soundfile.write(path, tone(rate, seconds, 2), rate, format="OGG", subtype="VORBIS")
-        return 2
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.layout = layout
-        channels = stream.layout.nb_channels
-        samples = tone(rate, seconds, channels).reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(samples, "flt", layout)
-        frame.sample_rate = rate
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return channels
-
-
-@pytest.mark.parametrize(("suffix", "codec", "rate", "layout"), FORMATS, ids=str)
-def test_formats_are_read(suffix: str, codec: str, rate: int, layout: str, tmp_path: Path) -> None:
-    path = tmp_path / f"tone.{suffix}"
-    channels = encode(path, codec, rate, layout)
-    file = AudioFile(path)
-    assert (file.channels(), file.samplerate(), len(file)) == (channels, rate, 1)
-    assert file.duration == pytest.approx(1, abs=0.1)
-    wav = file.read(streams=0)
-    assert wav.dtype == torch.float32
-    assert wav.shape[0] == channels
-    assert wav.shape[1] == pytest.approx(rate, rel=0.1)
-    # The AAC encoder of FFmpeg 9 overshoots with eight channels.
-    assert wav.abs().amax(1).median() == pytest.approx(0.4, rel=0.5)
-    assert file.read(streams=0, samplerate=44100, channels=2).shape[0] == 2
-
-
-def test_the_sound_of_a_video(tmp_path: Path) -> None:
+def test_video_without_audio_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=25)
-        video.width = video.height = 32
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=44100)
-        for _ in range(25):
-            container.mux(video.encode(av.VideoFrame(32, 32, "yuv420p")))
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 88200), np.float32), "flt", "stereo")
-        frame.sample_rate = 44100
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
-    assert AudioFile(path).read(streams=0).shape[0] == 2
-
-
-def test_a_video_without_audio_has_no_sound(tmp_path: Path) -> None:
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg4", rate=25)
-        video.width = video.height = 32
-        video.pix_fmt = "yuv420p"
         container.mux(video.encode(av.VideoFrame(32, 32, "yuv420p")))
         container.mux(video.encode(None))
-    for read in (lambda f: f.read(streams=0), lambda f: f.read()):
+    for streams in (0, slice(None)):
         with pytest.raises(LoadAudioError, match="has no sound"):
-            read(AudioFile(path))
+            AudioFile(path).read(streams=streams)
 
 
-def test_parts_of_a_file(tmp_path: Path) -> None:
+def test_excerpts_are_read_by_time(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     wav = noise(2, 44100)
     save_audio(wav, path, 44100, as_float=True, clip="none")
@@ -134,17 +57,6 @@ def test_parts_of_a_file(tmp_path: Path) -> None:
         AudioFile(path).read(seek_time=0.5, duration=0, streams=0)
 
 
-def test_a_file_that_breaks_off_is_read_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "a.flac"
-    save_audio(noise(2, 441_000), path, 44100)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    wav = AudioFile(path).read(streams=0)
-    assert 100_000 < wav.shape[1] < 300_000
-    assert "cut off at the end" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -153,9 +65,10 @@ def test_a_file_that_breaks_off_is_read_with_a_warning(
         ("text.mp3", b"These are words, and no music.\n" * 50, "text.mp3"),
         ("header.wav", b"RIFF\x24\x00\x00\x00WAVEfmt ", "header.wav"),
         ("zeros.mp3", bytes(5000), "zeros.mp3"),
+        *((name, NOISE, name) for name in ("a.mp3", "a.flac", "a.m4a", "a.ts")),
     ],
 )
-def test_files_that_are_no_audio(
+def test_files_without_audio_are_an_error(
     name: str, content: bytes | None, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -166,29 +79,34 @@ def test_files_that_are_no_audio(
     assert "\n" not in str(caught.value)
 
 
-def test_a_wav_without_samples(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), 44100)
-    with pytest.raises(LoadAudioError, match="no audio samples"):
-        AudioFile(tmp_path / "none.wav").read(streams=0)
+def test_wav_files_of_no_samples_or_an_absurd_rate_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    for length, rate, message in (
+        (0, 44_100, "no audio samples"),
+        (10, 1, "1 Hz"),
+        (10, 800_000, "800000 Hz"),
+        (10, 2**31 - 1, f"{2**31 - 1} Hz"),
+    ):
+        soundfile.write(path, np.zeros((length, 2)), rate)
+        with pytest.raises(LoadAudioError, match=message):
+            AudioFile(path).read(streams=0, samplerate=44_100)
 
 
-def test_file_objects_and_bytes(tmp_path: Path) -> None:
+def test_file_objects_and_paths_of_bytes_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     save_audio(noise(2, 1000), path, 44100)
     expected = AudioFile(path).read()
     buffer = io.BytesIO(path.read_bytes())
     buffer.seek(100)
-    with path.open("rb") as file, gzip.open(tmp_path / "a.gz", "w+") as packed:
-        packed.write(path.read_bytes())
-        packed.close()
-        with gzip.open(tmp_path / "a.gz") as unpacked:
-            for given in (buffer, file, unpacked, os.fsencode(path)):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with path.open("rb") as file, gzip.open(tmp_path / "a.gz") as unpacked:
+        for given in (buffer, file, unpacked, os.fsencode(path)):
+            for _ in range(2):
                 assert torch.equal(AudioFile(given).read(), expected)
-                assert torch.equal(AudioFile(given).read(), expected)  # again
         assert not file.closed
 
 
-def test_file_objects_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_file_objects_are_an_error(tmp_path: Path) -> None:
     save_audio(noise(2, 44100), path := tmp_path / "a.wav", 44100)
     data = gzip.compress(path.read_bytes())
     (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
@@ -206,29 +124,13 @@ def test_file_objects_that_cannot_be_read(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("rate", [1, 800_000, 2**31 - 1])
-def test_a_rate_that_is_none_of_music(rate: int, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", np.zeros((10, 2)), rate)
-    with pytest.raises(LoadAudioError, match=f"{rate} Hz"):
-        AudioFile(tmp_path / "a.wav").read(streams=0, samplerate=44_100)
-
-
-def test_a_folder_is_no_audio_file(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_not_opened(tmp_path: Path) -> None:
     with pytest.raises(LoadAudioError, match="is a folder"):
         AudioFile(tmp_path).read()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LoadAudioError, match="not a regular file"):
-        AudioFile(tmp_path / "pipe").read()
-
-
-def test_names_that_look_like_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_audio(noise(1, 100), Path("concat:x.wav"), 44100)
-    assert AudioFile("concat:x.wav").read(streams=0).shape == (1, 100)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(LoadAudioError, match="not a regular file"):
+            AudioFile(tmp_path / "pipe").read()
 
 
 @pytest.mark.parametrize(
@@ -236,14 +138,13 @@ def test_names_that_look_like_protocols(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("a.wav", {}, "PCM_16", 2**-14),
         ("a.wav", {"bits_per_sample": 24}, "PCM_24", 2**-22),
-        ("a.wav", {"bits_per_sample": 32}, "FLOAT", 0),
         ("a.wav", {"as_float": True}, "FLOAT", 0),
         ("a.flac", {}, "PCM_16", 2**-14),
         ("a.FLAC", {"bits_per_sample": 24}, "PCM_24", 2**-22),
     ],
 )
-@pytest.mark.parametrize("channels", [1, 2, 6, 8])
-def test_lossless_files_hold_what_was_written(
+@pytest.mark.parametrize("channels", [1, 8])
+def test_lossless_files_hold_the_samples(
     name: str, options: dict, subtype: str, error: float, channels: int, tmp_path: Path
 ) -> None:
     wav = noise(channels, 100_001).clamp(-1, 1)
@@ -255,15 +156,12 @@ def test_lossless_files_hold_what_was_written(
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-def test_int16_is_truncated_as_in_the_reference(tmp_path: Path) -> None:
+def test_int16_is_converted_as_by_the_reference(tmp_path: Path) -> None:
     wav = torch.linspace(-1.5, 1.5, 3001)[None]
     assert torch.equal(i16_pcm(wav), demucs.audio.i16_pcm(wav))
     save_audio(wav, tmp_path / "a.wav", 44100, clip="none")
     samples, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
     assert np.array_equal(samples, demucs.audio.i16_pcm(wav)[0].numpy())
-
-
-def test_pcm_conversions() -> None:
     integers = torch.tensor([-32767, 0, 16384], dtype=torch.int16)
     assert torch.equal(f32_pcm(integers), demucs.audio.f32_pcm(integers))
     assert i16_pcm(integers) is integers
@@ -278,16 +176,13 @@ def test_clip_modes_equal_the_reference(mode: str, gain: float) -> None:
     assert_close(prevent_clip(wav, mode), demucs.audio.prevent_clip(wav, mode), 1e-7)
 
 
-def test_the_clip_modes_are_those_of_the_command_line() -> None:
+def test_clip_modes_have_the_names_of_the_command_line() -> None:
     assert tuple(CLIP_MODES) == CLIP_MODE_NAMES
-
-
-def test_unknown_clip_mode() -> None:
     with pytest.raises(OptionError, match="'loud'"):
         prevent_clip(torch.zeros(1, 1), "loud")
 
 
-def test_channels() -> None:
+def test_channels_are_averaged_dropped_or_repeated() -> None:
     wav = torch.arange(6.0).view(3, 2)
     assert torch.equal(convert_audio_channels(wav, 2), wav[:2])
     assert torch.equal(convert_audio_channels(wav, 1), wav.mean(0, keepdim=True))
@@ -296,13 +191,7 @@ def test_channels() -> None:
         convert_audio_channels(wav, 4)
 
 
-def test_resampling_equals_the_reference() -> None:
-    wav = noise(1, 5000)
-    theirs = demucs.audio.convert_audio(wav, 48000, 44100, 2)
-    assert_close(convert_audio(wav, 48000, 44100, 2), theirs, 1e-6)
-
-
-def test_mp3(tmp_path: Path) -> None:
+def test_mp3_has_the_bit_rate_and_the_preset(tmp_path: Path) -> None:
     wav = noise(2, 44100)
     save_audio(wav, tmp_path / "a.mp3", 44100, bitrate=128, preset=7)
     encode_mp3(wav, tmp_path / "b.mp3", bitrate=320)
@@ -312,36 +201,23 @@ def test_mp3(tmp_path: Path) -> None:
         encode_mp3(wav, tmp_path / "c.mp3", quality=9)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("a.xyz", {}, "xyz"),
-        ("a", {}, "without suffix"),
-        ("a.wav", {"bits_per_sample": 20}, "20"),
-        ("a.flac", {"bits_per_sample": 32}, "32"),
-    ],
-)
-def test_formats_that_cannot_be_written(
-    name: str, options: dict, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(OptionError, match=message):
-        save_audio(noise(2, 10), tmp_path / name, 44100, **options)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", [f"a.{name}" for name in formats.FORMATS])
-def test_what_cannot_be_written_leaves_nothing(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()  # the name is taken: the last step fails
-    with pytest.raises(SaveAudioError, match="cannot be written"):
-        save_audio(noise(2, 10_000), tmp_path / name, 44100)
-    assert list(tmp_path.iterdir()) == [tmp_path / name]
-    with pytest.raises(SaveAudioError, match="cannot be written"):
-        save_audio(noise(2, 100), tmp_path / "no folder" / name, 44100)
-
-
-def test_an_existing_file_survives_a_failure(tmp_path: Path) -> None:
+def test_failed_writing_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    for name, message in (("a.xyz", "xyz"), ("a", "without suffix")):
+        with pytest.raises(OptionError, match=message):
+            save_audio(noise(2, 10), tmp_path / name, 44100)
     path = tmp_path / "a.wav"
     path.write_bytes(b"precious")
     with pytest.raises(SaveAudioError):
         save_audio(noise(9, 100), path, 44100)
     assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_names_that_cannot_be_written_are_an_error(format: str, tmp_path: Path) -> None:
+    taken = tmp_path / f"a.{format}"
+    taken.mkdir()  # so that the atomic rename fails
+    for path in (taken, tmp_path / "missing" / taken.name):
+        with pytest.raises(SaveAudioError, match="cannot be written"):
+            save_audio(noise(2, 10_000), path, 44100)
+    assert list(tmp_path.iterdir()) == [taken]

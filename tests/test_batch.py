@@ -6,26 +6,22 @@ import io
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from demucs_infer.api import Output, Separator, TrackResult
-from demucs_infer.audio import AudioFile
+from demucs_infer.api import Separator, TrackResult
 from demucs_infer.demucs import Demucs
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
 from demucs_infer.read.pcm import prevent_clip
 from demucs_infer.storage import spool
-from demucs_infer.write.formats import FORMATS
 
 from .helpers import (
     SOURCES,
@@ -119,32 +115,6 @@ def test_stems_keep_the_rate_and_the_length_of_the_track(
         assert difference < 0.3 * stems["bass"].std()
 
 
-def test_every_format_has_the_length_and_the_tags_of_the_track(
-    separator: Separator, tmp_path: Path
-) -> None:
-    track = tmp_path / "a.flac"
-    with soundfile.SoundFile(track, "w", 8000, 2) as file:
-        file.title, file.artist, file.album, file.date = "Söng", "Me", "Us", "1999"
-        file.write(noise(2, 8000).T.numpy())
-    options: dict[str, Any] = {"out": tmp_path / "out", "stems": ["bass"]}
-    for format in FORMATS:
-        path = separator.separate_to_files(track, **options, format=format).stems["bass"].path
-        if format in ("mp3", "m4a"):
-            with av.open(str(path)) as container:
-                tags: Any = container.metadata
-        else:
-            with soundfile.SoundFile(path) as sound:
-                tags = {name: getattr(sound, name) for name in ("title", "artist", "album", "date")}
-            assert tags["date"] == "1999"
-        assert (tags["title"], tags["artist"], tags["album"]) == ("Söng (bass)", "Me", "Us")
-        file = AudioFile(path)
-        assert (file.channels(), file.samplerate()) == (2, 48_000 if format == "opus" else 8000)
-        assert file.duration == pytest.approx(1, abs=0.01)
-    result = separator.separate_to_files(write_track(tmp_path / "My song.wav"), **options)
-    with soundfile.SoundFile(result.stems["bass"].path) as file:
-        assert file.title == "My song (bass)"
-
-
 def test_refused_options_write_nothing(separator: Separator, tmp_path: Path) -> None:
     track = write_track(tmp_path / "a.wav")
     for options in (
@@ -179,14 +149,6 @@ def test_seed_fixes_the_shifts(fast_repo: Path, tmp_path: Path) -> None:
     assert offsets[0] == offsets[1] == offsets[3] != offsets[2]
     assert len(offsets[0]) == 4
     assert all(0 <= offset <= 4000 for offset in offsets[0])
-
-
-def test_output_serves_several_tracks(separator: Separator, tmp_path: Path) -> None:
-    output = Output(tmp_path / "out", "{parent}-{track}-{stem}.{ext}", format="flac")
-    for name in ("x/a.wav", "y/a.wav"):
-        separator.separate_to_files(write_track(tmp_path / name), output)
-    expected = {f"{parent}-a-{stem}.flac" for parent in "xy" for stem in SOURCES}
-    assert stems_of(tmp_path / "out") == expected
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -225,20 +187,12 @@ def test_bad_tracks_are_reported_and_the_others_separated(command: Command, tmp_
         assert np.abs(wav).max() == pytest.approx(stem["peak"] * stem["gain"], abs=1e-4)
 
 
-def test_stems_in_the_folder_are_not_separated_again(command: Command, tmp_path: Path) -> None:
-    write_track(tmp_path / "a.wav")
-    assert command(".").returncode == 0
-    before = stems_of(tmp_path)
-    assert command(".").returncode == 0
-    assert stems_of(tmp_path) == before
-
-
 def test_skip_existing_resumes(command: Command, tmp_path: Path) -> None:
     tracks = [write_track(tmp_path / f"{name}.wav") for name in "abc"]
     command(*tracks[:2])
     (tmp_path / "separated/tiny/b/bass.wav").unlink()
     kept = (tmp_path / "separated/tiny/a/bass.wav").stat().st_mtime_ns
-    result = command(*tracks, "--skip-existing", "--json")
+    result = command(".", "--skip-existing", "--json")  # stems are no tracks
     assert [line["skipped"] for line in json_lines(result)] == [True, False, False]
     assert "3 tracks: 2 separated, 1 already there" in result.stderr
     assert len(stems_of(tmp_path / "separated")) == 12
@@ -293,26 +247,6 @@ def test_standard_input_that_cannot_be_decoded_fails(command: Command, tmp_path:
 
 
 # --- processes ----------------------------------------------------------------------------------
-
-
-@needs_posix
-def test_interrupt_leaves_no_stem(fast_repo: Path, tmp_path: Path) -> None:
-    tracks = [write_track(tmp_path / f"{name}.wav", 300) for name in "ab"]
-    command = [sys.executable, "-m", "demucs_infer", "--json", "--repo", fast_repo, "-n", "tiny"]
-    process = subprocess.Popen(
-        [*command, *tracks],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stderr.readline().startswith("Separating")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "interrupted" in errors
-    assert stems_of(tmp_path / "separated") == set()
-    assert not list((tmp_path / "separated/tiny").glob(".*"))
 
 
 @pytest.mark.slow

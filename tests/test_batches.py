@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from demucs_infer.apply import BagOfModels, apply_model
-from demucs_infer.engine.batches import BatchRunner
+from demucs_infer.engine.model import BatchRunner
 from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
@@ -94,16 +94,14 @@ def test_first_window_determines_the_batch_size(
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(
-        "demucs_infer.engine.batches._run", lambda model, windows, stems, device: windows
-    )
+    monkeypatch.setattr(BatchRunner, "_run", lambda self, model, windows, stems: windows)
     batches = BatchRunner(torch.device("cuda"))
     assert (batches.size, batches.most) == (1, 32)
     batches.run(model, [torch.zeros(1, 2, 4)], [0])
     assert (batches.size, batches.most) == (8, 8)
 
 
-def test_batch_size_is_at_least_one() -> None:
+def test_batch_size_is_at_least_one(model: nn.Module) -> None:
     with pytest.raises(OptionError, match="batch_size=0"):
-        BatchRunner(torch.device("cpu"), 0)
+        apply_model(model, noise(2, 9000)[None], batch_size=0)
     assert BatchRunner(torch.device("cpu")).size == 1

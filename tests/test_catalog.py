@@ -93,7 +93,9 @@ def test_models_of_a_folder_are_listed(repo: Path, tmp_path: Path) -> None:
     assert "size unknown" in line
 
 
-def test_download_prints_paths_and_replaces_damaged_files(published: Web, tmp_path: Path) -> None:
+def test_download_prints_paths_and_replaces_damaged_files(
+    published: Web, track: Path, tmp_path: Path
+) -> None:
     result = separate("--download", "both", "first", "foreign")
     assert (result.returncode, result.stderr) == (0, "")
     paths = [Path(line) for line in result.stdout.splitlines()]
@@ -107,6 +109,10 @@ def test_download_prints_paths_and_replaces_damaged_files(published: Web, tmp_pa
     assert paths[0].name in again.stderr
     assert paths[0].read_bytes() == whole
     assert len(published.paths) == 4
+    options = ["-n", "one", "-o", tmp_path / "out", "--cache-dir", tmp_path / "here"]
+    assert separate(*options, track).returncode == 0
+    assert len(list((tmp_path / "out").rglob("*.wav"))) == 4
+    assert len(list((tmp_path / "here").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -128,17 +134,6 @@ def test_models_that_cannot_be_fetched_are_one_line(
     result = separate(*options.split(), "-o", tmp_path / "out")
     assert (result.returncode, result.stdout) == (status, "")
     assert_one_line(result, *words)
-
-
-def test_model_is_fetched_into_the_cache_folder_and_separates(
-    published: Web, track: Path, tmp_path: Path
-) -> None:
-    options = ["-n", "one", "-o", "out", "--cache-dir", "here"]
-    result = separate(*options, track, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "out").rglob("*.wav"))) == 4
-    assert len(list((tmp_path / "here").iterdir())) == 1
-    assert len(published.paths) == 1
 
 
 def test_model_in_the_package_needs_no_network_and_no_cache(track: Path, tmp_path: Path) -> None:
@@ -166,12 +161,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.registry.cache_clear()
 
 
-@pytest.mark.parametrize("options", [[], ["--offline"]], ids=str)
-def test_damaged_package_is_to_be_installed_again(options: list[str], package: Path) -> None:
-    (package / "demo.safetensors").write_bytes(b"")
-    damaged = separate("--download", "demo", *options)
-    assert_one_line(damaged, "demo.safetensors", "damaged", "Install")
-    (package / "demo.safetensors").unlink()
-    missing = separate("--download", "demo", *options)
-    assert_one_line(missing, "demo.safetensors", "Install")
-    assert damaged.stdout == missing.stdout == ""
+def test_damaged_package_is_to_be_installed_again(package: Path) -> None:
+    path = package / "demo.safetensors"
+    path.write_bytes(b"")
+    assert_one_line(separate("--download", "demo"), path.name, "damaged", "Install")
+    path.unlink()
+    for options in ([], ["--offline"]):
+        missing = separate("--download", "demo", *options)
+        assert_one_line(missing, path.name, "Install")
+        assert missing.stdout == ""

@@ -17,8 +17,7 @@ import pytest
 import soundfile
 import tqdm
 
-from demucs_infer.batch.console import Ended, json_text, put, streams_and_signals
-from demucs_infer.errors import DemucsInferError
+from demucs_infer.batch.console import Ended, json_text, streams_and_signals
 
 from .helpers import (
     SOURCES,
@@ -58,6 +57,7 @@ LINES = [
     ("--json a.wav b.wav >&-", 1, 1, 8),
     ("--json a.wav b.wav >/dev/full", 1, 1, 8),
     ("--stems bass -o - a.wav >/dev/full", 1, 1, 0),
+    ("--stems bass -o - missing.wav >&-", 1, 1, 0),
     ("--version >/dev/full", 1, 1, 0),
     ("- <&-", 1, 1, 0),
     ("--from-file - <&-", 1, 1, 0),
@@ -67,7 +67,6 @@ PROCESSES = [
     ("--list-models >&-", 1, 1, 0),
     ("--help >/dev/full", 1, 1, 0),
     ("--help 2>&-", 0, 0, 0),
-    *(pytest.param(*case, marks=slow) for case in LINES),
 ]
 STREAMS = {"<": "stdin", ">": "stdout", "2>": "stderr"}
 
@@ -122,13 +121,6 @@ def check_errors(result: subprocess.CompletedProcess[str], status: int, count: i
     for error in errors:
         assert error.startswith("demucs-infer: error: ")
         assert re.search("standard|No space left|Broken pipe", error)
-
-
-def test_closed_standard_output_is_noticed_before_the_track_is_looked_for(
-    command: Command,
-) -> None:
-    result = command("--stems", "bass", "-o", "-", "missing.wav", streams={"stdout": None})
-    assert_one_line(result, "standard output is closed")
 
 
 @needs_linux
@@ -212,11 +204,6 @@ def test_json_can_be_read_by_every_program() -> None:
     assert json.loads(json_text(content)) == expected
 
 
-def test_missing_standard_output_is_an_error_of_ours() -> None:
-    with pytest.raises(DemucsInferError, match="standard output"):
-        put("text", None)
-
-
 # --- signals ------------------------------------------------------------------------------------
 
 
@@ -265,8 +252,9 @@ def test_signal_ends_a_command_whose_reader_is_blocked(
     while "Separating" not in process.stdout.readline():
         pass
     process.send_signal(signal.Signals[name])
-    process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.Signals[name]
+    assert errors.endswith(("interrupted\n", "SIGTERM\n"))
     assert not list((tmp_path / "separated/tiny").iterdir())
 
 
@@ -280,7 +268,7 @@ def test_terminal_of_80_columns_gets_one_line_for_a_track(words: list[str], song
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
-        [*words, "--shifts", "2", "a.wav", "b.wav"],
+        [*words, "--shifts", "2", "--player", "a.wav", "b.wav"],
         cwd=song,
         stdout=subprocess.DEVNULL,
         stderr=terminal,
@@ -296,6 +284,7 @@ def test_terminal_of_80_columns_gets_one_line_for_a_track(words: list[str], song
     bars = [re.split(r"\r(?:\x1b\[K)?", line)[-1] for line in lines if "%|" in line]
     finished = [line for line in bars if "100%|" in line]
     assert len(finished) == 2
+    assert re.search(r"Encoding stems +\d+ %.* b\.wav", drawn.decode())
     assert all("| 0.5/0.5 [" in line and "seconds/s]" in line for line in finished)
     assert all(len(part) <= 80 for line in lines for part in line.split("\r"))
 

@@ -9,15 +9,16 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-import av
 import demucs.htdemucs
+import mutagen
 import numpy as np
 import pytest
 import soundfile
 import torch
+from mutagen import mp4
 
 from demucs_infer.api import Separator
-from demucs_infer.audio import AudioFile
+from demucs_infer.audio import AudioFile, save_audio
 from demucs_infer.errors import OptionError
 from demucs_infer.read import boxes
 from demucs_infer.write.encode import encoder
@@ -81,20 +82,11 @@ def falcon() -> Path:
 def song(tmp_path: Path) -> Path:
     """A second of sound with tags and a cover. Its length is no multiple of a codec's frames."""
     path = tmp_path / "song.m4a"
-    with av.open(str(path), "w", format="mp4") as file:
-        file.metadata.update({"title": "A song", "artist": "Somebody", "track": "3"})
-        stream = file.add_stream("aac", rate=RATE, layout="stereo", bit_rate=96_000)
-        with av.open(io.BytesIO(COVER), format="png_pipe") as picture:
-            cover = file.add_stream_from_template(picture.streams.video[0], opaque=True)
-            cover.disposition = av.stream.Disposition.attached_pic
-            packet = next(picture.demux(video=0))
-            packet.stream = cover
-            samples = (0.3 * noise(2, RATE + 7)).numpy()
-            frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
-            frame.sample_rate = RATE
-            file.mux(packet)
-            file.mux(stream.encode(frame))
-            file.mux(stream.encode(None))
+    save_audio(0.3 * noise(2, RATE + 7), path, RATE)
+    song = mutagen.File(path)
+    song.update({"\xa9nam": ["A song"], "\xa9ART": ["Somebody"], "trkn": [(3, 0)]})
+    song["covr"] = [mp4.MP4Cover(COVER, mp4.MP4Cover.FORMAT_PNG)]
+    song.save()
     return path
 
 

@@ -1,32 +1,35 @@
-"""Checkpoints of others become safetensors or ONNX."""
+"""Checkpoints become safetensors or ONNX."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
-from demucs_infer.convert import main
-from demucs_infer.demucs import Demucs
-from demucs_infer.hdemucs import HDemucs
+from demucs_infer.convert import export, main
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.states import load_model
 
-from .helpers import SOURCES, TINY, assert_close, assert_one_line, decibels, noise, pair, separate
-
-SMALL = {"channels": 8, "depth": 3, "dconv_lstm": 2, "dconv_attn": 2}
-FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
-    "htdemucs": (HTDemucs, {name: value for name, value in TINY.items() if name != "sources"}),
-    "hdemucs": (HDemucs, {**SMALL, "nfft": 1024, "depth": 4}),
-    "demucs": (Demucs, SMALL),
-}
+from .helpers import (
+    FAMILIES,
+    SOURCES,
+    TINY,
+    assert_close,
+    assert_one_line,
+    decibels,
+    noise,
+    pair,
+    separate,
+)
 
 
 def write_config(path: Path, kind: str, options: dict[str, Any]) -> Path:
-    own = {n: v for n, v in options.items() if n not in ("samplerate", "segment")}
+    own = {n: v for n, v in options.items() if n not in ("sources", "samplerate", "segment")}
     training = {"instruments": SOURCES, "channels": 2, "samplerate": 8000, "segment": 0.5}
     path.write_text(yaml.safe_dump({"model": kind, "training": training, kind: own}))
     return path
@@ -35,10 +38,11 @@ def write_config(path: Path, kind: str, options: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("family", "key"), [("htdemucs", None), ("hdemucs", "state"), ("demucs", "state_dict")]
 )
-def test_checkpoints_of_the_training_toolkit(family: str, key: str | None, tmp_path: Path) -> None:
+def test_checkpoints_of_the_training_toolkit_are_converted(
+    family: str, key: str | None, tmp_path: Path
+) -> None:
     model_class, options = FAMILIES[family]
-    whole = {**options, "sources": SOURCES, "samplerate": 8000, "segment": 0.5}
-    theirs, _ = pair(model_class, **whole)
+    theirs, _ = pair(model_class, **options)
     state: dict[str, Any] = theirs.state_dict()
     content = state if key is None else {key: state, "epoch": 3, "optimizer": {"lr": 1e-4}}
     torch.save(content, tmp_path / "in.ckpt")
@@ -58,7 +62,7 @@ def test_refused_conversions_write_nothing(repo: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ([tmp_path / "bad.th", out], ["bad.th"]),
         (["--config", config, tmp_path / "in.ckpt", out], ["mel_band_roformer"]),
-        ([repo / "tiny.th", tmp_path / "out.txt"], [".safetensors", ".onnx"]),
+        ([repo / "tiny.th", tmp_path / "out.txt"], ["out.txt", ".safetensors", ".onnx"]),
         (["--dynamic", repo / "tiny.th", out], ["onnx"]),
     ):
         result = separate(*arguments, main=main)
@@ -72,9 +76,11 @@ def test_refused_conversions_write_nothing(repo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rate", "size"), [(0, 4000), (-1, 4000), (8000, 10**400), (8000, 10**12), (10**400, 1)]
 )
-def test_absurd_numbers_in_a_configuration(rate: int, size: int, tmp_path: Path) -> None:
+def test_absurd_numbers_in_a_configuration_are_refused(
+    rate: int, size: int, tmp_path: Path
+) -> None:
     torch.save(HTDemucs(**TINY).state_dict(), tmp_path / "in.ckpt")
-    config = write_config(tmp_path / "config.yaml", "htdemucs", FAMILIES["htdemucs"][1])
+    config = write_config(tmp_path / "config.yaml", "htdemucs", TINY)
     values = yaml.safe_load(config.read_text())
     training = {"instruments": SOURCES, "channels": 2, "samplerate": rate}
     values |= {"training": training, "audio": {"chunk_size": size}}
@@ -86,6 +92,34 @@ def test_absurd_numbers_in_a_configuration(rate: int, size: int, tmp_path: Path)
     assert not out.exists()
 
 
+def run_onnx(model: nn.Module, mix: torch.Tensor, path: Path) -> tuple[torch.Tensor, Any]:
+    """Return the stems of `model` with its network in ONNX Runtime, and the session."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+
+    def network(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs)}
+        return tuple(map(torch.from_numpy, session.run(None, feed)))
+
+    with torch.no_grad():
+        return model(mix, network=network), session
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["htdemucs", "hdemucs", "demucs"])
+def test_onnx_computes_the_network_and_describes_it(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    model_class, options = FAMILIES[family]
+    theirs, ours = pair(model_class, **options)
+    mix = noise(2, 4000)[None]
+    stems, session = run_onnx(ours, mix, export(ours, tmp_path / "net.onnx"))
+    with torch.no_grad():
+        assert_close(stems, theirs(mix))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["sources"]) == ours.sources
+    assert json.loads(metadata["samples"]) == 4000
+    assert "normalize" in metadata["recipe"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "floor"), [(["--precision", "float16"], 50), (["--dynamic"], 100)], ids=str
@@ -93,19 +127,15 @@ def test_absurd_numbers_in_a_configuration(rate: int, size: int, tmp_path: Path)
 def test_onnx_in_half_precision_or_for_any_batch(
     flags: list[str], floor: float, repo: Path, tmp_path: Path
 ) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    main([*flags, str(repo / "tiny.th"), str(tmp_path / "out.onnx")])
-    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
-    ends = [*session.get_inputs(), *session.get_outputs()]
-    assert {node.type for node in ends} == {"tensor(float)"}
-
-    def network(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs)}
-        return tuple(map(torch.from_numpy, session.run(None, feed)))
-
+    result = separate(*flags, repo / "tiny.th", tmp_path / "out.onnx", main=main)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
     model = load_model(repo / "tiny.th")
     batch = 3 if "--dynamic" in flags else 1
     mix = torch.stack([noise(2, 4000, seed) for seed in range(batch)])
+    stems, session = run_onnx(model, mix, tmp_path / "out.onnx")
+    ends = [*session.get_inputs(), *session.get_outputs()]
+    assert {node.type for node in ends} == {"tensor(float)"}
     with torch.no_grad():
-        assert floor < decibels(model(mix, network=network), model(mix)) < 150
+        assert floor < decibels(stems, model(mix)) < 150

@@ -1,10 +1,10 @@
-"""What people do with stems next, on this machine, by URL and on Ray: the same files everywhere."""
+"""Files for other programs are the same from this machine, from URLs and from Ray."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from demucs_infer.audio import AudioFile
 from .helpers import environment, noise, run, stem_box, video
 
 RATE = 8000  # of the tiny model
-# By the folder that the files are written to: what of the inputs is named, and the options.
+# The input and the options of a command, by the folder of its files.
 WAYS = {
-    "dj": "music --format stem.mp4 --player --start 0.25 --duration 0:00.5",
-    "deep": "music --format mka --stems vocals,music=drums+bass+other --depth auto",
+    "dj": "music --format stem.mp4 --player --start 0.25 --duration 0:00.5"
+    " --filename {folder}/{track}.{ext}",
+    "deep": "music --format mka --stems vocals,music=drums+bass+other --depth auto"
+    " --filename {folder}/{track}.{ext}",
     "film": "clip.mp4 --format mp4 --stems music=drums+bass+other",
 }
-TEMPLATES = {"film": "{track}/{stem}.{ext}"}
 FILES = {
     "dj": ["A/song.stem.mp4", "A/song/player.html", "B/song.stem.mp4", "B/song/player.html"],
     "deep": ["A/song.mka", "B/song.mka"],
@@ -46,27 +47,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def here(inputs: Path, repo: Path) -> Path:
-    """What is made of them on this machine, in a folder for each of the ways."""
+    """The files that the commands write on this machine."""
     results = separated(repo, inputs, "{}", str(inputs / "here/{}"))
     assert [len(found) for found in results.values()] == [2, 2, 1]
     return inputs / "here"
 
 
 def separated(
-    repo: Path,
-    cwd: Path,
-    named: str,
-    out: str,
-    ways: Mapping[str, str] = WAYS,
-    ray: bool = False,
+    repo: Path, cwd: Path, named: str, out: str, ray: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """The results of each of the ways, by one process; `{}` stands for what differs in a name."""
+    """Run the commands in one process, and return their results. `named` and `out` have a `{}`."""
     common = ["-n", "tiny", "--repo", str(repo), "-d", "cpu", "--shifts", "0", "--json"]
     common += ["--cpus-per-worker", "2", "--ray"] if ray else []
     commands = []
-    for way, words in ways.items():
+    for way, words in WAYS.items():
         name, *options = words.split()
-        options += ["--filename", TEMPLATES.get(way, "{folder}/{track}.{ext}")]
         commands.append([*common, "-o", out.format(way), *options, "--", named.format(name)])
     code = "import json, sys; from demucs_infer.separate import main\n"
     if ray:  # started once, for all
@@ -76,11 +71,11 @@ def separated(
     done = run("-c", code, json.dumps(commands), cwd=cwd, env=variables)
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("next\n")
-    return {way: [json.loads(line) for line in text.splitlines()] for way, text in zip(ways, texts)}
+    return {way: [json.loads(line) for line in text.splitlines()] for way, text in zip(WAYS, texts)}
 
 
 def content(data: bytes, name: str) -> object:
-    """The packets of a file, or the text of a page."""
+    """Return the packets of a file, or the text of a page."""
     if name.endswith(".html"):
         return data
     with av.open(io.BytesIO(data)) as file:
@@ -93,7 +88,7 @@ def assert_as_here(way: str, here: Path, read: Callable[[str], bytes]) -> None:
         assert content(read(name), name) == content(expected, name), name
 
 
-def test_on_this_machine(here: Path) -> None:
+def test_files_on_this_machine(here: Path) -> None:
     for way, names in FILES.items():
         root = here / way / "tiny"
         found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import inspect
-
-import demucs.htdemucs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,15 +110,6 @@ def test_unsupported_options_are_named(option: dict) -> None:
     (name,) = option
     with pytest.raises(OptionError, match=name.removeprefix("t_")):
         HTDemucs(**TINY, **option)
-
-
-def test_signature_is_that_of_the_reference() -> None:
-    ours = inspect.signature(HTDemucs).parameters
-    theirs = inspect.signature(demucs.htdemucs.HTDemucs).parameters
-    assert list(ours) == list(theirs)
-    for name in theirs:
-        default = theirs[name].default
-        assert ours[name].default == (tuple(default) if isinstance(default, list) else default)
 
 
 def test_htdemucs_is_not_an_hdemucs() -> None:

@@ -102,7 +102,10 @@ def test_tags_and_cover_reach_every_format(format: str, command: Command, tmp_pa
         assert cover == (None if format == "wav" else FRONT)
     if format == "mp3":
         assert str(mutagen.File(path).tags["TXXX:Energy Level"]) == "7"
-    assert AudioFile(path).tags.items() >= TAGS.items()
+    own = AudioFile(path)
+    assert own.tags.items() >= TAGS.items()
+    assert own.tags["title"] == ("song" if len(own) > 1 else "song (bass)")
+    assert own.duration == pytest.approx(1.5, abs=0.05)
 
 
 @pytest.mark.parametrize("format", ["flac", "opus", "m4a", "wav"])

@@ -23,7 +23,7 @@ from demucs_infer.states import load_model, save_model
 from demucs_infer.storage import http
 
 from .helpers import noise
-from .hub import Hub, serving_hub
+from .hub import serving_hub
 from .tools import synth
 from .web import Web
 
@@ -74,22 +74,11 @@ def test_released_bags_on_both_hosts(
 def test_the_comparison_on_loopback(
     published: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "LIMITS", http.Limits(attempts=1, backoff=0))
     (tmp_path / "a.th").write_bytes(published.content)
     model = load_model(tmp_path / "a.th")
-    hub: Hub
     with serving_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         twin = save_model(model, tmp_path / "a.safetensors").read_bytes()
         homes = {"first": "one", "second": "both"}  # the first bag that has each
         hub.files = {f"adefossez/Demucs-{homes[s]}/{s}.safetensors": twin for s in homes}
-        folder = tmp_path / "fetched"
-        row = compare("both", folder, noise(2, 8000)[None])
-        assert row.startswith("both")
-        assert "2 files" in row
-        with torch.no_grad():
-            next(model.parameters()).add_(1e-3)
-        other = save_model(model, tmp_path / "b.safetensors").read_bytes()
-        hub.files = dict.fromkeys(hub.files, other)
-        with pytest.raises(AssertionError, match="first"):
-            compare("both", tmp_path / "again", noise(2, 8000)[None])
+        assert "2 files" in compare("both", tmp_path / "fetched", noise(2, 8000)[None])

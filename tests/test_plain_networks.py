@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from demucs_infer.apply import apply_model
 from demucs_infer.demucs import Demucs
+from demucs_infer.engine import cpu
 from demucs_infer.engine.backends import on_engine
 from demucs_infer.engine.cpu import fast_copy
 from demucs_infer.engine.options import SeparationOptions
@@ -216,8 +217,11 @@ def test_an_inverse_by_scale_and_without_a_length() -> None:
 # --- what PyTorch does with modules ---------------------------------------------------------------
 
 
-def test_hooks_see_each_layer_whole(models: tuple[nn.Module, nn.Module]) -> None:
+def test_hooks_see_each_layer_whole(
+    models: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same layers with the same shapes, directly and in the engine; bands in any order."""
+    monkeypatch.setattr(cpu, "TILE_BYTES", 2**13)
     seen: list[tuple[str, Any]] = []
 
     def watch(model: nn.Module) -> None:
@@ -245,9 +249,10 @@ def test_hooks_see_each_layer_whole(models: tuple[nn.Module, nn.Module]) -> None
 
 
 @pytest.mark.parametrize(
-    "layer", ["encoder.0", "encoder.0.conv", "decoder.2", "tdecoder.1.conv_tr"]
+    "layer", ["encoder.0", "encoder.0.dconv.layers.0.4", "decoder.2", "tdecoder.1.conv_tr"]
 )
-def test_a_hook_changes_the_stems(layer: str) -> None:
+def test_a_hook_changes_the_stems(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TILE_BYTES", 2**13)
     theirs, ours = pair(HTDemucs, **TINY)
     for model in (theirs, ours):
         model.get_submodule(layer).register_forward_hook(

@@ -1,4 +1,4 @@
-"""What FFmpeg misreads. When a test of FFmpeg itself fails here, the work-around may go."""
+"""Files that FFmpeg misreads. If FFmpeg itself is right here, remove the work-around."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from demucs_infer.audio import AudioFile, save_audio
+from demucs_infer.audio import AudioFile
 from demucs_infer.read.quirks import Link
 
 from .helpers import FFMPEG_MAJOR, noise
@@ -33,41 +33,26 @@ def wav_of_24_in_32(samples: np.ndarray) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(data)) + b"WAVE" + chunks + data
 
 
-def integers(channels: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(-(2**23), 2**23, (1000, channels)) * 256
-
-
 @pytest.mark.parametrize("channels", [1, 2, 6])
-def test_24_bits_in_32(channels: int, tmp_path: Path) -> None:
-    samples = integers(channels)
+def test_wav_of_24_bits_in_32_is_decoded(channels: int, tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(-(2**23), 2**23, (1000, channels)) * 256
     path = tmp_path / "a.wav"
     path.write_bytes(wav_of_24_in_32(samples))
     wav = AudioFile(path).read(streams=0)
     assert torch.equal(wav, torch.from_numpy((samples.T / 2**31).astype(np.float32)))
-
-
-def test_ffmpeg_takes_24_bits_in_32_for_floats(tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    path.write_bytes(wav_of_24_in_32(integers(2)))
-    with av.open(str(path)) as container:
+    with av.open(str(path)) as container:  # FFmpeg takes them for floats
         assert container.streams.audio[0].codec_context.name == "pcm_f24le"
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.caf", "a.w64", "a.rf64"])
-def test_id3_tags_before_a_container(name: str, tmp_path: Path) -> None:
-    path, plain = tmp_path / name, tmp_path / f"plain-{name}"
-    kind = {"a.aiff": "AIFF", "a.caf": "CAF", "a.w64": "W64", "a.rf64": "RF64"}.get(name, "WAV")
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "CAF", "W64", "RF64"])
+def test_id3_tags_before_a_container_are_skipped(kind: str, tmp_path: Path) -> None:
+    path, plain = tmp_path / f"a.{kind.lower()}", tmp_path / f"plain.{kind.lower()}"
     soundfile.write(plain, noise(2, 1000).T.numpy(), 44100, format=kind, subtype="PCM_16")
     path.write_bytes(ID3 + ID3 + plain.read_bytes())
     assert torch.equal(AudioFile(path).read(), AudioFile(plain).read())
-
-
-def test_ffmpeg_refuses_id3_tags_before_riff(tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    save_audio(noise(2, 1000), path, 44100)
-    path.write_bytes(ID3 + path.read_bytes())
-    with pytest.raises(av.FFmpegError):
-        av.open(str(path)).close()
+    if kind == "WAV":
+        with pytest.raises(av.FFmpegError):
+            av.open(str(path)).close()
 
 
 @pytest.mark.parametrize("padding", [2529, 3553, 2048])
@@ -82,25 +67,14 @@ def test_he_aac_starts_on_time(padding: int, tmp_path: Path) -> None:
     # FFmpeg 9 also drops the padding at the end.
     assert 0 <= expected.shape[-1] - ours.shape[-1] < 2 * 2048
     assert torch.equal(ours, expected[:, : ours.shape[-1]])
-
-
-@pytest.mark.skipif(FFMPEG_MAJOR >= 9, reason="FFmpeg 9 is right")
-def test_ffmpeg_drops_half_of_he_aac_s_padding() -> None:
-    with av.open(str(HE_AAC)) as container:
-        assert next(container.decode(audio=0)).pts == 1265  # 2529 where it is right
-
-
-def test_a_wav_file_that_breaks_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "a.wav"
-    save_audio(noise(2, 44100), path, 44100)
-    path.write_bytes(path.read_bytes()[: -44100 * 2])
-    assert AudioFile(path).read(streams=0).shape[1] == 22050
-    assert "cut off at the end, 0.50 s of sound lost" in caplog.text
+    if FFMPEG_MAJOR < 9:  # it drops half of the padding of 2529 samples
+        with av.open(str(HE_AAC)) as container:
+            assert next(container.decode(audio=0)).pts == 1265
 
 
 @pytest.mark.parametrize("start", [0, 3, 8, 10])
 @pytest.mark.parametrize("size", [1, 4, -1])
-def test_a_link_with_a_patch(start: int, size: int) -> None:
+def test_link_reads_a_patched_range_of_a_file(start: int, size: int) -> None:
     link = Link(io.BytesIO(bytes(range(20))), 2, 16, "a.wav")
     link.patch = 4, 255
     whole = bytes([2, 3, 4, 5, 255, *range(7, 16)])

@@ -166,12 +166,12 @@ def test_transformer_takes_no_window_longer_than_its_own(
 
 
 def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_path: Path) -> None:
-    names = "a.b c.wav", "{stem}.wav", "ünï — 音.wav", "no suffix", ".hidden", "100%.wav", "-x.wav"
+    names = "a.b c.wav|{stem}.wav|ünï — 音.wav|no suffix|.hidden|100%.wav|-x.wav|...wav".split("|")
     for name in names:
         (tmp_path / name).write_bytes(track.read_bytes())
     assert command("--stems", "bass", "--", *names).returncode == 0
     folders = {path.name for path in (tmp_path / "separated/tiny").iterdir()}
-    assert folders == {"a.b c", "{stem}", "ünï — 音", "no suffix", ".hidden", "100%", "-x"}
+    assert folders == {name.removesuffix(".wav") for name in names[:-1]} | {"...wav"}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,6 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
         ("--repo none", 1, ["none"]),
         ("--repo . -n bad", 1, ["bad.th"]),
         ("--two-stems voice", 2, ["voice", "vocals"]),
-        ("--stems vocals,voice", 2, ["'voice'", "vocals"]),
         ("--overlap 1", 2, ["--overlap", "'1'"]),
         ("--shifts many", 2, ["--shifts", "'many'"]),
         ("--seed x", 2, ["--seed"]),
@@ -189,21 +188,14 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
         ("--nonsense", 2, ["--nonsense"]),
         ("--mp3 --flac", 2, ["--flac"]),
         ("--mp3 --float32", 2, ["float32"]),
-        ("--mp3-preset 9", 2, ["--mp3-preset"]),
-        ("--format mp3 --bitrate 500", 2, ["320"]),
-        ("--format wav --codec alac", 2, ["alac"]),
-        ("--format stem.mp4 --int24", 2, ["24"]),
         ("--format stem.mp4 --stems all,x=drums+bass", 2, ["4 stems", "5"]),
         ("--format stem.mp4 --clip-mode tanh", 2, ["rescale-all"]),
         ("--format mka --filename {track}-{stem}.{ext}", 2, ["{stem}"]),
         ("--format mka --stems mix=drums", 2, ["'mix'"]),
-        ("--filename {track}.{ext}", 2, ["{stem}"]),
-        ("--filename {song}/{stem}.{ext}", 2, ["{song}"]),
         ("--filename ../../{stem}.{ext}", 2, ["outside"]),
         ("--filename {track}.{ext} --stems bass -o .", 2, ["replace"]),
         ("-o -", 2, ["one stem, not 4"]),
         ("-o - --stems bass --json", 2, ["--json"]),
-        ("-o - --stems bass other.wav", 2, ["one track"]),
         ("-o - --stems bass --player", 2, ["standard output"]),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_saved_model_is_read_here_and_by_the_reference(half: bool, tmp_path: P
     with torch.no_grad():
         assert_close(ours(mix), model(mix), 1e-2 if half else 1e-6)
         assert_close(ours(mix), theirs(mix))
-    with pytest.raises(ModelLoadingError, match="Linear is no model"):
+    with pytest.raises(ModelLoadingError, match="Linear is not a model"):
         save_model(torch.nn.Linear(1, 1), path)
 
 
@@ -166,7 +166,7 @@ def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
         (lambda p: p["kwargs"].update(t_emb="cape"), "emb='cape'"),
         (lambda p: p["kwargs"].update(depth="four"), "does not describe a model"),
         (lambda p: p.pop("state"), "state"),
-        (lambda p: p.update(klass=dict), "builtins.dict is no model class"),
+        (lambda p: p.update(klass=dict), "builtins.dict is not a model class"),
         (lambda p: p.update(klass="os.system"), "os.system"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_model_that_cannot_run_fails_in_a_window(
         (lambda s: s["quantized"].append(s["quantized"][0]), "does not describe"),
         (lambda s: s.update(quantized=[(torch.zeros(1, 8, 7).long(), (0, 1))]), "packed weights"),
         (lambda s: s.update(quantized=[], others=[]), "bits for"),
-        (lambda s: s["meta"].update(klass=os.system), "system> is no quantizer"),
+        (lambda s: s["meta"].update(klass=os.system), "system> is not a quantizer"),
         (lambda s: s.pop("meta"), "does not describe"),
     ],
 )

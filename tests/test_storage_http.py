@@ -341,7 +341,7 @@ HASTY = Limits(attempts=1, timeout=5, span=0.2)
 
 
 def as_download(url: str, folder: Path) -> None:
-    Download(url, folder / "file.th", DIGEST, limits=HASTY).run()
+    Download(url, folder / "file.th", DIGEST, limits=locations.TRACK_LIMITS).run()
 
 
 def as_track(url: str, folder: Path) -> None:
@@ -355,7 +355,7 @@ def as_list(url: str, folder: Path) -> None:
 
 @pytest.fixture(params=[as_download, as_track, as_list])
 def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    monkeypatch.setattr(locations, "TRACK_LIMITS", HASTY)
+    monkeypatch.setattr(locations, "TRACK_LIMITS", Limits(attempts=1, timeout=5))
     return request.param
 
 
@@ -379,8 +379,9 @@ def test_the_body_of_a_redirect_is_not_read(door: Callable, web: Web, tmp_path: 
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_an_answer_that_is_slow_is_shut_down(
-    slow: str, door: Callable, web: Web, tmp_path: Path
+    slow: str, door: Callable, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locations, "TRACK_LIMITS", HASTY)
     web.always = SLOW[slow]
     fails(door, f"{web.url}/file", tmp_path, "bytes came in 0 s")
     assert not web.gate.is_set()

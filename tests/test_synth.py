@@ -79,30 +79,6 @@ def test_notes_are_in_tune_and_do_not_click(hz):
         assert abs(1200 * np.log2(found / (harmonic * hz))) < 25
 
 
-@pytest.mark.parametrize("semitones", [48.0, 64.0])
-def test_vowels_repeat_with_the_period_of_the_pitch(semitones):
-    frames = synth.RATE // synth.HOP + 1
-    formants = np.tile(np.array(synth.VOWELS[0])[:, None], frames)
-    still = np.zeros(frames)
-    mouth = synth.Mouth(
-        still + semitones, still + 1, still, still, np.full((2, frames), 1000.0), formants
-    )
-    sound = synth.sing(mouth, np.random.default_rng(0), synth.RATE)[10_000:20_000]
-    period = synth.RATE / synth.hertz(semitones)
-    lags = range(int(0.7 * period), int(1.5 * period))
-    likeness = [np.corrcoef(sound[:-lag], sound[lag:])[0, 1] for lag in lags]
-    assert abs(lags[int(np.argmax(likeness))] - period) <= 1
-    assert max(likeness) > 0.9
-
-
-def test_patterns_are_bars_of_notes_and_rests():
-    assert [*synth.events("..x--o-.")] == [("x", 2, 3), ("o", 5, 2)]
-    grooves = itertools.chain.from_iterable(groove.values() for groove in synth.GROOVES)
-    styles = itertools.chain.from_iterable(synth.STYLES.values())
-    for pattern in (*grooves, *synth.BASS_LINES, *styles):
-        assert len(pattern) == synth.STEPS, pattern
-
-
 def test_the_command_writes_a_mix(songs, tmp_path: Path):
     command = ["tests.tools.synth", tmp_path / "a.wav", "--seed", SEEDS[1], "--seconds", SECONDS]
     assert run("-m", *command).returncode == 0

@@ -19,21 +19,17 @@ from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
-from ..engine.options import SeparationOptions
-from ..engine.plan import Pass
 from ..errors import DemucsInferError, LoadAudioError
 from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
-from ..read.pcm import RESCALING
 from ..storage.locations import Location, full_text, local_copy
 from ..storage.spool import Spool, Workspace
 from ..write.encode import encoding_errors
@@ -47,27 +43,6 @@ from .tracks import TrackJob, plan_jobs
 
 MEASURED = 20  # tracks whose headers are read
 CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
-
-
-class StemSource(Protocol):
-    """The members of a `Separator` that a batch needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def samplerate(self) -> int: ...
-    @property
-    def audio_channels(self) -> int: ...
-    @property
-    def model(self) -> Any: ...
-    @property
-    def stems(self) -> list[str]: ...
-    @property
-    def options(self) -> SeparationOptions: ...
-    def plan(self, length: int) -> list[Pass]: ...
-    def blocks(
-        self, mixture: Mixture, passes: Sequence[Pass], title: str | None = None
-    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -138,18 +113,29 @@ class _Track:
     written: Future[None] | None = None
 
 
+def _result(future: Future[Any]) -> Any:
+    """Return the result of `future`.
+
+    Python does not notice a signal that arrives just before a wait without a timeout.
+    """
+    while not wait([future], 1).done:
+        pass
+    return future.result()
+
+
 class Batch:
     """Separates tracks one by one, with one read ahead and one written behind.
 
-    `announce` is called before a track is separated. It returns a title for the progress bar, or
-    None if standard error is not a terminal. `report` is called with each result, one at a time,
-    from any thread. `call` calls a function with arguments where the model may run: batches that
-    share a model share a thread for it.
+    `separator` is a `Separator`, or has its `name`, `samplerate`, `audio_channels`, `stems`,
+    `options`, `plan` and `blocks`. `announce` is called before a track is separated. It
+    returns a title for the progress bar, or None if standard error is not a terminal. `report` is
+    called with each result, one at a time, from any thread. `call` calls a function with arguments
+    where the model may run: batches that share a model share a thread for it.
     """
 
     def __init__(
         self,
-        separator: StemSource,
+        separator: Any,
         output: Output,
         space: Workspace,
         *,
@@ -180,7 +166,7 @@ class Batch:
                 for job, decoded in self._read_ahead(reader, wanted):
                     track, title, begin = None, self._announce(job.track), time.monotonic()
                     try:
-                        track = decoded.result()
+                        track = _result(decoded)
                         track.title, track.begin = title, begin
                         self._call(self._separate, track)
                     except Exception as exc:
@@ -223,57 +209,52 @@ class Batch:
         yield from ahead
 
     def _decode(self, job: TrackJob) -> _Track:
+        separator, output, form = self.separator, self.output, self.output.file_format
+        channels, model_rate = separator.audio_channels, separator.samplerate
         job.check_targets()
-        self.output.mention_leftovers(job.files)
+        output.mention_leftovers(job.files)
         with contextlib.ExitStack() as stack:
             if job.track == PIPE:
                 file = AudioFile(self._input, name=PIPE_NAME)
             else:
                 path = stack.enter_context(local_copy(job.track, self.space.path))
                 file = AudioFile(path, name=str(job.track))
-            return self._decode_file(job, file, stack)
-
-    def _decode_file(self, job: TrackJob, file: AudioFile, stack: contextlib.ExitStack) -> _Track:
-        separator, output, form = self.separator, self.output, self.output.file_format
-        channels, model_rate = separator.audio_channels, separator.samplerate
-        decoder = Decoder(file, model_rate, channels, separator.options)
-        rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
-        keeps_rate = rate == decoder.rate != model_rate
-        # The mix of a file of all stems then needs no resampling.
-        original = self._spool(stack) if form.is_together and keeps_rate else None
-        cover = read_cover(file, form.covers)
-        picture = Picture(file, *decoder.samples) if form.has_picture else None
-        spool, moments = self._spool(stack), Moments()
-        for block in decoder.chunks(None if original is None else original.write):
-            self._check_stop()
-            moments.add(block)
-            spool.write(block)
-        if not moments.count:
-            raise LoadAudioError(f"{file.name}: is too short to be separated")
-        seconds = decoder.length / decoder.rate
-        if output.player:
-            check_length(file.name, seconds)
-        target = Target(
-            form.for_depth(file.bits) if output.depth else form,
-            output.clip_mode,
-            self.space,
-            model_rate,
-            rate,
-            channels,
-            separator.name,
-            {"title": output.track_name(job.track), **file.tags},
-            decoder.length if keeps_rate else None,
-            cover,
-            picture,
-            original,
-        )
-        mixture = Mixture(spool.read, moments)
-        return _Track(job, mixture, spool, target, seconds, decoder.damage, stack.pop_all())
-
-    def _spool(self, stack: contextlib.ExitStack) -> Spool:
-        spool = self.space.spool(self.separator.audio_channels)
-        stack.callback(spool.close)
-        return spool
+            decoder = Decoder(file, model_rate, channels, separator.options)
+            rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
+            keeps_rate = rate == decoder.rate != model_rate
+            spool = stack.enter_context(contextlib.closing(self.space.spool(channels)))
+            # The mix in a file of all stems then needs no resampling.
+            original = self.space.spool(channels) if form.is_together and keeps_rate else None
+            if original is not None:
+                stack.enter_context(contextlib.closing(original))
+            cover = read_cover(file, form.covers)
+            picture = Picture(file, *decoder.samples) if form.has_picture else None
+            moments = Moments()
+            for block in decoder.chunks(None if original is None else original.write):
+                self._check_stop()
+                moments.add(block)
+                spool.write(block)
+            if not moments.count:
+                raise LoadAudioError(f"{file.name}: is too short to be separated")
+            seconds = decoder.length / decoder.rate
+            if output.player:
+                check_length(file.name, seconds)
+            target = Target(
+                form.for_depth(file.bits) if output.depth else form,
+                output.clip_mode,
+                self.space,
+                model_rate,
+                rate,
+                channels,
+                separator.name,
+                {"title": output.track_name(job.track), **file.tags},
+                decoder.length if keeps_rate else None,
+                cover,
+                picture,
+                original,
+            )
+            mixture = Mixture(spool.read, moments)
+            return _Track(job, mixture, spool, target, seconds, decoder.damage, stack.pop_all())
 
     def _separate(self, track: _Track) -> None:
         separator, position = self.separator, 0
@@ -304,6 +285,7 @@ class Batch:
             try:
                 stems = track.writer.finish(progress)
             except Exception as exc:
+                track.writer.discard()
                 self._fail(track.job.track, exc)
                 return
         result = TrackResult(
@@ -329,7 +311,7 @@ class Batch:
                 while not wait([track.written], 0.2).done:
                     bar.n = track.encoded
                     bar.refresh()
-        track.written.result()
+        _result(track.written)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -345,7 +327,7 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: StemSource, track: Location, output: Output) -> TrackResult:
+def separate_file(separator: Any, track: Location, output: Output) -> TrackResult:
     """Separate one track. Its error is raised."""
     output.check_stems(separator.model.sources, separator.stems)
     jobs = plan_jobs([track], output, separator.name, separator.stems)
@@ -358,7 +340,7 @@ def separate_file(separator: StemSource, track: Location, output: Output) -> Tra
 
 
 def warn_of_full_disk(
-    separator: StemSource, output: Output, space: Workspace, jobs: Sequence[TrackJob]
+    separator: Any, output: Output, space: Workspace, jobs: Sequence[TrackJob]
 ) -> None:
     """Warn if the disk of the output folder clearly has too little space for the stems of `jobs`.
 
@@ -375,8 +357,7 @@ def warn_of_full_disk(
     size = output.file_format.bytes_per_second(rate, channels)
     files = sum(lengths) * max(1, len(jobs) / MEASURED) * stems * size
     # The track, and stems that wait until their peaks are known, are kept as float32.
-    kept = 1 + stems * (output.clip_mode in RESCALING)
-    needed = max(files, max(lengths) * rate * channels * 4 * kept)
+    needed = max(files, max(lengths) * rate * channels * 4 * (1 + stems))
     free = shutil.disk_usage(space.path).free
     if needed > free:
         logger.warning(

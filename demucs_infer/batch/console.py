@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError
@@ -77,25 +77,28 @@ class _Forgiving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._in_bar = False
-        self._bar = ""
+        self._bar = ""  # on the last line
+        self._lock = threading.RLock()  # a signal may interrupt its holder
 
     def write(self, text: str) -> int:
-        whole = text.endswith("\n")
+        with self._lock:
+            self._write(text)
+        return len(text)
+
+    def _write(self, text: str) -> None:
         shown = text
-        if self._in_bar and whole and text[0] not in "\r\n":
-            # A message replaces the bar. Its owner draws it again below, unless it is complete.
-            moves = is_terminal(self._stream)
-            bar = self._bar if "100%|" in self._bar else ""
-            shown = f"{CLEAR_LINE}{text}{bar}" if moves else f"\n{text}"
-            self._in_bar = moves
-        elif text.startswith("\r"):
-            self._in_bar, self._bar = True, text
-        else:
-            self._in_bar = self._in_bar and not whole
+        if text.startswith("\r"):
+            self._bar = text
+        elif self._bar and len(text) > 1 and text.endswith("\n"):
+            if is_terminal(self._stream):
+                # A message replaces the bar. Its owner draws it again below, unless it is complete.
+                shown = f"{CLEAR_LINE}{text}{self._bar if '100%|' in self._bar else ''}"
+            else:
+                shown, self._bar = f"\n{text}", ""
+        elif text.endswith("\n"):
+            self._bar = ""
         with contextlib.suppress(OSError):
             write(shown, self._stream)
-        return len(text)
 
     def flush(self) -> None:
         """Do nothing: `write` flushes."""
@@ -149,19 +152,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _common(paths: Sequence[str]) -> str:
-    """Return the one file, or the innermost folder that holds all files."""
-    if len(set(paths)) == 1:
-        return paths[0]
-    parts = [re.split(r"(?<=[/\\])", path)[:-1] for path in paths]
-    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts))
-    return "".join(names[0] for names in shared)
-
-
 class Console:
     """Reports the progress of `count` tracks on standard error, and as JSON if `json` is set.
 
-    `pipe` says that a stem goes to standard output, which then has no lines for programs.
+    `pipe` says that a stem goes to standard output, which then has no lines for programs. `errors`
+    are those of tracks that exist, and of standard output.
     """
 
     def __init__(
@@ -171,22 +166,23 @@ class Console:
         self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
         self.output = sys.stdout  # Ray redirects `sys.stdout`.
         self.failed: list[str] = []
-        self.done = self.skipped = 0
-        self.unwritten: Exception | None = None
+        self.errors: list[Exception] = []
+        self.done = self.skipped = self._begun = 0
+        self.unwritten = False
         self._begin = time.monotonic()
-        self._begun = 0
 
     def introduce(self, models: int | None, folder: object) -> None:
         """Name the folder of the stems, and the number of models of a bag (None for no bag)."""
+        if not self.talks:
+            return
         if models is not None:
             self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
         self._tell(f"Separated tracks will be stored in {folder}")
 
     def _tell(self, line: str) -> None:
         """Write a line that programs look for. Nothing fails if nobody reads it."""
-        if self.talks:
-            with contextlib.suppress(DemucsInferError, BrokenPipeError):
-                put(printable(line), self.output)
+        with contextlib.suppress(DemucsInferError, BrokenPipeError):
+            put(printable(line), self.output)
 
     def announce(self, track: object) -> str | None:
         """Announce that `track` begins. Returns a title for its bar if that is on a terminal."""
@@ -207,13 +203,16 @@ class Console:
             left = f", {clock(spent / separated * (self.count - self.done))} left"
         return f"{name} ({self._begun} of {self.count}{left})"
 
-    def report(self, result: Mapping[str, Any], *, elsewhere: bool = False) -> None:
-        """Take the result of a track, as `TrackResult.as_json` gives it.
+    def report(
+        self, result: Mapping[str, Any], error: Exception | None = None, *, elsewhere: bool = False
+    ) -> None:
+        """Take the result of a track, as `TrackResult.as_json` gives it, and an error to raise.
 
         A track that was separated `elsewhere` has not been announced.
         """
         self.done += 1
         self.skipped += result["skipped"]
+        self.errors += [error] if error is not None else []
         if result["error"] is not None:
             self.failed.append(result["input"])
             logger.error("%s", result["error"])
@@ -221,22 +220,27 @@ class Console:
             paths = [stem["path"] for stem in result["stems"].values()]
             paths += filter(None, [result["player"]])
             if "-" not in paths:
-                took = clock(result["elapsed"])
-                logger.log(NOTICE, "Stems in %s (%s)", bold(_common(paths)), took)
+                # The one file, or the innermost folder that holds all files.
+                parts = [re.split(r"(?<=[/\\])", path)[:-1] for path in paths]
+                levels = itertools.takewhile(lambda names: len({*names}) == 1, zip(*parts))
+                common = "".join(names[0] for names in levels)
+                place = paths[0] if len({*paths}) == 1 else common
+                logger.log(NOTICE, "Stems in %s (%s)", bold(place), clock(result["elapsed"]))
             if elsewhere:
                 name = bold(result["input"])
                 logger.log(NOTICE, "Separated %s (%d of %d)", name, self.done, self.count)
-        if self.json and self.unwritten is None:
+        if self.json and not self.unwritten:
             try:
                 put(json_text(result), self.output)
             except (DemucsInferError, BrokenPipeError) as exc:
-                self.unwritten = exc
+                self.unwritten = True
+                self.errors.append(exc)
                 logger.error("%s", exc)
 
     @property
     def failures(self) -> int:
         """The number of things that went wrong."""
-        return len(self.failed) + (self.unwritten is not None)
+        return len(self.failed) + self.unwritten
 
     def sum_up(self) -> None:
         """Count the tracks, and name those that failed, perhaps hours ago."""

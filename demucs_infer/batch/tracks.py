@@ -1,19 +1,18 @@
-"""Which tracks are meant, and which files their stems become."""
+"""Find tracks, and plan the files of their stems."""
 
 from __future__ import annotations
 
 import codecs
 import glob
 import io
-import itertools
 import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
 from ..io.folders import Folders
@@ -40,7 +39,7 @@ SUFFIXES = frozenset(
 )
 
 
-MAX_LINE = 2**16  # characters of a line in a list: the rest is no name
+MAX_LINE = 2**16  # characters of a line in a list: longer ones are not names
 ENCODINGS = {  # by what a list begins with; the longer ones first, as they begin alike
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -103,13 +102,14 @@ def find_tracks(
     expand: bool = os.name == "nt",
     report: Report = _raise,
 ) -> Iterator[Location]:
-    """The tracks that `names` mean: files, all audio files below a folder, "-" once.
+    """Yield the tracks that `names` stand for: files, all audio files below a folder, "-" once.
 
-    With `expand`, a name that is no file may be a pattern, for shells that leave that to programs;
-    a URL may be one in any case.
-    What is in the folder `leave_out`, and hidden files, are found only if named themselves. A file
-    that is named twice comes once. A folder without audio is reported as an error.
-    What goes wrong with a name is told to `report`, and the others go on; by default it is raised.
+    With `expand`, a name without a file may be a pattern, for shells that leave that to programs;
+    a URL may always be one. Hidden files, and those in the folder `leave_out`, are found only if
+    they are named themselves. A file that is named twice comes once.
+
+    Missing files, folders without audio and other errors are told to `report`, which raises them by
+    default. The other names go on.
     """
     identities = Identities()
     apart = None if leave_out is None else identities.of(location(leave_out))
@@ -124,61 +124,38 @@ def find_tracks(
 
 
 def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
-    """The paths and URLs in a text file, or "-" for standard input: one a line, `#` for comments.
+    """Yield the paths and URLs in a text file, or "-" for standard input: one a line.
 
-    The text is UTF-8, or what its byte-order mark says. What cannot be read is told to `report`:
-    all of it, or a line that is no name.
+    Lines that begin with `#` are comments. The text is UTF-8, or what its byte-order mark says.
+    Errors of the file and of lines that are not names are told to `report`.
     """
     listed = location(source)
     try:
-        with _open(listed) as file:
-            for number, line in enumerate(_lines(file), 1):
-                name = line.strip()
+        with nullcontext(standard_input()) if listed == PIPE else reading(listed) as file:
+            buffered: Any = file if hasattr(file, "peek") else io.BufferedReader(cast(Any, file))
+            head = buffered.peek(4)
+            found = (name for mark, name in ENCODINGS.items() if head.startswith(mark))
+            encoding = next(found, "utf-8-sig")
+            errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+            text, number = io.TextIOWrapper(buffered, encoding, errors), 0
+            while line := text.readline(MAX_LINE + 1):
+                number += 1
+                name = (rest := line).strip()
+                while len(rest) > MAX_LINE and not rest.endswith("\n"):
+                    rest = text.readline(MAX_LINE + 1)
                 if len(line) > MAX_LINE or "\0" in name:
                     fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
                     report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
                 elif name and not name.startswith("#"):
                     yield location(name)
+            # The file stays open: it may be standard input.
+            text.detach()
+            if buffered is not file:
+                buffered.detach()
     except (LoadAudioError, MissingDependencyError) as exc:
         report(listed, exc)
     except OSError as exc:
-        reason = exc.strerror or exc
-        report(listed, LoadAudioError(f"{listed}: cannot be read ({reason})"))
-
-
-def _open(source: Location) -> AbstractContextManager[IO[bytes]]:
-    if source == PIPE:
-        return nullcontext(standard_input())
-    return reading(source)
-
-
-def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Lines with their ends; of one that is too long, a character more than it may have."""
-    head = file.read(4)
-    found = (name for mark, name in ENCODINGS.items() if head.startswith(mark))
-    encoding = next(found, "utf-8-sig")
-    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
-    text = io.TextIOWrapper(io.BufferedReader(_Rest(head, file)), encoding, errors)
-    while line := text.readline(MAX_LINE + 1):
-        yield line
-        while len(line) > MAX_LINE and not line.endswith("\n"):
-            line = text.readline(MAX_LINE + 1)
-
-
-class _Rest(io.RawIOBase):
-    """A stream of which the head has been read."""
-
-    def __init__(self, head: bytes, file: IO[bytes]) -> None:
-        self._head, self._file = head, file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head or self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._head = b""
-        return len(data)
+        report(listed, _unreadable(listed, exc))
 
 
 @dataclass(frozen=True)
@@ -191,7 +168,7 @@ class _Search:
     identities: Identities
 
     def tracks(self, name: Location) -> Iterable[Location]:
-        """The tracks that a name means; what goes wrong is reported."""
+        """Return the tracks that a name stands for. Errors are reported."""
         try:
             _check_name(name)
             return self._remote(name) if isinstance(name, Url) else self._local(name, self.expand)
@@ -206,7 +183,15 @@ class _Search:
             return self._below(name)
         if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
             matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
-            return [track for match in matches for track in self._local(match, False)]
+            if found := [track for match in matches for track in self._local(match, False)]:
+                return found
+        try:
+            if name != PIPE:
+                name.stat()
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise LoadAudioError(f"{name}: no such file") from exc
+        except OSError:  # The decoder tells the reason.
+            pass
         return [name]
 
     def _remote(self, url: Url) -> Iterable[Location]:
@@ -238,14 +223,22 @@ class _Search:
         """Find all tracks below a folder, through links that stay in it. Enter each folder once."""
         found, faults, others = list[Path](), list[OSError](), 0
         root = self.identities.of(folder)
-        entered = {root}
+        entered = {root, self.apart}
+
+        def is_entered(path: Path) -> bool:
+            identity = self.identities.of(path)
+            if identity in entered or not self._is_within(path, root):
+                return False
+            entered.add(identity)
+            return True
+
         for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
-            paths = (Path(parent, name) for name in sorted(folders) if not name.startswith("."))
-            folders[:] = [path.name for path in paths if self._enters(path, root, entered)]
-            paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
-            # A named pipe would be waited for, and a device may be endless.
-            audio = (path for path in paths if _is_audio(path.name) and _is_regular(path))
-            found += [path for path in audio if self._is_within(path, root)]
+            visible = [name for name in sorted(folders) if not name.startswith(".")]
+            folders[:] = [name for name in visible if is_entered(Path(parent, name))]
+            for name in sorted(files):
+                path = Path(parent, name)
+                if not name.startswith(".") and _is_audio(name) and _is_regular(path):
+                    found += [path] if self._is_within(path, root) else []
             others += len(files)
         for fault in faults:
             at = Path(fault.filename or folder)
@@ -253,13 +246,6 @@ class _Search:
         if not found and not faults:
             self.report(folder, _without_audio(folder, others))
         return found
-
-    def _enters(self, path: Path, root: str, entered: set[str]) -> bool:
-        identity = self.identities.of(path)
-        if identity == self.apart or identity in entered or not self._is_within(path, root):
-            return False
-        entered.add(identity)
-        return True
 
     def _is_within(self, path: Path, root: str) -> bool:
         """Return False, with a warning, for a link that leads out of the folder that was named."""
@@ -272,17 +258,17 @@ class _Search:
 
 
 def _is_regular(path: Path) -> bool:
-    """Return True for a file that has samples, or whose reading will say why it has none."""
+    """Return False for a missing file, a named pipe, which would block, and an endless device."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         return False
-    except OSError:
+    except OSError:  # Reading it tells the reason.
         return True
 
 
 def _check_name(name: Location) -> None:
-    """Raise `LoadAudioError` for what no file can be called, or no address that may be opened."""
+    """Raise `LoadAudioError` for a name that no file has, or a URL that may not be opened."""
     try:
         check(name)
     except OptionError as exc:
@@ -323,32 +309,22 @@ def plan_jobs(
         if len(jobs) > 1:
             raise OptionError(f"standard output takes one track, not {len(jobs)}")
         _ = [job.paths for job in jobs]  # one stem
-    else:
-        _check_apart(jobs)
-    return jobs
-
-
-def _check_apart(jobs: Sequence[TrackJob]) -> None:
+        return jobs
     identities = Identities()
+    # Hashes: of a million tracks, the names would be gigabytes.
     inputs = {hash(identities.of(job.track)) for job in jobs}
     taken: set[int] = set()
     for job in jobs:
         for path in job.files:
-            identity = hash(identities.of(path))
-            if identity in inputs:
+            identity = identities.of(path)
+            if hash(identity) in inputs:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
-            if identity in taken:
-                _check_owner(jobs, job, path)
-            taken.add(identity)
-
-
-def _check_owner(jobs: Sequence[TrackJob], job: TrackJob, path: Location) -> None:
-    """Raise `OptionError` if a job before `job` has the stem `path`, too."""
-    identities = Identities()
-    wanted = identities.of(path)
-    for other in itertools.takewhile(lambda other: other is not job, jobs):
-        if wanted in map(identities.of, other.files):
-            raise OptionError(
-                f"{other.track} and {job.track} would both become {path}: tell them apart with"
-                " {folder}, {parent} or {trackext} in --filename"
-            )
+            if hash(identity) in taken:
+                other = next(j for j in jobs if identity in map(identities.of, j.files))
+                if other is not job:
+                    raise OptionError(
+                        f"{other.track} and {job.track} would both become {path}: tell them apart"
+                        " with {folder}, {parent} or {trackext} in --filename"
+                    )
+            taken.add(hash(identity))
+    return jobs

@@ -1,1 +1,1 @@
-"""What works on windows of samples: bags, the plan, overlap-add, batches, backends."""
+"""The engine: plan windows, run models on them, and overlap-add the results."""

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,10 +38,9 @@ class BagOfModels(nn.Module):
             values = [getattr(member, name) for member in members]
             if any(value != values[0] for value in values):
                 raise ModelLoadingError(f"the models of a bag differ in {name}: {values}")
-        first: Any = members[0]
-        self.sources: list[str] = first.sources
-        self.samplerate: int = first.samplerate
-        self.audio_channels: int = first.audio_channels
+        first = members[0]
+        self.sources, self.samplerate = first.sources, first.samplerate
+        self.audio_channels = first.audio_channels
         # For callers; the engine uses the segment of each model.
         self.segment = min(member.segment for member in members)
         self.weights = _checked_weights(weights, len(members), len(self.sources))

@@ -10,13 +10,14 @@ Shapes: `[B, C, T]` mixtures and `[B, S, C, T]` stems (batch, sources, channels,
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from math import isinf
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,25 @@ from torch import Tensor, nn
 from ..errors import DemucsInferError, OptionError
 from ..utils import DummyPoolExecutor, center_trim
 from .bag import BagOfModels, as_bag, check_segment
-from .batches import BatchRunner
 from .cpu import fast_copy
 from .machine import kept_memory
-from .model import Member
+from .model import BatchRunner, Member
 from .options import SeparationOptions
 from .overlap_add import OverlapAdd, fade, window_share
 from .plan import Pass, Step, plan_passes, plan_steps
-from .source import Source
 
 # Wraps the windows of a pass to show how many are done, as `tqdm.tqdm` does.
 Bar = Callable[..., Iterable[Any]]
 BAR_WIDTH = 120  # columns
+
+
+class Source(Protocol):
+    """Samples that the engine reads window by window, from the start to the end."""
+
+    length: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return samples `[B, C, stop - start]`, with zeros before 0 and from `length` on."""
 
 
 def separate(
@@ -55,10 +63,8 @@ def separate(
     """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
 
     Args:
-        model: a model or a bag.
-        source: the mixture.
         options: those of `apply_model` and `Separator`; `stems` are names of sources.
-        bar: makes a progress bar for each pass, if the options want progress.
+        bar: makes a progress bar, if the options want progress.
         in_lockstep: let the passes of a bag and of shifts advance together, so that the sum is a
             window or two of each; else they run one after the other, as in the reference, and
             blocks come during the last one.
@@ -66,8 +72,7 @@ def separate(
         stay: leave the models on the device; else each member of a bag returns after its last
             window, because four models at once would fill a small GPU.
         title: that of one bar for the track, in place of one for each pass.
-        transition_power: exponent of the windows' weights.
-        pool, lock: see `apply_model`.
+        transition_power, pool, lock: see `apply_model`.
 
     Raises `OptionError` for a segment that is too long and for unknown stems, `DemucsInferError`
     for stems that are not finite.
@@ -115,7 +120,13 @@ def separate(
                 total.add(start + late, output[..., late:], share.to(output.device)[..., late:])
             del output  # before the next window, which needs the memory
             if step.complete > total.start:
-                yield _finite(total.take(min(step.complete, source.length)))
+                block = total.take(min(step.complete, source.length))
+                if not block.isfinite().all():
+                    raise DemucsInferError(
+                        "the model gives values that are not finite (NaN or Inf)"
+                    )
+                yield block
+                del block
 
 
 def _run_windows(
@@ -136,22 +147,10 @@ def _run_windows(
     """
     members, last = bag.members, {step.task.model: step for step in steps}
     homes: dict[int, torch.device | None] = {}  # of the models that are on the device
-    ready: dict[int, Member] = {}
     pending: deque[tuple[list[Step], Future[list[Tensor]]]] = deque()
     groups = _batched(steps, batches)
 
-    def bring(index: int) -> Member:
-        if index not in ready:
-            module = members[index].module
-            homes[index] = members[index].device
-            module.to(batches.device).eval()
-            ready[index] = member = Member(module)
-            if batches.device.type == "cpu":
-                member.runs = fast_copy(module)
-        return ready[index]
-
     def release(index: int) -> None:
-        del ready[index]
         home = homes.pop(index)
         # A model outside of a bag stays where it was brought, as in the reference.
         if home is not None and not stay and len(members) > 1:
@@ -176,7 +175,12 @@ def _run_windows(
             while len(pending) <= ahead and (group := next(groups, None)):
                 for step in group:
                     report(step, "start")
-                member = bring(group[0].task.model)
+                index = group[0].task.model
+                member = members[index]
+                if index not in homes:
+                    homes[index] = member.device
+                    module = member.module.to(batches.device).eval()
+                    member.runs = fast_copy(module) if batches.device.type == "cpu" else module
                 windows = [_read_window(member, source, step, options.segment) for step in group]
                 pending.append((group, executor.submit(batches.run, member, windows, stems)))
                 del windows
@@ -192,23 +196,17 @@ def _run_windows(
     finally:
         for _, future in pending:
             future.cancel()
-        for index in list(ready):
+        for index in list(homes):
             release(index)
 
 
 def _batched(steps: Sequence[Step], batches: BatchRunner) -> Iterator[list[Step]]:
     """Yield consecutive steps that make a batch: windows of one model and of one length."""
-    group: list[Step] = []
-    for step in steps:
-        if group and (len(group) >= batches.size or _kind(step) != _kind(group[0])):
+    for _, alike in itertools.groupby(
+        steps, lambda step: (step.task.model, step.window.stop - step.window.start)
+    ):
+        while group := list(itertools.islice(alike, batches.size)):  # which may change
             yield group
-            group = []
-        group.append(step)
-    yield group
-
-
-def _kind(step: Step) -> tuple[int, int]:
-    return step.task.model, step.window.stop - step.window.start
 
 
 def _read_window(model: Member, source: Source, step: Step, segment: float | None) -> Tensor:
@@ -244,13 +242,10 @@ def _show_progress(
         planned: Sequence[Any] = task.windows if title is None else steps
         shown: Iterable[Any] = planned
         if options.progress and options.split:
-            rate = bag.samplerate
-            seconds = round(task.stride / rate, 2)
-            named = {}
+            seconds, named = round(task.stride / bag.samplerate, 2), {}
             if title is not None:
-                seconds, named = length / rate / len(planned), {"desc": title}
-            look = {"unit": "seconds", "unit_scale": seconds, "ncols": BAR_WIDTH}
-            shown = bar(planned, **look, **named)
+                seconds, named = length / bag.samplerate / len(planned), {"desc": title}
+            shown = bar(planned, unit="seconds", unit_scale=seconds, ncols=BAR_WIDTH, **named)
         windows, count = iter(shown), 0
         try:
             for _ in windows:
@@ -265,13 +260,6 @@ def _show_progress(
                 f"the progress bar went through {count} windows of {len(planned)}:"
                 " a replacement of tqdm must yield each once"
             )
-
-
-def _finite(block: Tensor) -> Tensor:
-    """Return `block`. Raises `DemucsInferError` if it has values that are not finite."""
-    if not block.isfinite().all():
-        raise DemucsInferError("the model gives values that are not finite (NaN or Inf)")
-    return block
 
 
 def stem_indices(sources: Sequence[str], stems: Sequence[str] | None) -> list[int]:

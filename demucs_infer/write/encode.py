@@ -104,8 +104,7 @@ class Encoder:
         tags: Mapping[str, str] | None = None,
         cover: bytes | None = None,
     ) -> None:
-        if channels not in LAYOUTS or channels > format.most_channels:
-            raise SaveAudioError(f"{format.name.upper()}: cannot hold {channels} channels")
+        format.check_channels(channels)
         self.file, self.format = file, format
         self.rate, self.channels = samplerate, channels
         self.position = 0

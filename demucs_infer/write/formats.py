@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import MissingDependencyError, OptionError
+from ..errors import MissingDependencyError, OptionError, SaveAudioError
 from .metadata import EVERY_COVER, Flac, Matroska, Metadata, Mp3, Mp4, Ogg, StemMp4, Wave
 from .stems import Stem
 
@@ -99,6 +99,11 @@ class Format:
         """Return the stems of a file in their order, as sums where it has no room for all."""
         return [Stem(name, (name,)) for name in stems]
 
+    def check_channels(self, channels: int) -> None:
+        """Raise `SaveAudioError` if a stream cannot have as many channels."""
+        if not 1 <= channels <= self.most_channels:
+            raise SaveAudioError(f"{self.name.upper()}: cannot hold {channels} channels")
+
     def check_encoder(self) -> None:
         """Raise an error, before any work is done, if the encoder is not there.
 
@@ -123,12 +128,12 @@ class Format:
 
         formats = [self, *self.variants.values()]
         encoders = {encoder for each in formats for encoder in each.codecs.values()}
-        codecs = {Codec(encoder, "w").canonical_name for encoder in encoders}
+        codecs = {Codec(encoder, "w").id for encoder in encoders}
         streams = container.streams.audio
         return (
             {"ipod": "mp4"}.get(self.container, self.container) in container.format.name.split(",")
             and len(streams) > self.is_together
-            and all(stream.codec_context.codec.canonical_name in codecs for stream in streams)
+            and all(stream.codec_context.codec.id in codecs for stream in streams)
             and any(True for _ in container.decode(audio=0))
         )
 
@@ -188,7 +193,7 @@ _FORMATS = [
         Mp3,
         MP3_RATES,
         range(8, 321),
-        most_channels=2,
+        2,
         bitrate=320,
         has_preset=True,
     ),

@@ -1,4 +1,4 @@
-"""What is written of a track: which stems, where, and in which format.
+"""The output of a track: its stems, their folder, and their format.
 
 Importing this needs no PyTorch.
 """
@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ..engine.options import STEMS, number, option
+from ..engine.options import STEMS
 from ..errors import LoadAudioError, OptionError, SaveAudioError
+from ..fields import number, option
 from ..log import logger
 from ..storage.locations import (
     TEMPORARY,
@@ -57,7 +58,7 @@ BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 @dataclass(frozen=True)
 class Output:
-    """What is written of a track, where and how. Raises `OptionError` for what cannot be."""
+    """The output of a track. Raises `OptionError` for options that do not fit."""
 
     folder: str | os.PathLike[str] | Url = option(
         "separated",
@@ -142,9 +143,7 @@ class Output:
         choices=CLIP_MODE_NAMES,
     )
     keep_rate: bool = option(
-        False,
-        "write at the sample rate of the track instead of the model's",
-        action="store_true",
+        False, "write at the sample rate of the track instead of the model's", action="store_true"
     )
     two_stems: str | None = option(
         None,
@@ -244,6 +243,16 @@ class Output:
                 f"no folder for temporary files, set TMPDIR: {exc.strerror}"
             ) from exc
 
+    def check_folder(self) -> None:
+        """Raise `SaveAudioError` if files in the output folder cannot be made. Makes nothing."""
+        self.workspace()  # asks a store
+        if isinstance(self._folder, Path) and not self.is_pipe:
+            folder = self._folder.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
+
     def _sums(self, sources: Sequence[str]) -> list[Stem]:
         """Return the stems that are written as sums of `sources`."""
         stem, method = self.two_stems, self.other_method
@@ -298,11 +307,7 @@ class Output:
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
 
     def paths(
-        self,
-        track: Named,
-        model: str,
-        stems: Sequence[str],
-        folder_of: FolderOf = lambda track: "",
+        self, track: Named, model: str, stems: Sequence[str], folder_of: FolderOf = lambda track: ""
     ) -> dict[str, Location]:
         """Return the file of each stem of `track`, within the folder whatever the names are.
 
@@ -363,7 +368,7 @@ class Output:
             relative = template.format(**values)
         except (LookupError, ValueError) as exc:
             known = ", ".join(f"{{{value}}}" for value in values)
-            raise OptionError(f"the file name {template!r} is no template of {known}") from exc
+            raise OptionError(f"the file name {template!r} is not a template of {known}") from exc
         if template.startswith("{folder") and not folder:
             relative = relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
@@ -417,7 +422,7 @@ def _check_template(template: str) -> None:
         raise ValueError("a NUL is in it")
     for _, name, width, conversion in string.Formatter().parse(template):
         if name is not None and not FIELD.fullmatch(f"{name}!{conversion or 's'}:{width}"):
-            raise ValueError(f"{name} is no field")
+            raise ValueError(f"{name} is not a field")
 
 
 def _split(track: Location) -> tuple[str, str]:

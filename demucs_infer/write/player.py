@@ -37,7 +37,7 @@ def check_length(name: str, seconds: float) -> None:
 
 
 class Page(NamedTuple):
-    """What a page says of its track: `length` counts samples at `rate` hertz."""
+    """A track on its page. `length` counts samples at `rate` hertz."""
 
     title: str
     artist: str

@@ -1,10 +1,9 @@
 """Write the stems of a track into files, which appear together when all are whole.
 
-    block of stems ──▶ resample ──▶ clip ──▶ encoder ──▶ temporary file ──rename──▶ stem
-                           └──▶ spool ──rescale──▶ ┘
+    block of stems ──▶ resample ──▶ spool ──▶ rescale or clip ──▶ encoder ──▶ file ──rename──▶ stem
 
-A stem that is to be rescaled, or that shares its file, waits in a spool until all peaks are known.
-So do the sounds of a page to listen with, which are stems in MP3.
+The stems wait in spools until their peaks are known. The sounds of a page to listen with are stems
+in MP3.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -87,22 +87,18 @@ class Target:
 
 
 class _Signal:
-    """A stem on its way: resampled, measured, and kept in `spool` until its gain is known.
+    """A stem on its way: resampled, measured, and kept in `spool` until its gain is known."""
 
-    With a `sink`, which takes samples at the target's rate, it is handed on at once.
-    """
-
-    def __init__(self, target: Target, name: str, sink: Callable[[Tensor], None] | None) -> None:
-        self.clip, self.channels = target.clip, target.channels
+    def __init__(self, target: Target, name: str) -> None:
+        self.channels = target.channels
         self.peak, self.divisor = 0.0, 1.0
-        self._sink = sink
         self._resampler: Resampler | None = None
         if name == MIX and target.original is not None:
-            self.spool: Spool | None = target.original
-            peaks = (block.abs().max().item() for block in target.original.blocks(BLOCK))
+            self.spool = target.original
+            peaks = (block.abs().max().item() for block in self.spool.blocks(BLOCK))
             self.peak = max(peaks, default=0.0)
         else:
-            self.spool = None if sink else target.space.spool(target.channels)
+            self.spool = target.space.spool(target.channels)
             self._resampler = Resampler(target.samplerate, target.rate, target.length)
 
     def write(self, block: Tensor | None) -> None:
@@ -113,130 +109,91 @@ class _Signal:
             block = self._resampler.flush()
         else:
             block = self._resampler.push(block[: self.channels])
-        if block is None or not block.shape[-1]:
-            return
-        self.peak = max(self.peak, block.abs().max().item())
-        if self._sink is not None:
-            self._sink(prevent_clip(block, self.clip))
-        elif self.spool is not None:
+        if block is not None and block.shape[-1]:
+            self.peak = max(self.peak, block.abs().max().item())
             self.spool.write(block)
 
 
-class _FileWriter:
-    """A file on its way, with one stem in it or several."""
-
-    def __init__(self, target: Target, names: Sequence[str]) -> None:
-        self.file = target.space.file()
-        self._handle = self.file.open("w+b")
-        together = target.format.is_together
-        tags = dict(target.tags)
-        if tags and not together:
-            tags["title"] = f"{tags['title']} ({names[0]})"
+def _encode(
+    file: Path, target: Target, signals: Mapping[str, _Signal], advance: Callable[[int], None]
+) -> None:
+    """Encode one stem or several into `file`. `advance` counts the samples."""
+    names = list(signals)
+    tags = dict(target.tags)
+    if tags and not target.format.is_together:
+        tags["title"] = f"{tags['title']} ({names[0]})"
+    advance(0)
+    with file.open("w+b") as handle:
         # Players show the names of streams.
-        arguments = (self._handle, target.format, target.rate, target.channels, names, tags)
+        arguments = (handle, target.format, target.rate, target.channels, names, tags)
         if target.picture is not None:
-            self._encoder: Encoder = VideoEncoder(target.picture, *arguments)
+            sink: Encoder = VideoEncoder(target.picture, *arguments)
         else:
-            self._encoder = encoder(*arguments, target.cover)
-        waits = together or target.clip in RESCALING
-        sink = None if waits else lambda block: self._encoder.write([block])
-        self.signals = {name: _Signal(target, name, sink) for name in names}
-
-    def encode(self, advance: Callable[[int], None]) -> None:
-        """Encode the samples that were kept, and make the file whole. `advance` counts them."""
-        advance(0)
-        spools = [s.spool.blocks(BLOCK) for s in self.signals.values() if s.spool is not None]
-        for blocks in zip(*spools):
-            self._encoder.write([b / s.divisor for b, s in zip(blocks, self.signals.values())])
-            advance(sum(block.shape[-1] for block in blocks))
-        self._encoder.close()
-        self.close()
-
-    def close(self) -> None:
-        """Give everything back but the file, whole or not."""
-        self._encoder.abandon()
-        self._handle.close()
-        for signal in self.signals.values():
-            if signal.spool is not None:
-                signal.spool.close()
+            sink = encoder(*arguments, target.cover)
+        clip = None if target.clip in RESCALING else target.clip
+        try:
+            for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals.values())):
+                scaled = (block / s.divisor for block, s in zip(blocks, signals.values()))
+                sink.write([prevent_clip(block, clip) for block in scaled])
+                advance(sum(block.shape[-1] for block in blocks))
+            sink.close()
+        finally:
+            sink.abandon()
 
 
 class TrackWriter:
     """Takes the stems of a track block by block, and makes them appear together.
 
     `page` is that of its page to listen with, if there is to be one. Raises `SaveAudioError` if
-    something cannot be written; nothing of the track is left then.
+    something cannot be written. A caller that does not finish calls `discard`.
     """
 
     def __init__(
         self, paths: Mapping[str, Location], target: Target, page: Location | None
     ) -> None:
+        target.format.check_channels(target.channels)
         self.paths, self.target, self.page = paths, target, page
-        self._writers: list[tuple[Location, _FileWriter]] = []
-        self._finished: dict[Location, Path] = {}  # the file that becomes each path
-        self._signals: dict[str, _Signal] = {}
-        self._sounds: dict[str, _Signal] = {}
-        for path in dict.fromkeys(paths.values()):
-            names = [name for name, other in paths.items() if other == path]
-            writer = self._add(path, target, names)
-            self._signals |= writer.signals
-            self._finished[path] = writer.file
-        if page is not None:
-            with self._writing(page):
-                self._finished[page] = target.space.file()
-            for name in paths:
-                if not (target.format.is_together and name == MIX):
-                    self._sounds |= self._add(page, target.sounds, [name]).signals
-
-    def _add(self, path: Location, target: Target, names: Sequence[str]) -> _FileWriter:
-        with self._writing(path):
-            writer = _FileWriter(target, names)
-            self._writers.append((path, writer))
-        return writer
-
-    @contextlib.contextmanager
-    def _writing(self, path: Location) -> Iterator[None]:
-        try:
-            with encoding_errors(path):
-                yield
-        except BaseException:
-            self.discard()
-            raise
+        self._stems = {name: _Signal(target, name) for name in paths}
+        heard = [name for name in paths if not (target.format.is_together and name == MIX)]
+        self._sounds = {name: _Signal(target.sounds, name) for name in heard if page is not None}
+        self._files: list[Path] = []
 
     def write(self, stems: Sequence[Tensor]) -> None:
         """Take a block of every stem, each `[C, n]`, in the order of the paths."""
         self._write(dict(zip(self.paths, stems)))
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
-        for path, writer in self._writers:
-            with self._writing(path):
-                for name, signal in writer.signals.items():
-                    signal.write(blocks[name])
+        for name, path in self.paths.items():
+            with encoding_errors(path):
+                self._stems[name].write(blocks[name])
+                if name in self._sounds:
+                    self._sounds[name].write(blocks[name])
 
     def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
-        """Encode what is left and let the files appear.
+        """Encode the stems and let their files appear.
 
         `progress` is called with the fraction of the samples that are encoded, in one thread at a
         time. An exception that it raises ends the work.
         """
         self._write(dict.fromkeys(self.paths))
-        for signals, mode in ((self._signals, self.target.clip), (self._sounds, "rescale-all")):
+        for signals, mode in ((self._stems, self.target.clip), (self._sounds, "rescale-all")):
             loudest = max((signal.peak for signal in signals.values()), default=0.0)
             for signal in signals.values() if mode in RESCALING else ():
                 signal.divisor = rescale_divisor(loudest if mode == "rescale-all" else signal.peak)
-        self._encode(progress)
-        if self.page is not None:
-            with self._writing(self.page):
-                self._write_page(self._finished[self.page])
-        self._publish()
+        self._publish(self._encode(progress))
+        self.discard()
         return {
             name: StemFile(self.paths[name], signal.peak, 1 / signal.divisor)
-            for name, signal in self._signals.items()
+            for name, signal in self._stems.items()
         }
 
-    def _encode(self, progress: Callable[[float], None]) -> None:
-        signals = [s for _, writer in self._writers for s in writer.signals.values()]
-        whole = sum(signal.spool.length for signal in signals if signal.spool is not None)
+    def _file(self) -> Path:
+        self._files.append(self.target.space.file())
+        return self._files[-1]
+
+    def _encode(self, progress: Callable[[float], None]) -> dict[Location, Path]:
+        """Return the whole file for each path."""
+        whole = sum(s.spool.length for s in [*self._stems.values(), *self._sounds.values()])
         lock, encoded = threading.Lock(), 0
 
         def advance(samples: int) -> None:
@@ -245,51 +202,51 @@ class TrackWriter:
                 encoded += samples
                 progress(encoded / max(1, whole))
 
-        with worker_pool(min(len(self._writers), os.cpu_count() or 1)) as pool:
-            futures = [(path, pool.submit(w.encode, advance)) for path, w in self._writers]
+        files = {path: self._file() for path in dict.fromkeys(self.paths.values())}
+        jobs: list[tuple[Location, Callable[[], None]]] = []
+        for path, file in files.items():
+            signals = {name: s for name, s in self._stems.items() if self.paths[name] == path}
+            jobs.append((path, partial(_encode, file, self.target, signals, advance)))
+        if self.page is not None:
+            sounds = {name: self._file() for name in self._sounds}
+            for name, file in sounds.items():
+                signals = {name: self._sounds[name]}
+                encode = partial(_encode, file, self.target.sounds, signals, advance)
+                jobs.append((self.page, encode))
+        with worker_pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+            futures = [(path, pool.submit(encode)) for path, encode in jobs]
         for path, future in futures:
-            with self._writing(path):
+            with encoding_errors(path):
                 future.result()
+        if self.page is not None:
+            files[self.page] = self._file()
+            tags, rate = self.target.tags, self.target.sounds.rate
+            length = max(signal.spool.length for signal in self._sounds.values())
+            about = tags["title"], tags.get("artist", ""), self.target.model, rate, length
+            with encoding_errors(self.page), files[self.page].open("wb") as page:
+                write_page(page, Page(*about, list(sounds)), sounds.values())
+        return files
 
-    def _write_page(self, file: Path) -> None:
-        target = self.target
-        lengths = [signal.spool.length for signal in self._sounds.values() if signal.spool]
-        page = Page(
-            target.tags["title"],
-            target.tags.get("artist", ""),
-            target.model,
-            target.sounds.rate,
-            max(lengths),
-            list(self._sounds),
-        )
-        sounds = [w.file for path, w in self._writers if path == self.page]
-        with file.open("wb") as whole:
-            write_page(whole, page, sounds)
-        for sound in sounds:
-            sound.unlink()
-
-    def _publish(self) -> None:
+    def _publish(self, files: Mapping[Location, Path]) -> None:
         """Let all files appear, or none: one that fails takes back those before it."""
         published: list[Undo] = []
         try:
-            for path, file in self._finished.items():
-                with self._writing(path):
+            for path, file in files.items():
+                with encoding_errors(path):
                     published.append(_publish(file, path))
         except BaseException:
             for undo in reversed(published):
                 with contextlib.suppress(OSError, SaveAudioError):
                     undo()
             raise
-        for file in self._finished.values():
+        for file in files.values():
             replaced_by(file).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove what has been written of the track."""
-        for _, writer in self._writers:
-            with contextlib.suppress(OSError):  # of a full disk, when the rest is written out
-                writer.close()
-            writer.file.unlink(missing_ok=True)
-        for file in self._finished.values():
+        """Remove the temporary files."""
+        for signal in [*self._stems.values(), *self._sounds.values()]:
+            signal.spool.close()
+        for file in self._files:
             file.unlink(missing_ok=True)
 
 

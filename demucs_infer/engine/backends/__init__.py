@@ -90,12 +90,12 @@ class Backend(ABC):
             return model
         if isinstance(model, BagOfModels):
             return BagOfModels([self.run(member) for member in model.models], model.weights)
-        if not hasattr(model, "network"):
+        ours: Any = model
+        if not hasattr(ours, "network"):
             raise OptionError(
-                f"{type(model).__name__} has no network that an engine could run: leave engine,"
+                f"{type(ours).__name__} has no network that an engine could run: leave engine,"
                 " precision and compile as they are"
             )
-        ours: Any = model
         return self.converted(ours)
 
 

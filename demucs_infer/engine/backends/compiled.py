@@ -66,10 +66,7 @@ class CompilingBackend(Backend):
 
 
 def cache_name(model: Model, inputs: Sequence[Tensor], *facts: object) -> str:
-    """Return a name for a compiled network that depends on all that the result depends on.
-
-    `facts` are those of the engine.
-    """
+    """Return a name for a compiled network that differs for other models, inputs and `facts`."""
     shapes = [tuple(x.shape) for x in inputs]
     known = (type(model).__qualname__, model.options, shapes, __version__, torch.__version__)
     digest = sha256(repr((*known, *facts)).encode())
@@ -121,7 +118,7 @@ class CompiledCache:
 def _opened(path: Path) -> Iterator[tuple[Path, int | None]]:
     """Open a folder: yield what to put before names, and its descriptor.
 
-    On Windows there are no such descriptors, and caches are in the user's home.
+    Windows has no such descriptors, and caches are in the user's home.
     Raises `OSError` if another user may write to the folder or exchange it.
     """
     if sys.platform == "win32":

@@ -106,7 +106,7 @@ class Backend(CompilingBackend):
             try:
                 with turn:
                     outputs = session.run(None, feed)
-            except Exception as exc:  # each provider has errors of its own
+            except Exception as exc:  # the kind depends on the provider
                 raise DemucsInferError(f"ONNX Runtime, {_reason(provider, exc)}") from exc
             return tuple(map(torch.from_numpy, outputs))
 
@@ -132,7 +132,7 @@ class Backend(CompilingBackend):
                     providers=[provider] if provider == CPU else [(provider, own), CPU],
                     enable_fallback=0,  # it would print to standard output
                 )
-            except Exception as exc:  # each provider has errors of its own
+            except Exception as exc:  # the kind depends on the provider
                 reasons.append(_reason(provider, exc))
                 continue
             session._model_bytes = None  # kept for the fallback alone
@@ -204,7 +204,7 @@ def network_graph(
         for node in graph.graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
-    except Exception as exc:  # each part of PyTorch has exceptions of its own
+    except Exception as exc:  # the kind depends on the part of PyTorch
         raise OptionError("this model cannot be converted to ONNX") from exc
     finally:
         exporter.setLevel(level)

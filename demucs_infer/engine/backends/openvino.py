@@ -1,4 +1,4 @@
-"""OpenVINO, which is faster than PyTorch on many CPUs, and has devices of its own."""
+"""OpenVINO, which is faster than PyTorch on many CPUs, and runs on further devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from . import NetworkModule
 from .compiled import CompilingBackend, cache_name
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's precisions
-PYTORCH_DEVICES = ("cuda", "mps")
 
 
 class Backend(CompilingBackend):
@@ -31,7 +30,7 @@ class Backend(CompilingBackend):
 
     def __init__(self, options: SeparationOptions, device: str | None, cache: Path | None) -> None:
         super().__init__(options, device, cache)
-        if (device or "").partition(":")[0] in PYTORCH_DEVICES:
+        if (device or "").partition(":")[0] in ("cuda", "mps"):
             raise OptionError(
                 f"engine='openvino' does not run on PyTorch's device {device!r}: give"
                 " 'openvino:GPU' or another device of OpenVINO's"
@@ -69,17 +68,11 @@ class Backend(CompilingBackend):
 
     def _compile(self, model: Model, inputs: Sequence[Tensor]) -> Any:
         """Return the compiled network, from the cache if it is there and fits this machine."""
-        core, precision, threads = (
-            self.openvino.Core(),
-            self.options.precision,
-            torch.get_num_threads(),
-        )
-        hints: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        core, threads = self.openvino.Core(), torch.get_num_threads()
+        precision, hints = self.options.precision, {"PERFORMANCE_HINT": "LATENCY"}
+        hints["INFERENCE_PRECISION_HINT"] = HINTS[precision]
         if self.target == "CPU":
-            hints["INFERENCE_NUM_THREADS"] = threads
+            hints["INFERENCE_NUM_THREADS"] = str(threads)
         device = core.get_property(self.target, "FULL_DEVICE_NAME")
         machine = (self.target, device, platform.machine(), threads)
         facts = (precision, machine, self.openvino.get_version())
@@ -99,7 +92,7 @@ class Backend(CompilingBackend):
                     example_input=tuple(inputs),
                     input=[tuple(x.shape) for x in inputs],
                 )
-            except Exception as exc:  # each part of OpenVINO has exceptions of its own
+            except Exception as exc:  # the kind depends on the part of OpenVINO
                 raise OptionError(
                     "OpenVINO cannot convert this model: leave engine at 'torch'"
                 ) from exc

@@ -15,8 +15,6 @@ from ..options import SeparationOptions
 from . import Backend as Base
 from . import EngineModel
 
-LONGEST_REASON = 100  # characters
-
 
 class Backend(Base):
     """Runs networks in PyTorch, on its device `device` (default: the first GPU, else the CPU)."""
@@ -68,7 +66,7 @@ def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        reason = str(exc).splitlines()[0][:LONGEST_REASON]
+        reason = str(exc).splitlines()[0][:100]
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
         raise OptionError(
