@@ -95,7 +95,7 @@ def build_model(package: Mapping[str, Any], label: str, strict: bool = False) ->
     """
     try:
         model: Any = _build(package, strict).eval()
-        # The engine reports an error in the first window as one of the file.
+        # The engine reports an error in the first window of a shape as one of the file.
         model.unproven = label
         return model
     except MissingDependencyError:

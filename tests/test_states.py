@@ -51,6 +51,7 @@ from .helpers import (
     shake,
 )
 
+SHORT = {"samplerate": 64, "segment": 0.25}  # windows of 16 samples
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
 
@@ -300,12 +301,25 @@ def test_windows_that_are_too_large_for_the_weights(family: type, changes: dict)
         load_model(package)
 
 
-def test_a_model_that_cannot_run_fails_in_its_first_window() -> None:
-    options = {**TINY, "kernel_size": 3}  # less than the stride
-    package = {"klass": HTDemucs, "args": (), "kwargs": options}
-    model = load_model({**package, "state": HTDemucs(**options).state_dict()})
+@pytest.mark.parametrize(
+    ("family", "options", "length"),
+    [
+        (HTDemucs, {**TINY, "kernel_size": 3}, 4000),  # less than the stride
+        (
+            HDemucs,
+            {**HYBRID, "channels": 4, "nfft": 256, "depth": 3, "norm_starts": 1, **SHORT},
+            16,
+        ),
+    ],
+)
+def test_a_model_that_cannot_run_fails_in_a_window(
+    family: type, options: dict, length: int
+) -> None:
+    """In the first, or in the last if only that is too short."""
+    package = {"klass": family, "args": (), "kwargs": options}
+    model = load_model({**package, "state": family(**options).state_dict()})
     with pytest.raises(ModelLoadingError, match="the package: describes a model that cannot run"):
-        apply_model(model, noise(2, 4000)[None], shifts=0)
+        apply_model(model, noise(2, length)[None], shifts=0)
 
 
 @pytest.mark.parametrize(

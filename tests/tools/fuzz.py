@@ -134,7 +134,8 @@ def _is_outside(name: object) -> bool:
     try:
         text = str(name).removeprefix("file://")
         if glob.has_magic(text):
-            text = re.split(r"[^/]*[*?\[]", text)[0] or "."
+            magic = re.search(r"[*?\[]", text)
+            text = text[: text.rfind("/", 0, magic.start()) + 1] or "."
         return Path(text).is_dir() and not Path(text).resolve().is_relative_to(Path.cwd())
     except (OSError, ValueError):
         return False
