@@ -175,7 +175,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "bucket" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
-        if not item.get_closest_marker("slow"):
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("network")):
             tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tables.values():
         if len(cases) > DEFAULT_CASES:
