@@ -29,10 +29,10 @@ import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from demucs_infer.boxes import find
 from demucs_infer.demucs import Demucs
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
-from demucs_infer.read.boxes import find
 from demucs_infer.separate import command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

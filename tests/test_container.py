@@ -17,10 +17,10 @@ import soundfile
 import torch
 from mutagen import mp4
 
+from demucs_infer import boxes
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile, save_audio
 from demucs_infer.errors import OptionError
-from demucs_infer.read import boxes
 from demucs_infer.write.encode import encoder
 from demucs_infer.write.formats import MIX, find_format
 from demucs_infer.write.metadata import EVERY_COVER, read_cover

@@ -164,7 +164,7 @@ class FastGroupNorm(nn.GroupNorm):
         return y
 
 
-# Layers in tiles. With tiles of 8 MB, a window of htdemucs adds 400 MB to the peak, of 16 MB 472 MB.
+# Layers in tiles. With tiles of 8 MB, a window of htdemucs adds 400 MB to the peak; of 16 MB, 472.
 
 
 def gated_in_tiles(y: Tensor, rewrite: Any) -> Tensor:

@@ -16,13 +16,13 @@ import av
 import torch
 from torch import Tensor
 
+from ..boxes import read_tempo
 from ..errors import LoadAudioError
 from ..log import decoded, logger
-from .boxes import read_tempo
+from ..tags import clean_tags
 from .packets import AV_ERRORS, MAX_CHANNELS, SAMPLE_RATES, Damage, TrackDecoder
 from .pcm import convert_audio
 from .quirks import Link, find_links, open_container
-from .tags import clean_tags
 
 # Bits by FFmpeg's sample format, of codecs that lose none: more than 24 are written as 24.
 SAMPLE_BITS = {"u8": 16, "s16": 16, "s32": 24, "s64": 24, "flt": 32, "dbl": 32}

@@ -22,8 +22,8 @@ from ..log import decoded
 from ..read.decode import reason
 from ..read.packets import AV_ERRORS
 from ..read.pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
-from ..read.tags import clean_tags
 from ..resample import resample
+from ..tags import clean_tags
 from ..utils import appearing
 from .formats import ALL_FORMATS, DEFAULT_BITS, LAYOUTS, VORBIS, Format, find_format, soundfile
 

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
+from .. import boxes
 from ..log import logger
-from ..read import boxes
-from ..read.tags import TAGS
+from ..tags import TAGS
 
 if TYPE_CHECKING:
     from ..read.decode import AudioFile

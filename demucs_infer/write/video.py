@@ -16,9 +16,9 @@ import av
 import torch
 from torch import Tensor
 
+from ..boxes import skip_priming
 from ..errors import SaveAudioError
 from ..log import decoded
-from ..read.boxes import skip_priming
 from ..read.decode import AudioFile
 from ..read.packets import AV_ERRORS
 from ..read.quirks import PICTURES

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..log import decoded
+from .log import decoded
 
 MAX_TAG, MAX_TAGS = 10_000, 100  # characters of a tag, and number of tags
 # Tags that describe the file and its level. They would be wrong for stems.

@@ -10,7 +10,7 @@ import mutagen
 import pytest
 
 from demucs_infer.audio import AudioFile, save_audio
-from demucs_infer.read.tags import MAX_TAG, MAX_TAGS, clean_tags
+from demucs_infer.tags import MAX_TAG, MAX_TAGS, clean_tags
 from demucs_infer.write.encode import encoder
 from demucs_infer.write.formats import FORMATS, find_format
 
