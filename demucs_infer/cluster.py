@@ -138,7 +138,7 @@ def separate_on_ray(
     track whose worker dies is tried again, finally alone in a worker, so that it takes no others
     with it. After `DEATHS` it fails.
 
-    Raises `DemucsInferError` if there is no cluster, or the workers cannot be started.
+    Raises `DemucsInferError` if the cluster cannot be reached, or the workers cannot be started.
     """
     waiting, output = dict.fromkeys(tracks), arguments["output"]
 

@@ -270,7 +270,6 @@ def stem_indices(sources: Sequence[str], stems: Sequence[str] | None) -> list[in
     wanted = list(sources) if stems is None else list(stems)
     unknown = [stem for stem in wanted if stem not in sources]
     if unknown or not wanted:
-        raise OptionError(
-            f"there is no stem {', '.join(map(repr, unknown))}: the model has {', '.join(sources)}"
-        )
+        missing, known = ", ".join(map(repr, unknown)), ", ".join(sources)
+        raise OptionError(f"the model has no stem {missing}: choose among {known}")
     return [list(sources).index(stem) for stem in wanted]

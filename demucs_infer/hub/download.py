@@ -45,7 +45,7 @@ class Source:
 
 
 def sources_of(signature: str, checkpoint: Checkpoint) -> list[Source]:
-    """List the URLs of a checkpoint: of a mirror, of its own host, and of the hub."""
+    """List the URLs of a checkpoint: on a mirror, on its host, and on the hub."""
     urls = checkpoint.urls
     sources = [Source(url, checkpoint.sha256, signature, checkpoint) for url in urls]
     for twin in [] if hf.is_offline() else map(hf.HubModel, bags_with(signature)[:1]):

@@ -33,8 +33,8 @@ SHA256_DIGITS = 64
 COMMIT_HEADER = "X-Repo-Commit"
 ERRORS = {
     "GatedRepo": "is for users with access: set HF_TOKEN to the token of one",
-    "RepoNotFound": "there is no repository {0.repository}, or HF_TOKEN does not open it",
-    "RevisionNotFound": "there is no revision {0.revision}",
+    "RepoNotFound": "the repository {0.repository} does not exist, or HF_TOKEN does not open it",
+    "RevisionNotFound": "the revision {0.revision} does not exist",
     "EntryNotFound": "the repository has no {1} (only a .yaml and .safetensors are taken)",
 }
 
@@ -77,7 +77,7 @@ class HubModel:
         try:
             cache = Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
         except RuntimeError as exc:
-            raise DownloadError(f"{self}: there is no home folder: set HF_HUB_CACHE") from exc
+            raise DownloadError(f"{self}: the home folder is not known: set HF_HUB_CACHE") from exc
         return cache / f"models--{self.repository.replace('/', '--')}"
 
 

@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def urls(self) -> list[str]:
-        """The URLs of the file: of the mirror, if there is one, and of its own host."""
+        """The URLs of the file: on the mirror, if one is set, and on its host."""
         mirror = os.environ.get(MIRROR_VARIABLE)
         mirrored = [f"{mirror.rstrip('/')}/{self.in_mirror}"] if mirror and self.in_mirror else []
         return [*mirrored, self.origin]
@@ -190,7 +190,7 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
         return Path(chosen or Path(hub) / "checkpoints").expanduser()
     except RuntimeError as exc:
         raise ModelLoadingError(
-            f"there is no home folder to keep models in: set {CACHE_VARIABLE} or --cache-dir"
+            f"the home folder, for the cache, is not known: set {CACHE_VARIABLE} or --cache-dir"
         ) from exc
 
 

@@ -152,7 +152,7 @@ class AudioFile:
             last = None if duration is None else first + round(duration * rate)
             wav = torch.cat(list(self.chunks(streams, first, last)), dim=-1)
             if not wav.shape[-1]:
-                raise LoadAudioError(f"{self.name}: there are no samples in this time range")
+                raise LoadAudioError(f"{self.name}: has no samples in this time range")
             return convert_audio(wav, rate, samplerate or rate, channels or wav.shape[0])
         numbers = range(len(self))[streams] if isinstance(streams, slice) else streams
         waves = [self.read(seek_time, duration, n, samplerate, channels) for n in numbers]
@@ -196,7 +196,7 @@ class AudioFile:
                 " cannot be decoded)"
             )
         if not converter.samples:
-            raise LoadAudioError(f"{self.name}: there are no audio samples in this file")
+            raise LoadAudioError(f"{self.name}: has no audio samples")
         if not converter.reaches(0):
             seconds = converter.samples / converter.rate
             raise LoadAudioError(f"{self.name}: ends after {seconds:.2f} s, before the start")

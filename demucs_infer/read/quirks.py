@@ -7,8 +7,8 @@ network. Two measures prevent that, and each suffices alone:
   format's reader runs (`format_whitelist`).
 - FFmpeg gets an open file and no path, and may not open anything else (`protocol_whitelist`).
 
-Each work-around names the versions of FFmpeg that need it, of those that were tried: 7.1 (PyAV 14
-and 15), 8.0 (16), 8.1 (17 and 18), and 9.0 (19).
+Each work-around names the versions of FFmpeg that need it, of those that were tried: 7.1 (PyAV 15),
+8.0 (16), 8.1 (17 and 18), and 9.0 (19).
 """
 
 from __future__ import annotations

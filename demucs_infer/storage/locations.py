@@ -337,7 +337,7 @@ def check_target(place: Location) -> None:
         elif place.is_dir():
             problem = "a folder has this name"
         else:
-            # The system refuses names that are too long, also if there is no such file.
+            # The system refuses names that are too long, even of files that do not exist.
             folder = next(path for path in place.absolute().parents if path.exists())
             for part in place.parts:
                 with contextlib.suppress(FileNotFoundError):

@@ -176,7 +176,7 @@ class Encoder:
         self.container.close()
 
     def abandon(self) -> None:
-        """Write nothing more. FFmpeg lets go of the file; later, PyAV 14 would crash on that."""
+        """Write nothing more, and let FFmpeg close the file."""
         self.sink.error = self.sink.error or SaveAudioError("the file is abandoned")
         with contextlib.suppress(*AV_ERRORS, RuntimeError):
             self._close()
@@ -258,7 +258,7 @@ def save_audio(
 
 def _write(wav: Tensor, path: Path, samplerate: int, format: Format) -> None:
     if not wav.shape[-1]:
-        raise SaveAudioError(f"{path}: there are no samples to write")
+        raise SaveAudioError(f"{path}: has no samples to write")
     try:
         hertz = index(samplerate)
     except TypeError:

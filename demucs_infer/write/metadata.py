@@ -82,8 +82,6 @@ def read_cover(audio: AudioFile, kinds: Sequence[str]) -> bytes | None:
 
 def disposition(stream: Any) -> int:
     """Return FFmpeg's flags of a stream, whose type differs between the releases of PyAV."""
-    if not hasattr(stream, "disposition"):  # PyAV 14.0
-        return ATTACHED_PICTURE if stream.type == "video" and not stream.average_rate else 0
     return getattr(stream.disposition, "value", stream.disposition)
 
 

@@ -295,7 +295,7 @@ class Output:
             return
         if self.two_stems not in sources:
             raise OptionError(
-                f"there is no stem {self.two_stems!r}: the model has {', '.join(sources)}"
+                f"the model has no stem {self.two_stems!r}: choose among {', '.join(sources)}"
             )
         missing = [name for name in self.needed or sources if name not in separated]
         if missing:

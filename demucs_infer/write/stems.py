@@ -80,7 +80,7 @@ def parse_stems(wanted: str | Iterable[str] | None, sources: Sequence[str]) -> t
         for source in stem.sources:
             if source not in sources:
                 raise OptionError(
-                    f"there is no stem {source!r}: the model has {', '.join(sources)}"
+                    f"the model has no stem {source!r}: choose among {', '.join(sources)}"
                 )
         name = stem.name.casefold()  # two names of one file, on some disks
         if name in seen:
