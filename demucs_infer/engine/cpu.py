@@ -7,7 +7,6 @@ medians of alternating runs by one thread of an AMD EPYC with AVX2, unless other
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -61,7 +60,9 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def _with_fast_layers(layer: nn.Module, table: Mapping[type, type]) -> nn.Module:
-    copied = copy.copy(layer)
+    # `copy.copy` lets an LSTM rebuild its list of weights, which breaks other threads' copies.
+    copied = type(layer).__new__(type(layer))
+    vars(copied).update(vars(layer))
     copied._modules = {
         name: child if child is None else fast_layer(child, table)
         for name, child in layer._modules.items()
