@@ -269,12 +269,7 @@ class HEncLayer(nn.Module):
         y = F.gelu(self.norm1(y))
         if self.dconv is not None:
             y = dconv_per_bin(self.dconv, y)
-        return y if self.rewrite is None else self.gated(y)
-
-    def gated(self, y: Tensor) -> Tensor:
-        """Run the rewrite convolution, its norm and its gate."""
-        assert self.rewrite is not None
-        return F.glu(self.norm2(self.rewrite(y)), dim=1)
+        return y if self.rewrite is None else F.glu(self.norm2(self.rewrite(y)), dim=1)
 
 
 class HDecLayer(nn.Module):
@@ -343,13 +338,8 @@ class HDecLayer(nn.Module):
             return x
         y = x if skip is None else x + skip
         if self.rewrite is not None:
-            y = self.gated(y)
+            y = F.glu(self.norm1(self.rewrite(y)), dim=1)
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
-
-    def gated(self, y: Tensor) -> Tensor:
-        """Run the rewrite convolution, its norm and its gate."""
-        assert self.rewrite is not None
-        return F.glu(self.norm1(self.rewrite(y)), dim=1)
 
     def upsampled(self, y: Tensor, length: int) -> Tensor:
         """Run the transposed convolution and what follows it."""

@@ -1,15 +1,17 @@
 """Fast layers for networks on a CPU.
 
 `fast_copy` swaps the layers of a model for subclasses with fast `forward` methods. The plain layers
-compute the same; each trick states its gain. Figures are ratios of processor time for a window, as
-medians of alternating runs by one thread of an AMD EPYC with AVX2, unless others are named.
+compute the same; each trick states its gain.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +19,35 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import blocks, transformer
+from ..blocks import (
+    BLSTM,
+    DConv,
+    HDecLayer,
+    HEncLayer,
+    LayerScale,
+    LocalState,
+    MultiWrap,
+    ScaledEmbedding,
+    dconv_per_bin,
+)
 from ..compat import autocast_on_cpu, has_tiles
 from ..demucs import Demucs
 from ..hdemucs import EPSILON, HybridUNet
+from ..transformer import (
+    Attention,
+    CrossLayer,
+    CrossTransformerEncoder,
+    SelfLayer,
+    SequenceGroupNorm,
+)
 from ..utils import run_network, standardize
 from .machine import onednn_is_faster
 from .model import changes_type
 
-TILE_BYTES = 2**22  # of the largest result in a tile; every further tile makes threads wait
+# Of the largest result in a tile; each further tile makes all threads wait for the slowest. On an
+# EPYC with AVX2, a window of htdemucs adds 344 MB to the peak, and with tiles of 16 MB 403 MB.
+TILE_BYTES = 2**23
+NORM_STEPS = 2048  # PyTorch's norm sums so many float32 values exactly enough
 PIECE = 2**12  # values whose sum in float32 is as good as exact
 FLATNESS = 10  # above this ratio of |mean| to std, E[x²] - E[x]² cancels: use Welford's algorithm
 ATTENTION_ROWS = 896  # queries at once, so that their scores stay in the cache
@@ -37,24 +59,23 @@ def fast_copy(model: nn.Module) -> nn.Module:
 
     The copy shares the parameters, and is made when a run begins, so that changes to the model are
     seen. Layers with hooks or of other classes than those in the tables at the end of this file
-    stay as they are. A model of another family, with hooks or in training is returned itself, and
-    so is any model under autocast, which oneDNN's tensors do not support.
+    stay as they are. A model of another family, with hooks or in training is returned itself.
     """
     kind = type(model)
     mixin = next((fast for family, fast in MODELS.items() if isinstance(model, family)), None)
-    training = any(part.training for part in model.modules())
-    if mixin is None or training or has_hooks(model) or autocast_on_cpu():
+    if mixin is None or has_hooks(model) or any(part.training for part in model.modules()):
         return model
-    copied = _with_fast_layers(model, LAYERS | (PRODUCTS if onednn_is_faster() else {}))
-    if mixin is FastHybridUNet and _can_defer(copied, kind):
-        mixin = DeferringHybridUNet
-        vars(copied.decoder[-1])["deferred"] = True  # type: ignore[index]
+    if autocast_on_cpu():  # oneDNN's tensors do not take part in it
+        return model
+    copied = _with_fast_layers(model, {**LAYERS, **(PRODUCTS if onednn_is_faster() else {})})
     copied.__class__ = type(f"Fast{kind.__name__}", (mixin, kind), {})
+    if isinstance(copied, FastHybridUNet):
+        copied.find_parts(kind)
     return copied
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Return True if `layer` has forward hooks, or a `forward` set on the instance."""
+    """Return True if `layer` has forward hooks, or an own `forward`."""
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     return "forward" in vars(layer) or any(hook is not changes_type for hook in hooks)
 
@@ -85,113 +106,164 @@ def fast_layer(layer: nn.Module, table: Mapping[type, type] | None = None) -> nn
     return copied
 
 
-# Layers with channels last: the channels of a step are side by side in memory. Convolutions, norms
-# and gates then read one piece, residual branches see each bin as a row without a copy, and the
-# transformer its tokens. Without that, a window of htdemucs takes 1.04 to 1.12 times as long.
-
-
 def channels_last(x: Tensor) -> Tensor:
-    """Return `x` `[B, C, F, T]` or `[B, C, T]` with channels last in memory."""
+    """Return `x` `[B, C, F, T]` or `[B, C, T]` with its channels side by side in memory.
+
+    Convolutions, norms and gates then read what they need in one piece, residual branches see each
+    bin as a row without a copy, and the transformer its tokens. Results are laid out like `x`.
+    """
     image = x if x.dim() == 4 else x.unsqueeze(2)
     image = image.contiguous(memory_format=torch.channels_last)
     return image if x.dim() == 4 else image.squeeze(2)
 
 
-class FastConv1d(nn.Conv1d):
-    """Leaves channels last in `[B, C, T]`: PyTorch does so with images only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        stride, padding, dilation = (1, *self.stride), (0, *self.padding), (1, *self.dilation)
-        image, weight = x.unsqueeze(2), self.weight.unsqueeze(2)
-        return F.conv2d(image, weight, self.bias, stride, padding, dilation).squeeze(2)  # type: ignore[arg-type]
+# Tiles of layers along frequency or time.
 
 
-class FastConvTranspose1d(nn.ConvTranspose1d):
-    """A convolution whose channels are the steps between those of `x` (arXiv:1609.05158).
+@dataclass(frozen=True)
+class Reach:
+    """The rows (bins, or steps) that a row of the result of a convolution depends on.
 
-    oneDNN compiles a transposed convolution for each length, which takes 20 ms to 2 s, for a layer
-    of 7 ms. Without this class, later windows of htdemucs take 1.02 to 1.09 times as long.
+    Row `i` sees `kernel` rows from `i * stride - pad` on, with zeros outside:
+
+        read      |0 0|. . . . . . . . . . . .|0 0|      kernel 4, stride 2, pad 2
+        result      |___0___|___2___|                    (rows 0 and 2; row 1 overlaps both)
+
+    `transposed`: the other way round, each row that is read reaches `kernel` rows of the result,
+    from `i * stride` on, and `pad` rows at either end of the result are cut off.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (stride,), (kernel,) = self.stride, self.kernel_size
-        taps = -(-kernel // stride)  # steps of `x` that one of the result sees
-        weight = F.pad(self.weight, (0, taps * stride - kernel))
-        weight = weight.unflatten(2, (taps, stride)).flip(2)  # [C, C', taps, stride]
-        weight = weight.permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2)
-        bias = None if self.bias is None else self.bias.repeat(stride)
-        y = F.conv2d(channels_last(x).unsqueeze(2), weight, bias, padding=(0, taps - 1))
-        steps = y.squeeze(2).transpose(1, 2).reshape(len(y), -1, self.out_channels)
-        return steps.transpose(1, 2)[..., : (x.shape[2] - 1) * stride + kernel]
+    kernel: int
+    stride: int = 1
+    pad: int = 0
+    transposed: bool = False
+
+    def count(self, rows: int) -> int:
+        """Return the rows of the result for `rows` rows."""
+        if self.transposed:
+            return (rows - 1) * self.stride + self.kernel - 2 * self.pad
+        return (rows + 2 * self.pad - self.kernel) // self.stride + 1
+
+    def of(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], start: int, stop: int
+    ) -> Tensor:
+        """Return rows `start` to `stop` of the result of `function`."""
+        if not self.transposed:
+            first = start * self.stride - self.pad
+            last = (stop - 1) * self.stride + self.kernel - self.pad
+            return function(*(_rows(x, first, last) for x in inputs))
+        start, stop = start + self.pad, stop + self.pad
+        first = max(0, (start - self.kernel) // self.stride + 1)
+        last = min(inputs[0].shape[2], (stop - 1) // self.stride + 1)
+        whole = function(*(x[:, :, first:last] for x in inputs))
+        return whole[:, :, start - first * self.stride : stop - first * self.stride]
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Return True if `x` `[B, C, T]` has channels last, and a contiguous order would differ."""
-    image = x.unsqueeze(2)
-    return not x.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows `start` to `stop` of `x` `[B, C, F, T]` or `[B, C, T]`, with zeros outside."""
+    above, below = max(0, -start), max(0, stop - x.shape[2])
+    inside = x[:, :, max(0, start) : min(stop, x.shape[2])]
+    if not above and not below:
+        return inside
+    if x.dim() == 4:
+        return F.pad(inside, (0, 0, above, below))
+    return F.pad(inside.unsqueeze(2), (above, below)).squeeze(2)  # leaves channels last
 
 
-class FastGroupNorm(nn.GroupNorm):
-    """Leaves channels last, too, and is exact for any length.
+def in_tiles(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    reach: Reach,
+    widest: int | None,
+    count: int | None = None,
+) -> Tensor:
+    """Apply `function`, a layer along frequency or time, to `inputs`, tile by tile of rows.
 
-    PyTorch's norm adds the values of a channel one by one in float32: 1e-4 off for 400 000 steps.
-    Here the sums of short pieces are added in float64: 1e-6 off. Without this class, a window of
-    htdemucs takes 1.08 to 1.12 times as long.
+    They are `[B, C, F, T]` with bins as rows, or `[B, C, T]` with steps. `widest` is the number of
+    channels of the largest intermediate result; None is for a layer that needs all rows at once.
+    `count` is the number of rows of the result, if it is not `reach.count`. No intermediate result
+    is kept whole, and each layer finds in the cache what the one before has left there.
+    """
+    x = inputs[0]
+    count = reach.count(x.shape[2]) if count is None else count
+    row_bytes = (widest or 0) * x[:, 0, 0].numel() * x.element_size()
+    tiles = math.ceil(count / max(1, TILE_BYTES // row_bytes)) if row_bytes else 1
+    if tiles == 1:
+        return reach.of(function, inputs, 0, count)
+    edges = [count * index // tiles for index in range(tiles + 1)]
+    first = reach.of(function, inputs, *edges[:2])
+    # The tiles are written where they belong: joining them would take their memory twice.
+    whole = first.new_empty((*first.shape[:2], count, *first.shape[3:]))
+    if first.stride(1) == 1:
+        whole = whole.view(len(whole), *whole.shape[2:], -1).movedim(-1, 1)
+    whole[:, :, : edges[1]] = first
+    for start, stop in itertools.pairwise(edges[1:]):
+        whole[:, :, start:stop] = reach.of(function, inputs, start, stop)
+    return whole
+
+
+def _unpadded(layer: Any, x: Tensor) -> Tensor:
+    """Run a convolution without its padding along the rows of `x`, which `Reach` has added."""
+    if x.dim() == 4:
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, (0, layer.padding[1]))
+    weight, stride = layer.weight.unsqueeze(2), (1, *layer.stride)
+    return F.conv2d(x.unsqueeze(2), weight, layer.bias, stride).squeeze(2)
+
+
+def _gated(y: Tensor, rewrite: Any, norm: Any) -> Tensor:
+    return y if rewrite is None else F.glu(norm(_unpadded(rewrite, y)), dim=1)
+
+
+def _halo(rewrite: Any) -> Reach:
+    """Return the reach of a rewrite convolution along rows; None has only its own row."""
+    pad = 0 if rewrite is None else rewrite.padding[0]
+    return Reach(2 * pad + 1, pad=pad)
+
+
+class FastHEncLayer(HEncLayer):
+    """Runs in tiles, unless there are norms.
+
+    Without tiles here and in `FastHDecLayer`, htdemucs takes 1.03 to 1.08 times the processor time
+    (EPYC with AVX2).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or not _is_channels_last(x.flatten(2)):
-            if x.dim() > 3 or x.is_contiguous():
-                return super().forward(x)
-            return super().forward(x.unsqueeze(2)).squeeze(2)
-        rows = x.flatten(2).transpose(1, 2).unflatten(2, (self.num_groups, -1))  # [B, T, G, C / G]
-        steps = max(1, PIECE // rows.shape[3])
-        whole = rows.shape[1] // steps * steps
-        pieces = (rows[:, :whole].unflatten(1, (-1, steps)), rows[:, None, whole:])
-        count = rows.shape[1] * rows.shape[3]
-        sums = torch.cat([piece.sum((2, 4)) for piece in pieces], 1)
-        norms = torch.cat([torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces], 1)
-        mean = sums.double().sum(1) / count  # [B, G]
-        square = norms.double().square().sum(1) / count
-        deviation = (square - mean**2).clamp_min(0).add(self.eps).sqrt()
-        gain = self.weight.view(self.num_groups, -1) / deviation[..., None]  # [B, G, C / G]
-        offset = self.bias.view(self.num_groups, -1) - mean[..., None] * gain
-        y = torch.addcmul(offset[:, None].to(x.dtype), rows, gain[:, None].to(x.dtype))
-        y = y.flatten(2).transpose(1, 2).view_as(x)
-        flat = mean.abs() > FLATNESS * deviation
-        if flat.any():  # in the silent gaps of a track
-            flat = flat.any(1)
-            y[flat] = super().forward(x[flat].contiguous())
-        return y
+    def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
+        x = x if self.freq else x.flatten(1, -2)
+        convolution: Any = self.conv
+        strided = Reach(self.kernel_size, self.stride, convolution.padding[0])
+        count = strided.count(x.shape[2] + (0 if self.freq else -x.shape[2] % self.stride))
+        widest = None if self.norm else 2 * convolution.out_channels
+
+        def convolve(part: Tensor) -> Tensor:
+            y = _unpadded(convolution, part)
+            if self.empty:
+                return y
+            if inject is not None:
+                y = y + (inject[:, :, None] if y.dim() == 4 else inject)
+            return F.gelu(self.norm1(y))
+
+        if self.empty:
+            return in_tiles(convolve, [x], strided, widest, count)
+        branch = functools.partial(_branch, self.dconv)
+        norm2 = getattr(self, "norm2", None)
+        halo = _halo(self.rewrite)
+        if self.freq and halo.kernel == 1:  # bins do not see each other after the convolution
+            return in_tiles(
+                lambda part: _gated(branch(convolve(part)), self.rewrite, norm2),
+                [x], strided, widest, count,
+            )  # fmt: skip
+        y = branch(in_tiles(convolve, [x], strided, widest, count))
+        if self.rewrite is None:
+            return y
+        return in_tiles(lambda part: _gated(part, self.rewrite, norm2), [y], halo, widest)
 
 
-# Layers in tiles. Of 4 MB, a window of htdemucs adds 367 to 386 MB to the peak; of 16 MB, 454.
+def _branch(dconv: nn.Module | None, y: Tensor) -> Tensor:
+    return y if dconv is None else dconv_per_bin(dconv, y)
 
 
-def gated_in_tiles(y: Tensor, rewrite: Any) -> Tensor:
-    """Return `glu(rewrite(y))`, some bins or steps of `y` (its third dimension) at a time."""
-    rows, halo = y.shape[2], rewrite.padding[0]
-    count = max(1, TILE_BYTES // (2 * y[:, :, 0].numel() * y.element_size()))
-    if count >= rows:
-        return F.glu(rewrite(y), dim=1)
-    gated = torch.empty_like(y)
-    for start in range(0, rows, count):
-        stop, first = min(start + count, rows), max(0, start - halo)
-        # The padding of the convolution replaces real rows at the ends of a tile: cut them off.
-        part = F.glu(rewrite(y[:, :, first : stop + halo]), dim=1)
-        gated[:, :, start:stop] = part[:, :, start - first : stop - first]
-    return gated
-
-
-class FastHEncLayer(blocks.HEncLayer):
-    """Runs its gate in tiles, unless it has norms."""
-
-    def gated(self, y: Tensor) -> Tensor:
-        return super().gated(y) if self.norm else gated_in_tiles(y, self.rewrite)
-
-
-class FastHDecLayer(blocks.HDecLayer):
-    """Runs its gate in tiles, unless it has norms. `deferred` leaves `upsampled` to the caller."""
+class FastHDecLayer(HDecLayer):
+    """Runs in tiles, unless there are norms. If `deferred`, `upsampled` is left to the caller."""
 
     deferred = False
 
@@ -199,12 +271,36 @@ class FastHDecLayer(blocks.HDecLayer):
         y = self.rewritten(x, skip)
         return (y if self.deferred else self.upsampled(y, length)), y
 
-    def gated(self, y: Tensor) -> Tensor:
-        return super().gated(y) if self.norm else gated_in_tiles(y, self.rewrite)
+    def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if self.freq and x.dim() == 3:
+            x = x.unflatten(1, (self.chin, -1))
+        if self.empty:
+            return x
+        inputs, norm1 = [x] if skip is None else [x, skip], getattr(self, "norm1", None)
+        widest = None if self.norm else 2 * self.chin
+
+        def gate(*parts: Tensor) -> Tensor:
+            y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            y = _gated(y, self.rewrite, norm1)
+            return _branch(self.dconv, y) if self.freq else y
+
+        y = in_tiles(gate, inputs, _halo(self.rewrite), widest)
+        return y if self.freq else _branch(self.dconv, y)
+
+    def upsampled(self, y: Tensor, length: int) -> Tensor:
+        convolution: Any = self.conv_tr
+
+        def upsample(part: Tensor) -> Tensor:
+            z = self.norm2(convolution(part))
+            return z if self.last else F.gelu(z)
+
+        reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
+        z = in_tiles(upsample, [y], reach, None if self.norm else convolution.out_channels)
+        return z if self.freq else z[..., :length]
 
 
-class FastMultiWrap(blocks.MultiWrap):
-    """`deferred` leaves `upsampled` to the caller."""
+class FastMultiWrap(MultiWrap):
+    """If `deferred`, `upsampled` is left to the caller."""
 
     deferred = False
 
@@ -215,90 +311,194 @@ class FastMultiWrap(blocks.MultiWrap):
 
 
 class FastSequential(nn.Sequential):
-    """Applies GELU in place, unless it comes first: a window of mdx in time takes 134 MB less."""
+    """Runs a convolution and the layers after it that see one step at a time in tiles."""
 
     def forward(self, x: Tensor) -> Tensor:
-        given = x
-        for layer in self:
-            in_place = type(layer) is nn.GELU and x is not given
-            x = torch.ops.aten.gelu_(x) if in_place else layer(x)
+        layers: deque[Any] = deque(self)
+        while layers:
+            layer = layers.popleft()
+            transposed = isinstance(layer, nn.ConvTranspose1d)
+            if not transposed and not (isinstance(layer, nn.Conv1d) and layer.dilation == (1,)):
+                x = layer(x)
+                continue
+            chain: list[Any] = [layer if transposed else functools.partial(_unpadded, layer)]
+            while layers and isinstance(layers[0], (nn.Identity, nn.GELU, nn.ReLU, nn.GLU)):
+                chain.append(layers.popleft())
+            pad = 0 if transposed else layer.padding[0]
+            reach = Reach(layer.kernel_size[0], layer.stride[0], pad, transposed)
+            x = in_tiles(functools.partial(_through, chain), [x], reach, layer.out_channels)
         return x
 
 
-class FastDConv(blocks.DConv):
-    """Runs short items in tiles. For a long one, the end of a branch is one product of matrices."""
+def _through(layers: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+# Layers that leave channels last.
+
+
+class FastConv1d(nn.Conv1d):
+    """Leaves channels last in `[B, C, T]`: PyTorch does so with images only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        item_bytes = 2 * x[0].numel() * x.element_size()
-        is_long = item_bytes > TILE_BYTES and x.dtype == torch.float32 and _is_channels_last(x)
-        run, count = self._of_long if is_long else super().forward, max(1, TILE_BYTES // item_bytes)
-        if count >= len(x):
-            return run(x)
-        whole = torch.empty_like(x)
-        for part, result in zip(x.split(count), whole.split(count)):
-            result.copy_(run(part))
-        return whole
+        return F.conv2d(
+            x.unsqueeze(2),
+            self.weight.unsqueeze(2),
+            self.bias,
+            (1, *self.stride),
+            (0, *self.padding),  # type: ignore[arg-type]
+            (1, *self.dilation),
+        ).squeeze(2)
 
-    def _of_long(self, x: Tensor) -> Tensor:
-        """Run the branches on `x` `[1, C, T]`.
 
-        At the end of a branch, a convolution maps each step h to z = W h + b of 2 C channels; a
-        norm of one group, a GLU and a gain follow. The mean m and the covariance V of h are enough
-        for the norm:
+class FastConvTranspose1d(nn.ConvTranspose1d):
+    """A convolution whose channels are the steps between those of `x` (arXiv:1609.05158).
 
-            mean z = mean(W m + b)          variance z = mean(diag(W V W')) + variance(W m + b)
+    oneDNN compiles a transposed convolution for each length: 20 ms to 2 s on an EPYC with AVX2, for
+    what then takes 7 ms. Without it, later windows of htdemucs take 1.07 to 1.09 times the
+    processor time.
+    """
 
-        So z is never whole: without it, a window of the time model of mdx took 1.07 times as long
-        and 1837 instead of 1123 MB.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = channels_last(x)
+        (stride,), (kernel,) = self.stride, self.kernel_size
+        taps = -(-kernel // stride)  # steps of `x` that one of the result sees
+        weight = F.pad(self.weight, (0, taps * stride - kernel))
+        weight = weight.unflatten(2, (taps, stride)).flip(2)  # [C, C', taps, stride]
+        weight = weight.permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2)
+        bias = None if self.bias is None else self.bias.repeat(stride)
+        y = F.conv2d(x.unsqueeze(2), weight, bias, padding=(0, taps - 1))
+        steps = y.squeeze(2).transpose(1, 2).reshape(len(y), -1, self.out_channels)
+        return steps.transpose(1, 2)[..., : (x.shape[2] - 1) * stride + kernel]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Return True if PyTorch's norm of `x` `[B, C, T]` would be its inexact one of float32."""
+    if x.dtype != torch.float32 or x.is_contiguous():
+        return False
+    return x.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """Leaves channels last in `[B, C, T]`, too, and is exact for any length.
+
+    Without it, htdemucs takes 1.10 to 1.12 times the processor time (EPYC with AVX2).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_channels_last(x.flatten(2)):
+            return self._of_rows(x)
+        # In three dimensions: of one channel, an image would be taken for channels last.
+        one = x.dim() == 3 and x.is_contiguous()
+        image = x.unsqueeze(2) if x.dim() == 3 and not one else x
+        return nn.GroupNorm.forward(self, image).view_as(x)
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """Normalize `x`, of which the channels of a step are a row in memory."""
+        rows = x.flatten(2).transpose(1, 2)
+        normalized = self._at_once if rows.shape[1] <= NORM_STEPS else self._in_pieces
+        y, flatness = normalized(rows)
+        # Convolutions judge the layout by the stride of a batch of one, too, which may be any.
+        y = y.as_strided(x.shape, x.stride())
+        if flatness.abs().max() > FLATNESS:  # in the silent gaps of a track
+            flat = (flatness.abs() > FLATNESS).any(1)
+            y[flat] = nn.GroupNorm.forward(self, x[flat].contiguous())
+        return y
+
+    def _at_once(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize `rows` `[B, T, C]` by PyTorch's kernel; also return mean / std `[B, G]`.
+
+        It adds the values of a channel one by one in float32: 1e-4 off for 400,000 steps.
         """
-        given = x
+        batch, steps, channels = rows.shape
+        strides = (channels * steps, 1, channels * steps, channels)
+        image = rows.as_strided((batch, channels, 1, steps), strides)
+        shape = (*image.shape[:2], steps, self.num_groups, self.eps)
+        y, mean, reciprocal = torch.native_group_norm(image, self.weight, self.bias, *shape)
+        return y, mean * reciprocal
+
+    def _in_pieces(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same with the sums of short pieces added in float64: 1e-6 off."""
+        groups = rows.unflatten(2, (self.num_groups, -1))  # [B, T, G, C / G]
+        count = groups.shape[1] * groups.shape[3]
+        pieces = _pieces(groups, max(1, PIECE // groups.shape[3]))
+        sums = [piece.sum((2, 4)) for piece in pieces]
+        norms = [torch.linalg.vector_norm(piece, dim=(2, 4)) for piece in pieces]
+        mean = torch.cat(sums, 1).double().sum(1) / count
+        square = torch.cat(norms, 1).double().square().sum(1) / count
+        deviation = (square - mean**2).clamp_min(0).add(self.eps).sqrt()
+        gain = self.weight.view(self.num_groups, -1) / deviation[..., None]  # [B, G, C / G]
+        offset = self.bias.view(self.num_groups, -1) - mean[..., None] * gain
+        gain, offset = (part.flatten(1)[:, None].to(rows.dtype) for part in (gain, offset))
+        return torch.addcmul(offset, rows, gain), mean / deviation
+
+
+def _pieces(rows: Tensor, steps: int = PIECE) -> list[Tensor]:
+    """Return `rows` `[B, T, ...]` as `[B, N, steps, ...]`, and the rest as `[B, 1, n, ...]`."""
+    whole = rows.shape[1] // steps * steps
+    return [rows[:, :whole].unflatten(1, (-1, steps)), rows[:, None, whole:]]
+
+
+class FastDConv(DConv):
+    """Makes the norm and the gain at a branch's end part of its last product of matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             parts: list[Any] = list(layer.children())
             *inner, convolution, norm, _, gain = parts
-            if not isinstance(norm, nn.GroupNorm):
+            steps = x.shape[0] * x.shape[2]
+            if (
+                _is_channels_last(x)
+                and type(norm) is FastGroupNorm
+                and steps >= 8 * len(gain.scale)
+            ):
+                hidden = _through(inner, x)
+                x = _plus_gated_norm(x, hidden, convolution, norm, gain.scale)
+            else:
                 x = x + layer(x)
-                continue
-            hidden = FastSequential(*inner)(x)[0].t()
-            mean = hidden.mean(0)
-            weight, bias = convolution.weight.squeeze(2).double(), convolution.bias.double()
-            centered = F.pad(hidden - mean, (0, 0, 0, -len(hidden) % PIECE))
-            centered = centered.unflatten(0, (-1, PIECE))
-            covariance = (centered.transpose(1, 2) @ centered).double().sum(0) / len(hidden)
-            del centered
-            means = weight @ mean.double() + bias
-            variance = ((weight @ covariance) * weight).sum(1).mean() + means.var(correction=0)
-            # The gain goes through the gate.
-            factor = torch.cat([gain.scale, torch.ones_like(gain.scale)])
-            offset = factor * norm.bias
-            factor = factor * norm.weight / (variance + norm.eps).sqrt()
-            offset = (offset + factor * (bias - means.mean())).to(x.dtype)
-            weight = (factor[:, None] * weight).to(x.dtype)
-            result = torch.empty_like(x) if x is given else x
-            wholes, count = (x[0].t(), result[0].t(), hidden), TILE_BYTES // (4 * len(weight))
-            for old, new, part in zip(*(whole.split(count) for whole in wholes)):
-                torch.add(old, F.glu(F.linear(part, weight, offset)), out=new)
-            del hidden, wholes, old, new, part
-            x = result
         return x
 
 
-class FastLocalState(blocks.LocalState):
-    """Scores as many queries at once as fit into a tile."""
+def _plus_gated_norm(x: Tensor, hidden: Tensor, layer: Any, norm: Any, gain: Tensor) -> Tensor:
+    """Return `x` `[B, C, T]` plus the end of a residual branch, from its `hidden` `[B, H, T]` on.
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, decay, content = (
-            layer(x).unflatten(1, (self.heads, -1))
-            for layer in (self.query, self.key, self.query_decay, self.content)
-        )
-        count = max(1, TILE_BYTES // (len(x) * self.heads * x.shape[2] * x.element_size()))
-        steps = torch.arange(x.shape[2], device=x.device)
-        parts = zip(query.split(count, 3), decay.split(count, 3), steps.split(count))
-        mixed = [self.attend(part, key, content, gates, steps) for part, gates, steps in parts]
-        return x + self.proj(torch.cat(mixed, dim=3).flatten(1, 2))
+    There `layer` maps each step h to z = W h + b of 2 C channels; a norm of one group, a GLU and
+    a gain follow. The mean m and the covariance V of h tell what the norm needs:
+
+        mean z = mean(W m + b)          variance z = mean(diag(W V W')) + variance(W m + b)
+
+    So z is never whole, and never read for its moments: without this, a window of the time model of
+    mdx takes 1.07 times as long and 1837 instead of 1123 MB (EPYC with AVX2).
+    """
+    rows, before = hidden.transpose(1, 2), x.transpose(1, 2)
+    weight = layer.weight.squeeze(2).double()  # [2 C, H]
+    pieces = [piece.sum(1).double() for piece in rows.split(PIECE, 1)]
+    mean = torch.stack(pieces).sum(0) / rows.shape[1]
+    centered = (rows - mean[:, None].to(x.dtype)).split(PIECE, 1)
+    products = [(piece.transpose(1, 2) @ piece).double() for piece in centered]
+    covariance = torch.stack(products).sum(0) / rows.shape[1]
+    means = F.linear(mean, weight, layer.bias.double())
+    variance = (covariance * (weight.t() @ weight)).sum((1, 2)) / len(weight)
+    variance = (variance + means.var(1, correction=0) + norm.eps)[:, None]
+    ends = torch.cat([gain, torch.ones_like(gain)])  # the gain goes through the gate
+    factor = ends * norm.weight * variance.rsqrt()  # [B, 2 C]
+    offset = factor * (layer.bias - means.mean(1, keepdim=True)) + ends * norm.bias
+    weights = (factor[:, :, None] * weight).transpose(1, 2).to(x.dtype)  # [B, H, 2 C]
+    after = torch.empty_like(before)
+    wholes = (before, after, rows, offset[:, None].to(x.dtype), weights)
+    step_bytes = len(weight) * x.element_size()
+    items = max(1, TILE_BYTES // (step_bytes * rows.shape[1]))
+    for *parts, bias, product in zip(*(whole.split(items) for whole in wholes)):
+        steps = max(1, TILE_BYTES // (step_bytes * len(bias)))
+        for old, new, part in zip(*(whole.split(steps, 1) for whole in parts)):
+            torch.add(old, F.glu(torch.baddbmm(bias, part, product), 2), out=new)
+    return after.transpose(1, 2)
 
 
-class FastBLSTM(blocks.BLSTM):
-    """Passes the weights to the LSTM's function.
+class FastBLSTM(BLSTM):
+    """Gives the weights to the LSTM's function.
 
     `nn.LSTM.forward` may rewrite its list of weights, so that threads would disturb each other.
     """
@@ -311,8 +511,25 @@ class FastBLSTM(blocks.BLSTM):
         return self.linear(y[0]).permute(1, 2, 0)
 
 
-# Products of matrices by oneDNN, where `onednn_is_faster`: on an EPYC with AVX-512, the transformer
-# of htdemucs takes 0.67 instead of 1.17 s of a window of 1.7 s.
+class FastLocalState(LocalState):
+    """Scores as many queries at once as fit into a tile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, decay, content = (
+            layer(x).unflatten(1, (self.heads, -1))
+            for layer in (self.query, self.key, self.query_decay, self.content)
+        )
+        count = max(1, TILE_BYTES // (len(x) * self.heads * x.shape[2] * x.element_size()))
+        parts = zip(
+            query.split(count, 3),
+            decay.split(count, 3),
+            torch.arange(x.shape[2], device=x.device).split(count),
+        )
+        mixed = [self.attend(part, key, content, gates, steps) for part, gates, steps in parts]
+        return x + self.proj(torch.cat(mixed, dim=3).flatten(1, 2))
+
+
+# Products of matrices by oneDNN, where `onednn_is_faster`.
 
 
 def _by_onednn(x: Tensor) -> Tensor:
@@ -332,7 +549,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _dense(F.linear(_by_onednn(x), weight, bias))
 
 
-class FastAttention(transformer.Attention):
+class FastAttention(Attention):
     """Attends head by head, by oneDNN: 50 instead of 79 ms on an EPYC with AVX-512."""
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -356,29 +573,27 @@ class FastAttention(transformer.Attention):
         mixed = torch.empty_like(query)
         for item, head in itertools.product(*map(range, query.shape[:2])):
             keys, values = key[item, head].contiguous(), value[item, head].t().contiguous()
-            parts = zip(
-                query[item, head].split(ATTENTION_ROWS), mixed[item, head].split(ATTENTION_ROWS)
-            )
-            for part, result in parts:
-                scores = F.linear(_by_onednn(part.contiguous()), keys)
-                result.copy_(_dense(F.linear(scores.softmax(-1), values)))
+            for start in range(0, query.shape[2], ATTENTION_ROWS):
+                part = slice(start, start + ATTENTION_ROWS)
+                scores = F.linear(_by_onednn(query[item, head, part].contiguous()), keys)
+                mixed[item, head, part] = _dense(F.linear(scores.softmax(-1), values))
         return mixed
 
 
-class FastSelfLayer(transformer.SelfLayer):
+class FastSelfLayer(SelfLayer):
     """The feed-forward block by oneDNN."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.gamma_2(_dense(self.linear2(self.activation(self.linear1(_by_onednn(x))))))
 
 
-class FastCrossLayer(transformer.CrossLayer):
+class FastCrossLayer(CrossLayer):
     """The feed-forward block by oneDNN."""
 
     feed_forward = FastSelfLayer.feed_forward  # type: ignore[assignment]
 
 
-# Models, and the tables of fast layers.
+# Models, and what is swapped for what.
 
 
 class FastDemucs(Demucs):
@@ -389,7 +604,25 @@ class FastDemucs(Demucs):
 
 
 class FastHybridUNet(HybridUNet):
-    """Works with channels last."""
+    """Works with channels last, and never has the spectra of all sources whole.
+
+    If `in_parts`, the outermost decoder leaves its transposed convolution to `forward`, which makes
+    the spectra some frames at a time.
+    """
+
+    in_parts = False
+
+    def find_parts(self, kind: type) -> None:
+        """Set `in_parts` for a model of class `kind`, unless a program replaced one of its steps.
+
+        A norm in the outermost decoder and the iterative Wiener filter need all frames at once.
+        """
+        last: Any = self.decoder[-1]
+        original = all(getattr(kind, name) is step for name, step in STEPS.items())
+        whole = self.wiener_iters > 0 and not self.cac
+        fast = isinstance(last, (FastHDecLayer, FastMultiWrap)) and not getattr(last, "norm", False)
+        if original and not vars(self).keys() & STEPS and fast and not whole:
+            self.in_parts = last.deferred = True
 
     def network(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         return super().network(channels_last(x), channels_last(xt))
@@ -398,22 +631,16 @@ class FastHybridUNet(HybridUNet):
         x, xt = super()._bottom(x, xt)
         return channels_last(x), channels_last(xt)
 
-
-class DeferringHybridUNet(FastHybridUNet):
-    """Never has the spectra of all sources whole.
-
-    The outermost decoder leaves its transposed convolution to `forward`, which makes the spectra
-    some frames at a time. Without it, a window of htdemucs takes 564 instead of 402 MB.
-    """
-
     def forward(self, mix: Tensor, **options: Any) -> Tensor:
+        if not self.in_parts:  # perhaps a program's own `forward`
+            return super().forward(mix, **options)
         length, stems = mix.shape[-1], options.get("stems")
         upsampled: Any = self.decoder[-1].upsampled
         mix = F.pad(mix, (0, self._padded_length(length) - length))
         z = self._spec(mix)
         x, mean, std = (y[:, None] for y in standardize(self._magnitude(z), EPSILON))
         frames = z.shape[-1]
-        # Complex parts do not need the mixture's phase: free its spectrum.
+        # Complex parts do not need the mixture's phase: its spectrum is let go.
         mixed: Any = itertools.repeat(None) if self.cac else z.split(FRAMES_AT_ONCE, -1)
         del z
         xt, mean_t, std_t = standardize(mix, EPSILON)
@@ -429,24 +656,14 @@ class DeferringHybridUNet(FastHybridUNet):
         return x[..., :length]
 
 
-def _can_defer(model: Any, kind: type) -> bool:
-    """Return True if `DeferringHybridUNet` fits `model` of class `kind`.
-
-    A program may have replaced one of its steps, and a norm in the outermost decoder and the
-    iterative Wiener filter need all frames at once.
-    """
-    replaced = any(name in vars(model) or getattr(kind, name) is not STEPS[name] for name in STEPS)
-    last, whole = model.decoder[-1], model.wiener_iters > 0 and not model.cac
-    return hasattr(last, "deferred") and not (replaced or whole or getattr(last, "norm", False))
-
-
 def istft_of_parts(
     parts: Iterable[Tensor], hop_length: int, frames: int, start: int, length: int
 ) -> Tensor:
     """Inverse STFT of `frames` frames between two silent ones at either end, as `[*, length]`.
 
-    `parts` are their spectra `[*, F, n]`, one after the other; missing bins at the top are zero. A
-    frame has four hops. Sample 0 is where the first frame starts, and the result begins at `start`:
+    `parts` are their spectra `[*, F, n]`, one after the other. A frame has four hops; bins that
+    are missing at its top are zero. Sample 0 is where the first frame starts, and the result begins
+    at `start`:
 
         silence  |=======|                                       |=======|
                    |=======|                                   |=======|
@@ -455,12 +672,13 @@ def istft_of_parts(
         samples      0   |------------ length ------------|
                        start
 
-    A frame is the inverse FFT times the window `w`. The sum of the frames is divided by the
-    envelope that two windows leave, one in each direction:
+    A frame is the inverse FFT times the window `w`, and their sum is divided by the envelope that
+    two windows leave, one in each direction:
 
         x[t] = sum_i w[t - i hop] ifft(z_i)[t - i hop]  /  sum_i w[t - i hop]^2
 
-    Silent frames add to the sum below alone, so they are never made.
+    Silent frames add nothing to the sum above, only to the one below, so they are never made:
+    their part in the samples that are kept is in the envelope alone.
     """
     total = window = torch.empty(0, dtype=torch.float32, device="cpu")
     first = 0
@@ -479,25 +697,33 @@ def istft_of_parts(
 
 def _overlap_add(total: Tensor, frames: Tensor) -> None:
     """Add `frames` `[*, N, L]`, a hop apart, to `total` `[*, M, hop]` from its first hop on."""
-    for index, part in enumerate(frames.split(total.shape[-1], -1)):
-        total[..., index : index + frames.shape[-2], :] += part
+    blocks = frames.unflatten(-1, (-1, total.shape[-1]))  # [*, N, L / hop, hop]
+    for part in range(blocks.shape[-2]):
+        total[..., part : part + frames.shape[-2], :] += blocks[..., part, :]
 
 
 MODELS = {HybridUNet: FastHybridUNet, Demucs: FastDemucs}
-# The steps that `DeferringHybridUNet` does in another way.
+# The steps that `FastHybridUNet.forward` does in another way, so that replaced ones are noticed.
 STEPS = {name: getattr(HybridUNet, name) for name in ("forward", "network", "_mask", "_ispec")}
 LAYERS: dict[type, type] = {
-    fast.__bases__[0]: fast
-    for fast in (
-        *(FastConv1d, FastConvTranspose1d, FastGroupNorm, FastSequential, FastBLSTM),
-        *(FastLocalState, FastDConv, FastHEncLayer, FastHDecLayer, FastMultiWrap),
-    )
+    nn.Conv1d: FastConv1d,
+    nn.ConvTranspose1d: FastConvTranspose1d,
+    nn.GroupNorm: FastGroupNorm,
+    nn.Sequential: FastSequential,
+    BLSTM: FastBLSTM,
+    LocalState: FastLocalState,
+    DConv: FastDConv,
+    HEncLayer: FastHEncLayer,
+    HDecLayer: FastHDecLayer,
+    MultiWrap: FastMultiWrap,
 }
 PRODUCTS: dict[type, type] = {
-    fast.__bases__[0]: fast for fast in (FastAttention, FastSelfLayer, FastCrossLayer)
+    Attention: FastAttention,
+    SelfLayer: FastSelfLayer,
+    CrossLayer: FastCrossLayer,
 }
 KNOWN = {
-    *LAYERS, *PRODUCTS, blocks.LayerScale, blocks.ScaledEmbedding, nn.Conv2d, nn.ConvTranspose2d,
-    nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm, nn.Linear, nn.LSTM, nn.ModuleList,
-    nn.ReLU, transformer.CrossTransformerEncoder, transformer.SequenceGroupNorm,
+    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, ScaledEmbedding, SequenceGroupNorm,
+    nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
+    nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
 }  # fmt: skip
