@@ -135,9 +135,7 @@ def test_from_the_web(command: Command, tmp_path: Path) -> None:
     assert not list((tmp_path / "out/tiny").glob(".*"))
 
 
-def test_in_python(
-    separator: Separator, memory: fsspec.AbstractFileSystem, tmp_path: Path
-) -> None:
+def test_in_python(separator: Separator, memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     memory.pipe("/in/a.wav", wav())
     (tmp_path / "a.wav").write_bytes(wav())
     here = separator.separate_to_files(tmp_path / "a.wav", tmp_path / "out")
