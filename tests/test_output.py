@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,6 @@ from demucs_infer.errors import OptionError, SaveAudioError
 from demucs_infer.write.formats import FORMATS
 
 from .helpers import SOURCES, Command, json_lines, noise, stems_of, write_track
-
-
-def test_templates_cut_and_align() -> None:
-    output = Output("out", "{track[0]}/{track:.3}-{stem:>6}.{ext}")
-    (path,) = output.paths(Path("abcdef.wav"), "m", ["bass"]).values()
-    assert path == Path("out/a/abc-  bass.wav")
 
 
 def test_folders_that_cannot_be_written_are_refused() -> None:
@@ -143,16 +136,3 @@ def test_other_files_of_a_track_are_mentioned_once(command: Command, tmp_path: P
     assert "bass.wav" not in command("--shifts", 0, *tracks).stderr
     result = command("--shifts", 0, "--skip-existing", "--two-stems", "vocals", *tracks)
     assert result.stderr.count("bass.wav, drums.wav, other.wav") == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not text")
-def test_a_page_of_a_track_whose_name_is_not_text(command: Command, tmp_path: Path) -> None:
-    """Two names that differ only in bytes which are not UTF-8 become two folders."""
-    names = [os.fsdecode(b"caf" + byte) for byte in (b"\xe8", b"\xe9")]
-    # libsndfile writes no such names.
-    tracks = [write_track(tmp_path / "a.wav").rename(tmp_path / f"{name}.wav") for name in names]
-    assert command("--shifts", 0, "--player", "--stems", "bass", *tracks).returncode == 0
-    for name in names:
-        folder = tmp_path / "separated/tiny" / name
-        assert "caf\ufffd" in (folder / "player.html").read_text("utf-8")
-        assert (folder / "bass.wav").stat().st_size > 100

@@ -68,6 +68,8 @@ def test_templates() -> None:
         "y/model-a.b.mp3/drums.flac"
     ]
     assert stems_of("a.wav", filename="{stem}{{}}.{ext}") == ["drums{}.wav"]
+    aligned = stems_of("abcde.wav", filename="{track[0]}/{track:.3}-{stem:>6}.{ext}")
+    assert aligned == ["a/abc- drums.wav"]
 
 
 @pytest.mark.parametrize(
