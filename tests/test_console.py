@@ -323,3 +323,10 @@ def test_files_need_no_temporary_folder_and_pipes_say_that_they_do(
     assert (result.returncode, result.stderr) == (0, "")
     assert stems_of(song / "separated") == {f"tiny/a/{name}.ogg" for name in SOURCES}
     assert_one_line(command("--stems", "bass", "-o", "-", "a.wav"), "set TMPDIR")
+
+
+@pytest.mark.slow
+def test_module_without_a_command_names_the_command() -> None:
+    result = run("-m", "demucs_infer.api")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "demucs-infer" in result.stderr

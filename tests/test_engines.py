@@ -356,12 +356,8 @@ def test_a_folder_that_another_user_exchanges(tmp_path: Path) -> None:
 
     def exchange() -> None:
         while not done.is_set():
-            for source, goal in (
-                ("cache", "x"),
-                ("evil", "cache"),
-                ("cache", "evil"),
-                ("x", "cache"),
-            ):
+            for names in ("cache x", "evil cache", "cache evil", "x cache"):
+                source, goal = names.split()
                 (tmp_path / source).rename(tmp_path / goal)
 
     thread = threading.Thread(target=exchange)

