@@ -24,7 +24,7 @@ OPTIONS = [
     {"norm_starts": 1, "norm_groups": 2, "rewrite": False},
     {"freq_emb": 0, "context": 0, "context_enc": 1},
     {"channels_time": 12, "growth": 3, "t_layers": 0},
-    {"depth": 4, "t_weight_pos_embed": 0.5, "t_max_period": 100.0},
+    {"depth": 4, "nfft": 1024, "t_weight_pos_embed": 0.5, "t_max_period": 100.0},
     {"audio_channels": 1},
     {"segment": 0.7, "t_norm_out": False, "emb_scale": 3},
     {"channels": 16, "nfft": 512, "depth": 2, "time_stride": 4, "context": 2},
