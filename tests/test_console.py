@@ -19,15 +19,7 @@ import tqdm
 
 from demucs_infer.batch.console import Ended, json_text, streams_and_signals
 
-from .helpers import (
-    SOURCES,
-    Command,
-    assert_one_line,
-    environment,
-    run,
-    stems_of,
-    write_track,
-)
+from .helpers import SOURCES, Command, assert_one_line, environment, run, stems_of, write_track
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the shell of POSIX")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")

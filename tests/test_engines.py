@@ -24,17 +24,7 @@ from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import (
-    FAMILIES,
-    SMALL,
-    TINY,
-    assert_close,
-    decibels,
-    environment,
-    noise,
-    pair,
-    run,
-)
+from .helpers import FAMILIES, SMALL, TINY, assert_close, decibels, environment, noise, pair, run
 
 # This network is converted within a second and takes windows of any length.
 LIGHT = (Demucs, {**SMALL, "depth": 2, "dconv_mode": 0, "lstm_layers": 0})

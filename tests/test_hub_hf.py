@@ -205,15 +205,6 @@ def test_a_list_of_gigabytes(facts: dict, hub: Hub) -> None:
     assert hub.sent < 15_000_000
 
 
-def test_a_safetensors_file_as_in_the_reference(weights: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(weights)
-    ours, theirs = hf.load_safetensors_model(path), demucs.hf.load_safetensors_model(path)
-    expected = theirs.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
-
-
 # The hub as a second source.
 
 

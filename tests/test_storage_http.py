@@ -133,16 +133,17 @@ def test_nothing_is_asked_for_twice_when_connections_break(
             True,
             {"limits": Limits(attempts=2, backoff=0, span=0.5, slowest=100_000)},
         ),
+        (
+            answers.trickle,
+            "came in",
+            1,
+            True,
+            {"limits": Limits(slowest=0, longest=0.3, attempts=1)},
+        ),
     ],
 )
 def test_faults_that_stay(
-    fault: object,
-    message: str,
-    requests: int,
-    left: bool,
-    options: dict,
-    web: Web,
-    target: Path,
+    fault: object, message: str, requests: int, left: bool, options: dict, web: Web, target: Path
 ) -> None:
     web.always = fault
     with pytest.raises(DownloadError, match=message) as caught:
@@ -377,18 +378,6 @@ def test_an_answer_that_is_slow_is_shut_down(
     web.always = SLOW[slow]
     fails(door, f"{web.url}/file", tmp_path, "bytes came in 0 s")
     assert not web.gate.is_set()
-
-
-def test_a_transfer_that_takes_too_long(
-    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is as fast as it must be, and goes on."""
-    web.always = answers.trickle
-    limits = Limits(slowest=0, longest=0.3, attempts=1)
-    monkeypatch.setattr(locations, "TRACK_LIMITS", limits)
-    fails(as_track, f"{web.url}/file", tmp_path, "bytes came in 0 s")
-    with pytest.raises(HostError, match="bytes came in"):
-        Download(f"{web.url}/file", tmp_path / "a.th", DIGEST, limits=limits).run()
 
 
 def test_credentials_go_to_their_own_host(

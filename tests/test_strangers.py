@@ -80,8 +80,6 @@ def test_refused_addresses_open_nothing_in_python_and_in_a_cluster(
     options = {"model": "tiny", "repo": fast_repo, "device": "cpu", "shifts": 0, "progress": False}
     worker = SeparateTracks(str(tmp_path), **options)
     for url in [*REFUSED, "", "a\0b"]:
-        assert worker({"input": url})["error"]
-    for url in REFUSED:
         for door in (separator.separate_audio_file, separator.separate_to_files):
             with pytest.raises(DemucsInferError):
                 door(url)
@@ -89,6 +87,7 @@ def test_refused_addresses_open_nothing_in_python_and_in_a_cluster(
             separator.separate_to_files(tmp_path / "a.wav", url)
         with pytest.raises(DemucsInferError):
             SeparateTracks(url, **options)
+        assert worker({"input": url})["error"]
 
 
 def test_an_operator_allows_more(
@@ -131,11 +130,7 @@ def test_letters_that_mean_something_in_addresses(
         "memory": list(find_tracks([Url("memory://in")])),
         "s3": list(find_tracks([Url("s3://bucket/in")])),
     }
-    outputs = {
-        "local": "memory://out",
-        "memory": "s3://bucket/out",
-        "s3": f"file://{tmp_path}/out",
-    }
+    outputs = {"local": "memory://out", "memory": "s3://bucket/out", "s3": f"file://{tmp_path}/out"}
     for kind, found in tracks.items():
         assert {track.name for track in found} == set(NAMES)
         stems = {
