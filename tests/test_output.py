@@ -15,7 +15,7 @@ from demucs_infer.audio import save_audio
 from demucs_infer.errors import SaveAudioError
 from demucs_infer.write.formats import FORMATS
 
-from .helpers import SOURCES, Command, json_lines, noise, stems_of, write_track
+from .helpers import SOURCES, Command, noise, stems_of, write_track
 
 
 def tree(folder: Path) -> set[str]:
@@ -110,19 +110,6 @@ def test_only_whole_files_of_the_format_are_written(format: str, tmp_path: Path)
     for content in (b"", path.read_bytes()[:40], b"no audio" * 1000):
         path.write_bytes(content)
         assert not output.is_written(path)
-
-
-def test_skip_existing_takes_only_whole_stems_and_pages(command: Command, tmp_path: Path) -> None:
-    write_track(tmp_path / "a.wav")
-    folder = tmp_path / "separated/tiny/a"
-    skipped = []
-    for damaged in (None, None, "bass.wav", "player.html"):
-        if damaged:
-            (folder / damaged).write_bytes(b"")
-        options = ["--skip-existing", "--shifts", 0, "--stems", "bass", "--json", "--player"]
-        (result,) = json_lines(command(*options, "a.wav"))
-        skipped.append(result["skipped"])
-    assert skipped == [False, True, False, False]
 
 
 def test_other_files_of_a_track_are_mentioned_once(command: Command, tmp_path: Path) -> None:

@@ -476,10 +476,7 @@ def test_a_lock_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr(http, "LOCK_TIMEOUT", 0.1)
     target.parent.mkdir()
-    with (
-        filelock.FileLock(f"{target}.lock"),
-        pytest.raises(DownloadError, match="another process"),
-    ):
+    with filelock.FileLock(f"{target}.lock"), pytest.raises(DownloadError, match="another process"):
         get(web, target)
 
 

@@ -136,12 +136,6 @@ def test_links_and_capitals_are_seen_through(
         plan_jobs(both, Output("out"), "m", SOURCES)
 
 
-def test_one_stem_needs_no_name_of_its_own() -> None:
-    output = Output("out", "{track}.{ext}", two_stems="drums", other_method="none")
-    (job,) = plan_jobs([Path("a.mp3")], output, "m", SOURCES)
-    assert job.paths == {"drums": Path("out/a.wav")}
-
-
 def test_standard_output_takes_one_stem() -> None:
     assert Output("-").paths(PIPE, "m", ["drums"]) == {"drums": PIPE}
     with pytest.raises(OptionError, match="takes one stem, not 4"):
