@@ -57,7 +57,6 @@ LINES = [
 PROCESSES = [
     ("-q a.wav <&- >&- 2>&-", 0, 0, 4),
     ("--list-models >&-", 1, 1, 0),
-    ("--help >/dev/full", 1, 1, 0),
     ("--help 2>&-", 0, 0, 0),
 ]
 STREAMS = {"<": "stdin", ">": "stdout", "2>": "stderr"}

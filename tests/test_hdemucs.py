@@ -24,7 +24,7 @@ OPTIONS = [
     {"rewrite": False, "freq_emb": 0, "channels_time": 4},
     {"depth": 6, "dconv_attn": 5, "dconv_lstm": 5, "dconv_mode": 3},
     {"audio_channels": 1, "growth": 1, "time_stride": 4, "norm_groups": 2},
-    {"context": 2, "context_enc": 1, "norm_starts": 3, "norm_groups": 2, "dconv_depth": -2},
+    {"context": 2, "context_enc": 1, "norm_starts": 3, "dconv_comp": 2, "dconv_depth": -2},
 ]
 
 
