@@ -134,6 +134,12 @@ def assert_equal_models(
         assert_close(ours(mix), theirs(mix))
 
 
+def merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join options of a network. Bands need layers without a norm."""
+    options = {name: value for row in rows for name, value in row.items()}
+    return {**options, "norm_starts": 99} if "multi_freqs" in options else options
+
+
 class Largest(TorchDispatchMode):
     """The elements of the largest tensor that is made meanwhile."""
 

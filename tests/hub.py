@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from . import web
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_token"
@@ -31,8 +31,7 @@ class Hub:
     tokens: set[str] = field(default_factory=set)  # that came to the host of the content
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(web.Handler):
     hub: Hub
 
     def do_HEAD(self) -> None:
@@ -76,17 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.head(302, Location=location, X_Repo_Commit=commit, **facts)
 
     def head(self, status: int, **headers: object) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": 0, **headers, **self.hub.facts}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
+        super().head(status, **{"Content_Length": 0, **headers, **self.hub.facts})
 
     def send(self, content: bytes, body: bool, **headers: object) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        start, length = self.start, len(content) - self.start
         span = (
             {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         )
-        length = len(content) - start
         self.head(206 if start else 200, Content_Length=length, **span, **headers)
         if body:
             stop = self.hub.breaks.pop(0) if self.hub.breaks else None
@@ -96,9 +91,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.sent += 2**16
             self.close_connection = stop is not None
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 def digest(content: bytes) -> str:
     return sha256(content).hexdigest()
@@ -107,13 +99,5 @@ def digest(content: bytes) -> str:
 @contextmanager
 def serving_hub() -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
+    with web.listening(type("Handler", (_Handler,), {"hub": hub})) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

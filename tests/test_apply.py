@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import demucs.apply
 import demucs.demucs
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from demucs_infer.apply import (
     BagOfModels,
-    OverlapAdd,
     SeparationOptions,
     TensorChunk,
     apply_model,
@@ -27,7 +27,7 @@ from demucs_infer.errors import DemucsInferError, ModelLoadingError, OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import SMALL, TINY, assert_close, noise, pair, released_pair
+from .helpers import FAMILIES, SMALL, TINY, assert_close, noise, pair, released_pair
 
 # By default, one shorter than the windows and one of several windows and a rest.
 LENGTHS = [1, 9011, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 3999, 4000, 4001))]
@@ -50,11 +50,6 @@ class Identity(nn.Module):
     def forward(self, mix: Tensor) -> Tensor:
         self.calls += 1
         return mix[:, None].expand(-1, 2, -1, -1)
-
-
-class Failing(Identity):
-    def forward(self, mix: Tensor) -> Tensor:
-        raise RuntimeError("the model failed")
 
 
 def seeded(function, *args, **kwargs):
@@ -182,26 +177,6 @@ def test_track_is_read_window_by_window_from_start_to_end() -> None:
     assert starts == sorted(starts)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    windows=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=12),
-    taken=st.lists(st.floats(0, 1), min_size=12, max_size=12),
-)
-def test_overlap_add_of_any_windows_in_blocks_of_any_size(windows, taken) -> None:
-    total, dense, blocks, end = OverlapAdd(), torch.zeros(3, 700), [], 0
-    for (position, length), share in zip(windows, taken):
-        start = total.start + round(position * (end - total.start))
-        x = torch.arange(3 * length).reshape(3, length) + 1.0
-        total.add(start, x, x[:1])
-        dense[:, start : start + length] += x * x[:1]
-        end = max(end, start + length)
-        stop = total.start + round(share * (end - total.start))
-        blocks += [total.take(stop)] if stop > total.start else []
-    blocks += [total.take(end)] if end > total.start else []
-    assert torch.equal(torch.cat(blocks, dim=-1), dense[:, :end])
-    assert total.start == end
-
-
 @pytest.mark.parametrize("which", ["tiny", "bags"])
 @pytest.mark.parametrize("options", [{"shifts": 2}, {"shifts": 0}], ids=str)
 def test_callback_is_called_as_by_the_reference(which, options, request) -> None:
@@ -231,8 +206,10 @@ def test_raising_in_the_callback_stops_the_separation(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_exceptions_of_a_model_reach_the_caller(workers: int) -> None:
+    model = Identity()
+    model.forward = mock.Mock(side_effect=RuntimeError("the model failed"))
     with pytest.raises(RuntimeError, match="model failed"):
-        apply_model(Failing(), noise(2, 5000)[None], num_workers=workers)
+        apply_model(model, noise(2, 5000)[None], num_workers=workers)
 
 
 def test_pool_of_the_caller_gives_identical_stems(tiny) -> None:
@@ -242,18 +219,10 @@ def test_pool_of_the_caller_gives_identical_stems(tiny) -> None:
         assert torch.equal(apply_model(tiny[1], mix, shifts=0, pool=pool), alone)
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        (HTDemucs, TINY),
-        (HDemucs, {**HDEMUCS, "dconv_lstm": 4, "dconv_attn": 4, "dconv_comp": 2}),
-        (HDemucs, {**HDEMUCS, "multi_freqs": [0.1, 0.3], "norm_starts": 9}),
-        (Demucs, TIME_DOMAIN),
-    ],
-    ids=["htdemucs", "hdemucs", "bands", "demucs"],
-)
-def test_threads_that_share_a_model_get_identical_stems(family: type, options: dict) -> None:
-    model = pair(family, **options)[1]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_that_share_a_model_get_identical_stems(family: str) -> None:
+    model_class, options = FAMILIES[family]
+    model = pair(model_class, **options)[1]
     mixes = [noise(2, 6000, seed)[None] for seed in range(4)]
     alone = [apply_model(model, mix, shifts=0) for mix in mixes]
     start = threading.Barrier(4)

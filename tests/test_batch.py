@@ -20,7 +20,7 @@ import torch
 
 from demucs_infer.api import Separator, TrackResult
 from demucs_infer.demucs import Demucs
-from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
+from demucs_infer.errors import OptionError
 from demucs_infer.read.pcm import prevent_clip
 from demucs_infer.storage import spool
 
@@ -129,16 +129,6 @@ def test_refused_options_write_nothing(separator: Separator, tmp_path: Path) -> 
         with pytest.raises(OptionError):
             separator.separate_to_files(track, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_failed_tracks_raise_and_leave_nothing(separator: Separator, tmp_path: Path) -> None:
-    with pytest.raises(LoadAudioError, match=r"none\.wav: no such file"):
-        separator.separate_to_files(tmp_path / "none.wav", tmp_path / "out")
-    (tmp_path / "out" / "a" / "drums.wav").mkdir(parents=True)
-    with pytest.raises(SaveAudioError, match=r"drums\.wav: cannot be written"):
-        separator.separate_to_files(write_track(tmp_path / "a.wav"), tmp_path / "out")
-    assert stems_of(tmp_path / "out") == set()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
 def test_seed_fixes_the_shifts(fast_repo: Path, tmp_path: Path) -> None:

@@ -31,13 +31,6 @@ def test_lstm_in_frames_equals_the_reference(length: int) -> None:
         assert_close(ours(x), theirs(x))
 
 
-def test_local_attention_equals_the_reference() -> None:
-    ours, theirs = like(LocalState(8), demucs.demucs.LocalState(8))
-    with torch.no_grad():
-        x = random(2, 8, 50)
-        assert_close(ours(x), theirs(x))
-
-
 def test_attention_needs_channels_that_its_heads_divide() -> None:
     with pytest.raises(OptionError, match="multiple of 4 channels, not 6"):
         LocalState(6)

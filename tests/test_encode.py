@@ -37,6 +37,7 @@ def read_back(path: Path) -> tuple[np.ndarray, int, str, dict[str, str]]:
             stream = container.streams.audio[0]
             frames = [frame.to_ndarray().T for frame in container.decode(stream)]
             samples = np.concatenate(frames)[: stream.duration]
+            samples = samples / 2**31 if samples.dtype == np.int32 else samples
             return samples, stream.rate, stream.codec_context.name, dict(container.metadata)
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     with soundfile.SoundFile(path) as file:
@@ -57,11 +58,12 @@ def read_back(path: Path) -> tuple[np.ndarray, int, str, dict[str, str]]:
         ("ogg", {}, "VORBIS", 0.02),
         ("opus", {}, "OPUS", 0.05),
         ("m4a", {}, "aac", 0.05),
+        ("m4a", {"codec": "alac", "bits": 24}, "alac", 2**-22),
     ],
 )
 @pytest.mark.parametrize("channels", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_other_programs_read_samples_and_tags(
-    format: str, options: dict[str, int], kind: str, error: float, channels: int, tmp_path: Path
+    format: str, options: dict[str, Any], kind: str, error: float, channels: int, tmp_path: Path
 ) -> None:
     rate = find_format(format).samplerate(44_100)
     assert rate == (48_000 if format == "opus" else 44_100)

@@ -9,46 +9,9 @@ from demucs_infer.errors import OptionError
 from demucs_infer.hdemucs import HDemucs
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import TINY, assert_close, assert_equal_models, noise, pair
+from .helpers import TINY, assert_close, assert_equal_models, merged, noise, pair
 
-OPTIONS = {
-    "audio_channels": st.sampled_from([1, 2]),
-    "channels": st.sampled_from([8, 16]),
-    "growth": st.sampled_from([1, 2]),
-    "nfft": st.sampled_from([512, 1024]),
-    "cac": st.booleans(),
-    "depth": st.integers(1, 3),
-    "rewrite": st.booleans(),
-    "multi_freqs": st.sampled_from([None, [0.4], [0.25, 0.5]]),
-    "multi_freqs_depth": st.integers(1, 2),
-    "freq_emb": st.sampled_from([0, 0.2]),
-    "time_stride": st.sampled_from([2, 4]),
-    "context": st.integers(0, 2),
-    "context_enc": st.integers(0, 1),
-    "norm_starts": st.integers(2, 4),
-    "norm_groups": st.sampled_from([1, 4]),
-    "dconv_mode": st.integers(0, 3),
-    "dconv_depth": st.integers(1, 3),
-    "dconv_comp": st.sampled_from([2, 4]),
-    "segment": st.sampled_from([0.25, 0.7]),
-}
-TRANSFORMER = {
-    "bottom_channels": st.sampled_from([0, 8, 16]),
-    "t_layers": st.integers(0, 3),
-    "t_heads": st.sampled_from([1, 2, 4]),
-    "t_hidden_scale": st.sampled_from([1, 2.0]),
-    "t_norm_in": st.booleans(),
-    "t_norm_in_group": st.sampled_from([False, 2]),
-    "t_group_norm": st.sampled_from([False, 4]),
-    "t_norm_first": st.booleans(),
-    "t_norm_out": st.booleans(),
-    "t_layer_scale": st.booleans(),
-    "t_gelu": st.booleans(),
-    "t_weight_pos_embed": st.sampled_from([0.5, 1.0]),
-    "t_max_period": st.sampled_from([100.0, 10000.0]),
-    "t_cross_first": st.booleans(),
-}
-SMALL = [
+OPTIONS = [
     {},
     {"bottom_channels": 0},
     {"dconv_mode": 3, "dconv_depth": 1, "dconv_comp": 4},
@@ -61,13 +24,15 @@ SMALL = [
     {"norm_starts": 1, "norm_groups": 2, "rewrite": False},
     {"freq_emb": 0, "context": 0, "context_enc": 1},
     {"channels_time": 12, "growth": 3, "t_layers": 0},
-    {"depth": 4, "t_weight_pos_embed": 0.5, "t_max_period": 100.0},
+    {"depth": 4, "nfft": 1024, "t_weight_pos_embed": 0.5, "t_max_period": 100.0},
     {"audio_channels": 1},
     {"segment": 0.7, "t_norm_out": False, "emb_scale": 3},
+    {"channels": 16, "nfft": 512, "depth": 2, "time_stride": 4, "context": 2},
+    {"t_heads": 4, "t_hidden_scale": 2.0, "dconv_depth": 3},
 ]
 
 
-@pytest.mark.parametrize("options", SMALL, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 4000])
 def test_small_models_equal_the_reference(options: dict, length: int) -> None:
     assert_equal_models(HTDemucs, {**TINY, **options}, length)
@@ -75,9 +40,9 @@ def test_small_models_equal_the_reference(options: dict, length: int) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(options=st.fixed_dictionaries({}, optional={**OPTIONS, **TRANSFORMER}))
-def test_random_options_equal_the_reference(options: dict) -> None:
-    assert_equal_models(HTDemucs, {**TINY, "t_norm_first": True, **options})
+@given(rows=st.lists(st.sampled_from(OPTIONS), max_size=4))
+def test_options_of_several_rows_equal_the_reference(rows: list[dict]) -> None:
+    assert_equal_models(HTDemucs, TINY | merged(rows))
 
 
 def test_without_a_training_length_windows_are_not_padded() -> None:

@@ -68,23 +68,19 @@ PICKLES = {
     "a shape of words": tensor(text("a") + b"\x85q\2", b"h\2"),
     "a shape that is a number": tensor(b"K\4", b"K\1"),
     "a shape beyond its storage": tensor(b"K\5\x85", b"K\1\x85"),
-    "strides beyond the storage": tensor(b"K\2K\2\x86", b"K\4K\1\x86"),
     "fewer strides than dimensions": tensor(b"K\2K\2\x86", b"K\1\x85"),
     "a negative shape": tensor(b"J\xfe\xff\xff\xff\x85", b"K\1\x85"),
     "a negative stride": tensor(b"K\2\x85", b"J\xff\xff\xff\xff\x85"),
     "one value many times": tensor(b"J\0\0\0\x40\x85", b"K\0\x85"),
-    "an offset beyond": tensor(b"K\2\x85", b"K\1\x85").replace(b"K\0K\2", b"K\3K\2"),
     "a negative offset": tensor(b"K\2\x85", b"K\1\x85").replace(b"K\0K\2", b"J\xff\xff\xff\xffK\2"),
     "a storage beyond its file": tensor(b"K\4\x85", b"K\1\x85", b"J\0\0\0\x40"),
     "a storage of words": tensor(b"K\4\x85", b"K\1\x85", text("4")),
     "a storage of half a value": tensor(b"K\4\x85", b"K\1\x85", b"G" + struct.pack(">d", 4.5)),
     "a text of gigabytes": b"X\xff\xff\xff\x7f",
     "bytes of gigabytes": b"B\xff\xff\xff\xff",
-    "a number of gigabytes": b"\x8b\xff\xff\xff\x7f",
     "a frame of exabytes": b"\x95" + b"\xff" * 7 + b"\x0f",
     "a memo of gigabytes": b"Nr\xff\xff\xff\xff0",
     "a memo that is not there": b"j\xff\xff\xff\xff",
-    "a stack that is empty": b"a",
     "a mark that is not there": b"t",
     "an extension": b"\x82\1",
     "a set": b"\x8f(K\1\x90",
@@ -140,9 +136,9 @@ def test_values_that_are_shared_are_read(tmp_path: Path) -> None:
     read_package(archive(tmp_path / "a.th", content))
 
 
-def zipped(package: dict) -> bytes:
+def zipped(package: dict, **options: bool) -> bytes:
     buffer = io.BytesIO()
-    torch.save(package, buffer)
+    torch.save(package, buffer, **options)
     return buffer.getvalue()
 
 
@@ -190,7 +186,9 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
     "other bytes first": lambda data: copied(
         data, lambda name, entry: [(name, b"big" if name.endswith("byteorder") else entry)]
     ),
-    "cut": lambda data: data[:-30],
+    "the older format of PyTorch": lambda data: zipped(
+        torch.load(io.BytesIO(data), weights_only=False), _use_new_zipfile_serialization=False
+    ),
     "its first half": lambda data: data[: len(data) // 2],
     "damaged": lambda data: data[:5000] + bytes(1000) + data[6000:],
 }
@@ -224,13 +222,6 @@ def test_too_many_entries(package: dict, tmp_path: Path, monkeypatch: pytest.Mon
     load_model(path)
     monkeypatch.setattr(pickles, "MAX_ENTRIES", 50)
     with pytest.raises(ModelLoadingError, match="too many entries"):
-        load_model(path)
-
-
-def test_the_older_format_of_pytorch(package: dict, tmp_path: Path) -> None:
-    path = tmp_path / "a.th"
-    torch.save(package, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ModelLoadingError, match=r"a\.th"):
         load_model(path)
 
 
@@ -306,7 +297,6 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda data: b"",
     "a length beyond the file": lambda data: (2**63).to_bytes(8, "little") + data[8:],
     "a header that is no JSON": lambda data: joined(b"{" * 1000, b""),
-    "a header that is a list": lambda data: joined([], b""),
     "a deep header": lambda data: joined(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""),
     "a long header": lambda data: joined(
         {**parts_of(data)[0], "__metadata__": {"klass": "x", "a": "[" * checkpoints.MAX_HEADER}},
@@ -314,7 +304,6 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     ),
     "a tensor of another shape": lambda data: with_first(data, shape=[1]),
     "a tensor of exabytes": lambda data: with_first(data, shape=[2**31, 2**31]),
-    "a tensor that overflows": lambda data: with_first(data, shape=[2**32, 2**32, 2**32]),
     "a tensor of another kind": lambda data: with_first(data, dtype="F64"),
     "a tensor outside": lambda data: with_first(data, data_offsets=[0, 2**40]),
     "a cut tensor": lambda data: data[:-1],
@@ -323,7 +312,6 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     ),
     "options that are deep": lambda data: with_metadata(data, kwargs='{"a":' * 100_000),
     "options that are a list": lambda data: with_metadata(data, kwargs="[]"),
-    "options that are no JSON": lambda data: with_metadata(data, kwargs="'"),
     "options that are long numbers": lambda data: with_metadata(
         data, kwargs='{"depth": ' + "9" * 10_000 + "}"
     ),

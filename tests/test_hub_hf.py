@@ -155,7 +155,6 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     [
         ("models: ['../../secret']", "not a signature"),
         ("models: ['https://host/x']", "not a signature"),
-        ("models: ['a/b']", "not a signature"),
         ("models: ['pickled.th']", "not a signature"),
         ("models: [{a: b}]", "not signatures"),
         ("models: ['aaaa', 'pickled']", r"has no pickled.safetensors \(only"),
@@ -165,7 +164,6 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
         ("models: ['aaaa']\nweights: 7", "is not a bag"),
         (f"models: ['aaaa']\nweights: [[1{'0' * 400}]]", "not valid YAML"),
         (f"models: [1{'0' * 5000}]", "not valid YAML"),
-        (f"models: [0x{'f' * 6000}]", "not valid YAML"),
         (f"models: [1{':59' * 6000}]", "not valid YAML"),
         (f"models: ['aaaa']\nsegment: 1{':59' * 600}.5", "not"),
         (f"models: [{'a, ' * 65}]", "may list 64"),
@@ -205,15 +203,6 @@ def test_a_list_of_gigabytes(facts: dict, hub: Hub) -> None:
         get_model("hf://someone/mine")
     # Sockets take some megabytes before the server notices that nobody reads.
     assert hub.sent < 15_000_000
-
-
-def test_a_safetensors_file_as_in_the_reference(weights: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(weights)
-    ours, theirs = hf.load_safetensors_model(path), demucs.hf.load_safetensors_model(path)
-    expected = theirs.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
 
 
 # The hub as a second source.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from demucs_infer.api import Output, Separator
 from demucs_infer.audio import save_audio
-from demucs_infer.errors import OptionError, SaveAudioError
+from demucs_infer.errors import SaveAudioError
 from demucs_infer.write.formats import FORMATS
 
-from .helpers import SOURCES, Command, json_lines, noise, stems_of, write_track
-
-
-def test_templates_cut_and_align() -> None:
-    output = Output("out", "{track[0]}/{track:.3}-{stem:>6}.{ext}")
-    (path,) = output.paths(Path("abcdef.wav"), "m", ["bass"]).values()
-    assert path == Path("out/a/abc-  bass.wav")
-
-
-def test_folders_that_cannot_be_written_are_refused() -> None:
-    for folder in ("", "out\0", "zip://a::memory://b", "reference://x", "http://h"):
-        with pytest.raises(OptionError):
-            Output(folder)
+from .helpers import SOURCES, Command, noise, stems_of, write_track
 
 
 def tree(folder: Path) -> set[str]:
@@ -125,34 +112,8 @@ def test_only_whole_files_of_the_format_are_written(format: str, tmp_path: Path)
         assert not output.is_written(path)
 
 
-def test_skip_existing_takes_only_whole_stems_and_pages(command: Command, tmp_path: Path) -> None:
-    write_track(tmp_path / "a.wav")
-    folder = tmp_path / "separated/tiny/a"
-    skipped = []
-    for damaged in (None, None, "bass.wav", "player.html"):
-        if damaged:
-            (folder / damaged).write_bytes(b"")
-        options = ["--skip-existing", "--shifts", 0, "--stems", "bass", "--json", "--player"]
-        (result,) = json_lines(command(*options, "a.wav"))
-        skipped.append(result["skipped"])
-    assert skipped == [False, True, False, False]
-
-
 def test_other_files_of_a_track_are_mentioned_once(command: Command, tmp_path: Path) -> None:
     tracks = [write_track(tmp_path / f"{name}.wav") for name in "ab"]
     assert "bass.wav" not in command("--shifts", 0, *tracks).stderr
     result = command("--shifts", 0, "--skip-existing", "--two-stems", "vocals", *tracks)
     assert result.stderr.count("bass.wav, drums.wav, other.wav") == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not text")
-def test_a_page_of_a_track_whose_name_is_not_text(command: Command, tmp_path: Path) -> None:
-    """Two names that differ only in bytes which are not UTF-8 become two folders."""
-    names = [os.fsdecode(b"caf" + byte) for byte in (b"\xe8", b"\xe9")]
-    # libsndfile writes no such names.
-    tracks = [write_track(tmp_path / "a.wav").rename(tmp_path / f"{name}.wav") for name in names]
-    assert command("--shifts", 0, "--player", "--stems", "bass", *tracks).returncode == 0
-    for name in names:
-        folder = tmp_path / "separated/tiny" / name
-        assert "caf\ufffd" in (folder / "player.html").read_text("utf-8")
-        assert (folder / "bass.wav").stat().st_size > 100

@@ -92,9 +92,10 @@ def test_command_writes_a_page_as_one_of_the_files_of_a_track(
         ["vocals", "music"],
     )
     options += ["--format", "stem.mp4", "--skip-existing"]
-    for exists, skipped in ((False, False), (True, True), (False, False)):
-        if not exists:
-            page.unlink()
+    stems = tmp_path / "separated/tiny/track.stem.mp4"
+    for damaged, skipped in ((page, False), (None, True), (page, False), (stems, False)):
+        if damaged:
+            damaged.write_bytes(b"")
         (result,) = json_lines(command(*options))
         assert result["skipped"] == skipped
         assert track_of(page)["stems"] == SOURCES

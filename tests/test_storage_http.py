@@ -80,7 +80,6 @@ def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> Non
         ([], [0], {"digest": DIGEST[:8]}),
         ([breaks_at(HALF)], [0, HALF], {}),
         ([status(503), status(503)], [0, 0, 0], {}),
-        ([breaks_at(HALF), status(502)], [0, HALF, HALF], {}),
         ([MOVED], [0, 0], {}),
         ([answers.without_length], [0], {}),
         ([lambda *args: answers.without_length(*args, chunked=True)], [0], {}),
@@ -119,7 +118,6 @@ def test_nothing_is_asked_for_twice_when_connections_break(
     ("fault", "message", "requests", "left", "options"),
     [
         (status(404), "the server answers 404 Not Found", 1, False, {}),
-        (status(403), "the server answers 403 Forbidden", 1, False, {}),
         (status(503), "503 Service Unavailable, tried 5 times", 5, False, {}),
         (status(429, Retry_After=3600), r"429 .*asks to wait 3600 s", 1, False, {}),
         (breaks_at(HALF), f"{HALF} more expected.*, tried", 5, True, {}),
@@ -135,16 +133,17 @@ def test_nothing_is_asked_for_twice_when_connections_break(
             True,
             {"limits": Limits(attempts=2, backoff=0, span=0.5, slowest=100_000)},
         ),
+        (
+            answers.trickle,
+            "came in",
+            1,
+            True,
+            {"limits": Limits(slowest=0, longest=0.3, attempts=1)},
+        ),
     ],
 )
 def test_faults_that_stay(
-    fault: object,
-    message: str,
-    requests: int,
-    left: bool,
-    options: dict,
-    web: Web,
-    target: Path,
+    fault: object, message: str, requests: int, left: bool, options: dict, web: Web, target: Path
 ) -> None:
     web.always = fault
     with pytest.raises(DownloadError, match=message) as caught:
@@ -173,12 +172,6 @@ def test_addresses_without_a_server(url: str, message: str, target: Path) -> Non
         Download(url, target, DIGEST, limits=QUICK).run()
     assert "secret" not in str(caught.value)
     assert names(target) == set()
-
-
-def test_a_file_without_a_digest_is_not_fetched(web: Web, target: Path) -> None:
-    with pytest.raises(DownloadError, match="SHA-256 is not known"):
-        get(web, target, "")
-    assert web.starts == []
 
 
 def test_pauses(web: Web, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,18 +380,6 @@ def test_an_answer_that_is_slow_is_shut_down(
     assert not web.gate.is_set()
 
 
-def test_a_transfer_that_takes_too_long(
-    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is as fast as it must be, and goes on."""
-    web.always = answers.trickle
-    limits = Limits(slowest=0, longest=0.3, attempts=1)
-    monkeypatch.setattr(locations, "TRACK_LIMITS", limits)
-    fails(as_track, f"{web.url}/file", tmp_path, "bytes came in 0 s")
-    with pytest.raises(HostError, match="bytes came in"):
-        Download(f"{web.url}/file", tmp_path / "a.th", DIGEST, limits=limits).run()
-
-
 def test_credentials_go_to_their_own_host(
     door: Callable, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,8 +407,6 @@ def test_credentials_go_to_their_own_host(
     "answer",
     [
         status(404),
-        status(401),
-        status(503),
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n: broken\r\n\x00"),
         answers.to("https://[/?token=secret"),
         answers.to("http://user:secret@127.0.0.1:1/?token=secret"),
@@ -458,9 +437,7 @@ def test_no_message_has_credentials_or_a_query(
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000),
         answers.raw(b"HTTP/1.1 200 OK\r\nContent-Length: -5"),
         answers.raw(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-" + b"9" * 5000 + b"/*"),
-        answers.raw(b"HTTP/1.1 206 OK\r\nContent-Range: bytes " + b"9" * 5000 + b"-9/9"),
         answers.raw(b"HTTP/1.1 " + b"9" * 5000 + b" OK"),
-        answers.raw(b"HTTP/1.1 302 OK\r\nLocation: http://["),
         answers.raw(b"HTTP/1.1 302 OK\r\nLocation: http://host:" + b"9" * 5000),
         answers.raw(b"HTTP/1.1 302 OK\r\nLocation: \xff\xfe//"),
         answers.raw(b"HTTP/1.1 503 OK\r\nRetry-After: " + b"9" * 5000),
@@ -499,10 +476,7 @@ def test_a_lock_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr(http, "LOCK_TIMEOUT", 0.1)
     target.parent.mkdir()
-    with (
-        filelock.FileLock(f"{target}.lock"),
-        pytest.raises(DownloadError, match="another process"),
-    ):
+    with filelock.FileLock(f"{target}.lock"), pytest.raises(DownloadError, match="another process"):
         get(web, target)
 
 

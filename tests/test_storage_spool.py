@@ -63,12 +63,6 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
         assert list(tmp_path.iterdir()) == [space.path]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SaveAudioError, match="cannot be written"), Workspace(tmp_path / "file"):
-        pass
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk(tmp_path: Path) -> None:
     samples = Spool(tmp_path, 2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -20,10 +19,9 @@ from demucs_infer.api import Output, Separator
 from demucs_infer.batch.tracks import find_tracks
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import DemucsInferError, LoadAudioError
-from demucs_infer.separate import command as main
 from demucs_infer.storage.locations import Location, Url, exists, location, reading
 
-from .helpers import SOURCES, environment, separate, stems_of, wav
+from .helpers import SOURCES, Command, environment, json_lines, stems_of, wav
 
 REFUSED = [
     "reference://x.wav::data:application/json;base64,e30=",
@@ -57,43 +55,31 @@ def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the command line with the tiny model in a temporary folder."""
-    monkeypatch.chdir(tmp_path)
+def command(command: Command, tmp_path: Path) -> Command:
+    """The command line, in a folder with the track `a.wav`."""
     (tmp_path / "a.wav").write_bytes(wav(0.1))
-    options = ["--repo", str(repo), "-n", "tiny", "--seed", "1"]
-    return lambda *more: main([*options, *map(str, more)])
+    return command
 
 
-@pytest.fixture(scope="module")
-def separator(repo: Path) -> Separator:
-    return Separator("tiny", repo, device="cpu", shifts=0)
-
-
-def test_addresses_that_are_not_opened(
-    no_store: None, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+def test_refused_addresses_open_nothing_on_the_command_line(
+    no_store: None, command: Command, tmp_path: Path
 ) -> None:
     """As tracks, in a list, or as the output. The other track is separated."""
-    Path("list.txt").write_text("\n".join([*REFUSED, "a.wav"]))
+    (tmp_path / "list.txt").write_text("\n".join([*REFUSED, "a.wav"]))
     for folder, words in ("0", [*REFUSED, "a.wav"]), ("1", ["--from-file", "list.txt"]):
-        with pytest.raises(SystemExit):
-            command("-o", folder, "-q", *words)
-        assert capsys.readouterr().err.count("demucs-infer: error") == len(REFUSED)
-        assert len(stems_of(Path(folder))) == len(SOURCES)
+        result = command("-o", folder, "-q", *words)
+        assert result.stderr.count("demucs-infer: error") == len(REFUSED)
+        assert len(stems_of(tmp_path / folder)) == len(SOURCES)
     for url in REFUSED:
-        with pytest.raises(SystemExit):
-            command("-o", url, "a.wav")
-        assert capsys.readouterr().err.count("demucs-infer: error") == 1
+        assert command("-o", url, "a.wav").stderr.count("demucs-infer: error") == 1
 
 
-def test_addresses_that_are_not_opened_in_python_and_in_a_cluster(
-    no_store: None, separator: Separator, repo: Path, tmp_path: Path
+def test_refused_addresses_open_nothing_in_python_and_in_a_cluster(
+    no_store: None, separator: Separator, fast_repo: Path, tmp_path: Path
 ) -> None:
-    options = {"model": "tiny", "repo": repo, "device": "cpu", "shifts": 0, "progress": False}
+    options = {"model": "tiny", "repo": fast_repo, "device": "cpu", "shifts": 0, "progress": False}
     worker = SeparateTracks(str(tmp_path), **options)
     for url in [*REFUSED, "", "a\0b"]:
-        assert worker({"input": url})["error"]
-    for url in REFUSED:
         for door in (separator.separate_audio_file, separator.separate_to_files):
             with pytest.raises(DemucsInferError):
                 door(url)
@@ -101,6 +87,7 @@ def test_addresses_that_are_not_opened_in_python_and_in_a_cluster(
             separator.separate_to_files(tmp_path / "a.wav", url)
         with pytest.raises(DemucsInferError):
             SeparateTracks(url, **options)
+        assert worker({"input": url})["error"]
 
 
 def test_an_operator_allows_more(
@@ -143,11 +130,7 @@ def test_letters_that_mean_something_in_addresses(
         "memory": list(find_tracks([Url("memory://in")])),
         "s3": list(find_tracks([Url("s3://bucket/in")])),
     }
-    outputs = {
-        "local": "memory://out",
-        "memory": "s3://bucket/out",
-        "s3": f"file://{tmp_path}/out",
-    }
+    outputs = {"local": "memory://out", "memory": "s3://bucket/out", "s3": f"file://{tmp_path}/out"}
     for kind, found in tracks.items():
         assert {track.name for track in found} == set(NAMES)
         stems = {
@@ -173,65 +156,43 @@ def test_double_slashes(memory: fsspec.AbstractFileSystem) -> None:
     assert list(map(str, stems.values())) == ["memory://out/a/bass"]
 
 
-def test_lists_of_every_encoding(
-    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("söng.wav").write_bytes(wav(0.1))
+def test_lists_of_every_encoding(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "söng.wav").write_bytes(wav(0.1))
     for number, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-32")):
-        Path("list.txt").write_bytes("# ä\r\nsöng.wav\r\n".encode(encoding))
+        (tmp_path / "list.txt").write_bytes("# ä\r\nsöng.wav\r\n".encode(encoding))
         command("--from-file", "list.txt", "-o", number)
-        assert stems_of(Path(str(number))) == {f"tiny/söng/{name}.wav" for name in SOURCES}
+        assert stems_of(tmp_path / str(number)) == {f"tiny/söng/{name}.wav" for name in SOURCES}
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b"a\0b.wav", "NUL"),
-        (b"x" * 304 + b".wav", "name too long"),
-        (b"x" * 100_000, "too long"),
-        (b"a/" * 3000 + b"b.wav", "too long"),
-        ("söng.wav\n".encode("utf-16-le"), "NUL"),
-        (b"caf\xe9.wav", "no such file"),
-    ],
-    ids=str,
-)
-def test_a_line_that_is_no_name_stops_no_other(
-    line: bytes,
-    words: str,
-    command: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+def test_wrong_lines_of_a_list_and_wrong_names_stop_no_other_track(
+    command: Command, tmp_path: Path
 ) -> None:
-    Path("list.txt").write_bytes(line + b"\na.wav\n")
-    with pytest.raises(SystemExit) as caught:
-        command("--from-file", "list.txt", "--json", "-q")
-    assert caught.value.code == 1
-    output = capsys.readouterr()
-    assert words in output.err.lower() or words in output.err
-    assert all(line.startswith("demucs-infer: error") for line in output.err.splitlines())
-    results = [json.loads(text) for text in output.out.splitlines()]
-    assert {result["error"] is None for result in results} == {True, False}
-    assert len(stems_of(Path("separated"))) == len(SOURCES)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["x" * 304 + ".wav"], ["none.txt/b.wav"], ["nothing://a"], ["--from-file", "lost.txt"]],
-)
-def test_a_track_or_list_that_cannot_be_read_stops_no_other(
-    words: list[str], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("none.txt").touch()
-    with pytest.raises(SystemExit) as caught:
-        command(*words, "a.wav", "-q")
-    assert caught.value.code == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert len(stems_of(Path("separated"))) == len(SOURCES)
+    (tmp_path / "none.txt").touch()
+    lines = {
+        b"a\0b.wav": "NUL",
+        b"x" * 304 + b".wav": "name too long",
+        b"x" * 100_000: "too long",
+        b"a/" * 3000 + b"b.wav": "too long",
+        "söng.wav\n".encode("utf-16-le"): "NUL",
+        b"caf\xe9.wav": "no such file",
+    }
+    for line, words in lines.items():
+        (tmp_path / "list.txt").write_bytes(line + b"\na.wav\n")
+        result = command("--from-file", "list.txt", "--json", "-q")
+        assert words in result.stderr.lower() or words in result.stderr
+        assert all(said.startswith("demucs-infer: error") for said in result.stderr.splitlines())
+        assert {found["error"] is None for found in json_lines(result)} == {True, False}
+        assert result.returncode == 1
+    names = ("x" * 304 + ".wav", "none.txt/b.wav", "nothing://a", "--from-file lost.txt")
+    for number, name in enumerate(names):
+        result = command(*name.split(), "a.wav", "-q", "-o", number)
+        assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+        assert len(stems_of(tmp_path / str(number))) == len(SOURCES)
 
 
 @pytest.mark.parametrize("words", [[""], ["a.wav", ""], ["a.wav", "-o", ""], ["--from-file", ""]])
-def test_empty_names(words: list[str], repo: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.wav").write_bytes(wav(0.1))
-    result = separate("--repo", repo, "-n", "tiny", *words, cwd=tmp_path)
+def test_empty_names_are_one_error(words: list[str], command: Command, tmp_path: Path) -> None:
+    result = command(*words)
     assert result.returncode
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "separated").exists()
@@ -316,7 +277,7 @@ def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs pipes that have names")
 def test_named_pipes(repo: Path, tmp_path: Path) -> None:
     """A FIFO, the device of standard input, and a shell's process substitution."""
     (tmp_path / "a.wav").write_bytes(wav(0.5))
@@ -327,16 +288,11 @@ def test_named_pipes(repo: Path, tmp_path: Path) -> None:
     writer.start()
     options = f"--repo {repo} -n tiny --seed 1 -o out"
     script = f"cat a.wav | {sys.executable} -m demucs_infer {options} a.wav fifo.wav"
-    script += " /dev/stdin <(cat a.wav)" if Path("/proc/self/fd").exists() else ""
+    script += " /dev/stdin <(cat a.wav)"
     result = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     writer.join()
     assert result.returncode == 0, result.stderr
     stems = [soundfile.info(path).frames for path in (tmp_path / "out").rglob("bass.wav")]
-    assert stems == [4000] * (4 if Path("/proc/self/fd").exists() else 2)
+    assert stems == [4000] * 4

@@ -9,7 +9,7 @@ import pytest
 from demucs_infer.batch.tracks import find_tracks, plan_jobs
 from demucs_infer.errors import LoadAudioError, OptionError
 from demucs_infer.io.folders import Folders
-from demucs_infer.storage.locations import Url
+from demucs_infer.storage.locations import Url, location
 from demucs_infer.write.output import PIPE, Output
 
 from .helpers import SOURCES
@@ -48,19 +48,6 @@ def test_a_file_that_is_named_comes_once_whatever_it_is(music: Path) -> None:
     assert list(find_tracks([*named, PIPE, PIPE])) == [named[0], named[1], PIPE]
 
 
-def test_missing_files_stop_no_other(music: Path) -> None:
-    faults: list[str] = []
-    names = ["none.wav", "music/a.WAV/b.wav", music / "a.WAV"]
-    found = find_tracks(names, report=lambda name, error: faults.append(str(error)))
-    assert list(found) == [music / "a.WAV"]
-    assert faults == ["none.wav: no such file", "music/a.WAV/b.wav: no such file"]
-
-
-def test_a_folder_without_audio_is_an_error(music: Path) -> None:
-    with pytest.raises(LoadAudioError, match=r"no audio files in music.empty .1 "):
-        list(find_tracks([music / "empty"]))
-
-
 def test_patterns_for_shells_that_do_not_expand_them(music: Path) -> None:
     pattern = music / "*.[wW]*"
     assert list(find_tracks([pattern], expand=True)) == [music / "a.WAV"]
@@ -81,6 +68,8 @@ def test_templates() -> None:
         "y/model-a.b.mp3/drums.flac"
     ]
     assert stems_of("a.wav", filename="{stem}{{}}.{ext}") == ["drums{}.wav"]
+    aligned = stems_of("abcde.wav", filename="{track[0]}/{track:.3}-{stem:>6}.{ext}")
+    assert aligned == ["a/abc- drums.wav"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +94,10 @@ def test_templates_that_are_refused(filename: str, message: str) -> None:
         Output("out", filename)
 
 
-def test_names_that_would_escape(tmp_path: Path) -> None:
+def test_stems_stay_below_their_folder_or_url(tmp_path: Path) -> None:
+    url = Output("s3://bucket/out", "{parent}/{track}/{stem}")
+    (job,) = plan_jobs([Url("s3://in/../..wav")], url, "m", ["bass"])
+    assert job.paths["bass"] == Url("s3://bucket/out/_/..wav/bass")
     for parent in ("..", "x/.."):
         paths = Output(tmp_path, "{parent}/{track}/{stem}").paths(
             Path(parent, "..wav"), "model", ["drums"]
@@ -121,11 +113,13 @@ def test_names_that_would_escape(tmp_path: Path) -> None:
         (["a.mp3", "b.mp3"], {"filename": "{stem}.{ext}"}, "would both become"),
         (["a.mp3"], {"filename": "{track}.{ext}"}, "lacks {stem}"),
         (["out/a/drums.wav", "a.mp3"], {}, "would replace a track"),
+        (["s3://x/a.wav", "s3://y/a.wav"], {"folder": "s3://o"}, "become s3://o/a/drums.wav"),
     ],
 )
 def test_stems_in_the_way_are_refused(tracks: list, options: dict, message: str) -> None:
+    output = Output(**{"folder": "out", **options})
     with pytest.raises(OptionError, match=message):
-        plan_jobs(map(Path, tracks), Output("out", **options), "model", SOURCES)
+        plan_jobs(map(location, tracks), output, "model", SOURCES)
 
 
 def test_links_and_capitals_are_seen_through(
@@ -140,12 +134,6 @@ def test_links_and_capitals_are_seen_through(
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OptionError, match="would both become"):
         plan_jobs(both, Output("out"), "m", SOURCES)
-
-
-def test_one_stem_needs_no_name_of_its_own() -> None:
-    output = Output("out", "{track}.{ext}", two_stems="drums", other_method="none")
-    (job,) = plan_jobs([Path("a.mp3")], output, "m", SOURCES)
-    assert job.paths == {"drums": Path("out/a.wav")}
 
 
 def test_standard_output_takes_one_stem() -> None:

@@ -7,11 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from demucs_infer.api import Separator
 from demucs_infer.separate import main
@@ -85,11 +83,6 @@ def test_last_line_names_the_file_or_the_folder_of_the_stems(
     assert command("-q", *options.split(), track).stderr == ""
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_bars_on_a_terminal_have_a_title(
     fast_repo: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +91,8 @@ def test_bars_on_a_terminal_have_a_title(
 
     def titles(*names: str) -> list[str]:
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", terminal := Terminal())
+            patch.setattr(sys, "stderr", terminal := io.StringIO())
+            patch.setattr(terminal, "isatty", lambda: True)
             main([*options, *names])
         return re.findall(r"(?:^|[\r\n])([^\r\n]+?): +0%\|", terminal.getvalue())
 
@@ -109,14 +103,3 @@ def test_bars_on_a_terminal_have_a_title(
     assert re.fullmatch(r"c\.wav \(3 of 3, \d+\.\d s left\)", last)
     # Programs read the bars of a pipe, which have no title in the reference.
     assert not re.search(r": +0%\|", command(tracks[0]).stderr)
-
-
-def test_alac_in_m4a(command: Command, separator: Separator, track: Path, tmp_path: Path) -> None:
-    options = ["--format", "m4a", "--codec", "alac", "--int24", "--clip-mode", "none"]
-    assert command("--shifts", 0, *options, track).returncode == 0
-    stems = separator.separate_audio_file(track).stems
-    with av.open(str(tmp_path / "separated/tiny/track/bass.m4a")) as file:
-        assert file.streams.audio[0].codec_context.name == "alac"
-        frames = [torch.from_numpy(frame.to_ndarray()) for frame in file.decode(audio=0)]
-    samples = torch.cat(frames, dim=-1) / 2**31
-    assert (samples - stems["bass"]).abs().max() < 2**-21

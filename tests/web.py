@@ -40,8 +40,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: Web
 
+    @property
+    def start(self) -> int:
+        """The first byte that is asked for."""
+        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+
     def do_GET(self) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        start = self.start
         self.web.paths.append(self.path)
         self.web.starts.append(start)
         self.web.secrets.append(self.headers.get("Authorization", ""))
@@ -202,18 +207,26 @@ def raw(head: bytes) -> Answer:
 def serving(context: ssl.SSLContext | None = None) -> Iterator[Web]:
     """Run the server, with HTTPS if there is a `context`."""
     web = Web()
-    handler = type("WebHandler", (Handler,), {"web": web})
+    with listening(type("WebHandler", (Handler,), {"web": web}), context) as web.url:
+        try:
+            yield web
+        finally:
+            web.gate.set()
+
+
+@contextmanager
+def listening(
+    handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext | None = None
+) -> Iterator[str]:
+    """Run a server with `handler` and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # clients may leave
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
-    web.url = f"{'https' if context else 'http'}://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield web
+        yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_address[1]}"
     finally:
-        web.gate.set()
         server.shutdown()
         server.server_close()
