@@ -12,8 +12,6 @@ from demucs_infer.demucs import Demucs
 from .helpers import assert_equal_models, merged, pair
 
 TINY = {"sources": ["a", "b"], "channels": 8, "depth": 5, "samplerate": 8000}
-
-
 OPTIONS = [
     {},
     {"rewrite": False},

@@ -12,8 +12,6 @@ from demucs_infer.wdemucs import WDemucs
 from .helpers import assert_close, assert_equal_models, merged
 
 TINY = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
-
-
 OPTIONS = [
     {},
     {"hybrid_old": True, "cac": False},
@@ -23,8 +21,8 @@ OPTIONS = [
     {"norm_starts": 0, "dconv_lstm": 9, "dconv_attn": 9},
     {"rewrite": False, "freq_emb": 0, "channels_time": 4},
     {"depth": 6, "dconv_attn": 5, "dconv_lstm": 5, "dconv_mode": 3},
-    {"audio_channels": 1, "growth": 1, "time_stride": 4, "norm_groups": 2},
-    {"context": 2, "context_enc": 1, "norm_starts": 3, "dconv_comp": 2, "dconv_depth": -2},
+    {"audio_channels": 1, "growth": 1, "time_stride": 4, "norm_groups": 2, "dconv_comp": 2},
+    {"context": 2, "context_enc": 1, "norm_starts": 3, "norm_groups": 2, "dconv_depth": -2},
 ]
 
 
