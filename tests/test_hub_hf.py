@@ -120,13 +120,13 @@ def test_a_revision(hub: Hub) -> None:
     get_model("hf://someone/mine@v1")
     assert "/resolve/v1/" in hub.asked[0]
     assert cached_file(HubModel("mine", "someone", "v1"), "mine.yaml")
-    with pytest.raises(DownloadError, match="no revision v2"):
+    with pytest.raises(DownloadError, match="revision v2 does not exist"):
         get_model("hf://someone/mine@v2")
 
 
 def test_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.private.add("someone/Demucs-mine")
-    with pytest.raises(DownloadError, match="no repository someone/Demucs-mine, or HF_TOKEN"):
+    with pytest.raises(DownloadError, match="someone/Demucs-mine does not exist, or HF_TOKEN"):
         get_model("hf://someone/mine")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     get_model("hf://someone/mine")

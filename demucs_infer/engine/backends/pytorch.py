@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -66,7 +67,8 @@ def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        reason = str(exc).splitlines()[0][:100]
+        # PyTorch lists all kinds of devices that it knows, which does not help.
+        reason = re.sub(r"^Expected one of .*", "unknown", str(exc).splitlines()[0])[:100]
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
         raise OptionError(
