@@ -90,3 +90,9 @@ def test_uv_accepts_the_package_as_a_later_demucs_4(
     assert (result.returncode == 0) == fits, result.stderr
     planned = f"+ demucs-infer @ {ROOT.as_uri()}" if fits else "No solution found"
     assert planned in result.stderr
+
+
+def test_links_of_documents_lead_to_files() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
