@@ -26,6 +26,8 @@ from demucs_infer.htdemucs import HTDemucs
 
 from .helpers import FAMILIES, TINY, assert_close, noise, pair, shake
 
+IS_RECENT = hasattr(torch, "get_autocast_dtype")  # PyTorch 2.4 or later
+
 MIX = torch.stack([noise(2, 4000, seed) for seed in range(2)])
 BLOCKS = {
     "hdemucs": "HEncLayer HDecLayer MultiWrap ScaledEmbedding pad1d",
@@ -302,6 +304,7 @@ def test_a_direct_call_is_the_plain_network(models: tuple[nn.Module, nn.Module])
     assert fast_copy(ours.train()) is ours
 
 
+@pytest.mark.skipif(not IS_RECENT, reason="PyTorch 2.1 fails, with demucs too")
 def test_gradients_of_each_family(models: tuple[nn.Module, nn.Module]) -> None:
     gradients = []
     for model in models:
@@ -336,6 +339,8 @@ def test_traces_and_exports(family: type) -> None:
         expected = ours(MIX)
         traced = torch.jit.trace(ours, MIX, check_trace=False)
         assert_close(traced(MIX), expected)
+        if family is Demucs and not IS_RECENT:
+            return  # `torch.export` of PyTorch 2.1 refuses the cached filters of `resample`.
         exported = torch.export.export(ours, (MIX,)).module()
         assert_close(exported(MIX), expected)
 

@@ -210,7 +210,7 @@ def test_main_raises_errors_of_tracks_and_reports_missing_ones(
 
             def full(self: Any, mix: torch.Tensor, *args: Any, **options: Any) -> Any:
                 if mix.any():  # unlike the silence of a test when the model is loaded
-                    raise torch.OutOfMemoryError("CUDA out of memory")
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
                 return forward(self, mix, *args, **options)
 
             patch.setattr(model, "forward", full)
