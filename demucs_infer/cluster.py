@@ -27,9 +27,9 @@ from typing import Any
 from .api import Separator
 from .batch.batch import Batch, TrackResult
 from .batch.console import ENDING, Ended
+from .batch.folders import Folders
 from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
-from .io.folders import Folders
 from .storage.locations import location
 from .write.output import Output
 

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .batch.console import Console, Ended, put, streams_and_signals
+from .batch.folders import Folders
 from .catalog import add_catalog_flags, download_models, print_models
 from .engine.options import SeparationOptions, SeparatorOptions
 from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
 from .fields import POSITIVE, add_flags, option, values_of
-from .io.folders import Folders
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location

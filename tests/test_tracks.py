@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from demucs_infer.batch.folders import Folders
 from demucs_infer.batch.tracks import find_tracks, plan_jobs
 from demucs_infer.errors import LoadAudioError, OptionError
-from demucs_infer.io.folders import Folders
 from demucs_infer.storage.locations import Url, location
 from demucs_infer.write.output import PIPE, Output
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class TrackResult:
                 for name, stem in self.stems.items()
             },
             "offsets": list(self.offsets),
-            "damaged": None if self.damaged is None else self.damaged.as_json(),
+            "damaged": None if self.damaged is None else asdict(self.damaged),
             "error": message,
             "player": None if self.player is None else full_text(self.player),
         }

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
-from ..io.folders import Folders
 from ..log import logger
 from ..storage.locations import (
     Identities,
@@ -30,6 +29,7 @@ from ..storage.locations import (
 )
 from ..write.output import PIPE, Output
 from .console import standard_input
+from .folders import Folders
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(

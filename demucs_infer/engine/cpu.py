@@ -75,7 +75,7 @@ def fast_copy(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Return True if `layer` has forward hooks, or an own `forward`."""
+    """Return True if `layer` has forward hooks, or its own `forward`."""
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     return "forward" in vars(layer) or any(hook is not changes_type for hook in hooks)
 

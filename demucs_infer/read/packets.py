@@ -65,10 +65,6 @@ class Damage:
         kinds += ["cut off at the end"] if self.end_missing else []
         return f"{' and '.join(kinds)}, {self.seconds:.2f} s of sound lost"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the damage as plain values."""
-        return vars(self).copy()
-
     def add(self, seconds: float) -> None:
         """Count one more place."""
         self.places += 1

@@ -1,1 +1,0 @@
-"""The folders of tracks, as {folder} in a file name shows them."""
