@@ -276,11 +276,14 @@ class Output:
         return [MIX, *names]
 
     def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        """Return a block of each name of `stems`, from the model's and the `mixture` on demand."""
+        """Return a block of each name of `stems`, from the model's and the `mixture` on demand.
+
+        The mixture comes first if the file or the page of all stems needs it.
+        """
         picked = [mix(stem, stems) for stem in self._sums(list(stems))]
         if self.two_stems is not None and self.other_method == "minus":
             picked.append(mixture() - picked[0])
-        return [mixture(), *picked] if self.is_together else picked
+        return [mixture(), *picked] if self.is_together or self.player else picked
 
     def check_stems(self, sources: Sequence[str], separated: Sequence[str]) -> None:
         """Raise `OptionError` if the stems need others than are `separated` of `sources`.
