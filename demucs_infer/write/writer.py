@@ -31,7 +31,7 @@ from .encode import Encoder, encoder, encoding_errors
 from .formats import MIX, Format
 from .output import PAGE_FORMAT, PIPE
 from .player import Page, write_page
-from .video import Picture, VideoEncoder
+from .video import Video, VideoEncoder
 
 BLOCK = 2**16  # samples that are read from a spool at once
 PAGE_MIX = ""  # the name of the mix on a page, which no stem has
@@ -61,7 +61,7 @@ class Target:
         tags: of the track; `title` at least, unless there are none.
         length: the number of samples that each file gets (default: what resampling gives).
         cover: the file of a picture.
-        picture: the picture of a video that goes with the stem.
+        video: the video whose picture goes with the stem.
         original: the mix at `rate`, if that is not made from the samples that are written.
     """
 
@@ -75,7 +75,7 @@ class Target:
     tags: Mapping[str, str]
     length: int | None = None
     cover: bytes | None = None
-    picture: Picture | None = None
+    video: Video | None = None
     original: Spool | None = None
 
     @property
@@ -126,11 +126,11 @@ def _encode(
     advance(0)
     with file.open("w+b") as handle:
         # Players show the names of streams.
-        arguments = (handle, target.format, target.rate, target.channels, names, tags)
-        if target.picture is not None:
-            sink: Encoder = VideoEncoder(target.picture, *arguments)
+        arguments = (handle, target.format, target.rate, target.channels, names, tags, target.cover)
+        if target.video is not None:
+            sink: Encoder = VideoEncoder(target.video, *arguments)
         else:
-            sink = encoder(*arguments, target.cover)
+            sink = encoder(*arguments)
         clip = None if target.clip in RESCALING else target.clip
         try:
             for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals.values())):
