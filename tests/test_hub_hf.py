@@ -120,13 +120,13 @@ def test_a_revision(hub: Hub) -> None:
     get_model("hf://someone/mine@v1")
     assert "/resolve/v1/" in hub.asked[0]
     assert cached_file(HubModel("mine", "someone", "v1"), "mine.yaml")
-    with pytest.raises(DownloadError, match="revision v2 does not exist"):
+    with pytest.raises(DownloadError, match=r"v2/mine\.yaml: the revision does not exist"):
         get_model("hf://someone/mine@v2")
 
 
 def test_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.private.add("someone/Demucs-mine")
-    with pytest.raises(DownloadError, match="someone/Demucs-mine does not exist, or HF_TOKEN"):
+    with pytest.raises(DownloadError, match=r"someone/Demucs-mine.*does not exist, or HF_TOKEN"):
         get_model("hf://someone/mine")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     get_model("hf://someone/mine")
@@ -155,9 +155,9 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     [
         ("models: ['../../secret']", "not a signature"),
         ("models: ['https://host/x']", "not a signature"),
-        ("models: ['pickled.th']", "not a signature"),
+        ("models: ['pickled.th']", r"pickled.th.safetensors: the repository has no such file"),
         ("models: [{a: b}]", "not signatures"),
-        ("models: ['aaaa', 'pickled']", r"has no pickled.safetensors \(only"),
+        ("models: ['aaaa', 'pickled']", r"pickled.safetensors: .*no such file \(only"),
         ("models: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: &a {b: c}\nmodels: [{<<: [*a, *a]}]", "not valid YAML"),
         ("models: ['aaaa']\nsegment: &a [*a]", "not valid YAML"),
@@ -178,7 +178,7 @@ def test_bags_of_strangers(bag: str, message: str, hub: Hub) -> None:
     with pytest.raises(ModelLoadingError, match=message) as caught:
         get_model("hf://someone/mine")
     assert len(str(caught.value)) < 2000
-    assert not any("GET" in line and ".th" in line for line in hub.asked)
+    assert all(line.endswith((".yaml", ".safetensors")) or "/cdn/" in line for line in hub.asked)
 
 
 EVIL = ["../../evil", "/tmp/evil", "..", "", "a" * 39, "\\evil", "0" * 40 + "/../../../evil"]

@@ -31,8 +31,8 @@ def test_what_was_published() -> None:
     content = published()
     community = content["community"]
     bags = {
-        name: {**registry.bags()[name], **yaml.safe_load(path.read_text())}
-        for name, path in registry.bag_files().items()
+        name: {**bag, **yaml.safe_load((registry.REMOTE_ROOT / f"{name}.yaml").read_text())}
+        for name, bag in registry.bags().items()
     }
     files = registry.released_files(registry.REMOTE_ROOT / "files.txt")
     facts = {

@@ -40,9 +40,9 @@ def compare(name: str, folder: Path, mix: Tensor) -> str:
         first, *_, second = sources_of(sig, known[sig])
         assert first.twin is None
         assert second.twin
-        pickled = first.fetch(folder, limits)
+        pickled, _ = first.fetch(folder, limits)
         assert sha256(pickled.read_bytes()).hexdigest() == known[sig].sha256
-        twin = second.fetch(folder / "hub", limits)
+        twin, _ = second.fetch(folder / "hub", limits)
         assert sha256(twin.read_bytes()).hexdigest().startswith(twin.stem.partition("-")[2])
         models[sig], other = load_model(pickled), load_model(twin).state_dict()
         for key, value in models[sig].state_dict().items():

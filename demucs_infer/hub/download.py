@@ -26,22 +26,23 @@ class Source:
     checkpoint: Checkpoint
     twin: hf.HubModel | None = None
 
-    def fetch(self, folder: Path, limits: http.Limits) -> Path:
-        """Download the file into `folder`. Raises `HostError`, or `DownloadError`.
+    def fetch(self, folder: Path, limits: http.Limits) -> tuple[Path, str]:
+        """Download the file into `folder`, and return its path and the digest that it must have.
 
-        A twin becomes `SIGNATURE-CHECKSUM.safetensors`, to be verified when it is loaded.
+        A twin becomes `SIGNATURE-CHECKSUM.safetensors`, to be verified when it is loaded. Raises
+        `HostError`, or `DownloadError`.
         """
         if self.twin is None:
             path, size = folder / self.checkpoint.file, self.checkpoint.size
             # The size in the registry is rounded.
             most = None if size is None else size + size // 4 + 2**20
             http.Download(self.url, path, self.sha256, most=most, limits=limits).run()
-            return path
-        found = hf.RemoteFile.ask(self.twin, f"{self.signature}{hf.SUFFIX}")
+            return path, self.sha256
+        found = hf.RemoteFile.ask(self.url)
         digest = self.sha256 or found.sha256
         path = folder / f"{self.signature}{digest and '-'}{digest[:8]}{hf.SUFFIX}"
         found.download(path, digest, limits)
-        return path
+        return path, digest
 
 
 def sources_of(signature: str, checkpoint: Checkpoint) -> list[Source]:
@@ -54,8 +55,8 @@ def sources_of(signature: str, checkpoint: Checkpoint) -> list[Source]:
     return sources
 
 
-def fetch_any(sources: Sequence[Source], folder: Path) -> Path:
-    """Download a file from the first source that delivers it.
+def fetch_any(sources: Sequence[Source], folder: Path) -> tuple[Path, str]:
+    """Download a file from the first source that delivers it, as `Source.fetch` does.
 
     Of several sources each is tried once, and then those that may deliver it later with retries.
     Raises `DownloadError` with the failure of each host, first of those without a connection.
@@ -68,13 +69,13 @@ def fetch_any(sources: Sequence[Source], folder: Path) -> Path:
             if failure and not (failure.temporary and failure.answered):
                 continue
             try:
-                path = source.fetch(folder, limits)
+                found = source.fetch(folder, limits)
             except http.HostError as exc:
                 logger.debug("%s", exc)
                 failures[source.url] = exc
                 continue
             if failed := [exc.summary for url, exc in failures.items() if url != source.url]:
                 logger.warning("%s: fetched from %s", "; ".join(failed), http.redact(source.url))
-            return path
+            return found
     ordered = sorted(failures.values(), key=lambda exc: exc.answered)
     raise DownloadError("; ".join(dict.fromkeys(exc.summary for exc in ordered)))

@@ -159,11 +159,6 @@ def bags() -> dict[str, dict[str, Any]]:
     return dict(registry().bags)
 
 
-def bag_files() -> dict[str, Path]:
-    """Return the file of every published bag, in demucs's format, by name."""
-    return {name: REMOTE_ROOT / f"{name}.yaml" for name in bags()}
-
-
 def bags_with(signature: str) -> list[str]:
     """Return the released bags that a checkpoint is in."""
     found = bags().items()
