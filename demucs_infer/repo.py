@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf, registry
 from .hub.checkpoints import Bag, Content, read_package, read_weights
-from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
-from .hub.registry import Checkpoint
+from .hub.registry import Checkpoint, fetch_any, sources_of
 from .log import logger
 from .storage.http import redact
 

@@ -167,8 +167,6 @@ class RemoteFile:
     def download(self, target: Path, sha256: str = "", limits: http.Limits | None = None) -> None:
         """Download the file as `target`. Raises `HostError`, or `DownloadError`."""
         most = MAX_YAML if self.url.endswith(".yaml") else http.MAX_MODEL
-        if (self.length or 0) > most:
-            raise http.HostError(self.url, f"has {self.length} bytes, and may have {most}")
         digest, headers = sha256 or self.sha256, token_header()
         http.Download(self.url, target, digest, self.length, most, headers, limits).run()
 
