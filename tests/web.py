@@ -142,8 +142,8 @@ def stalls_at(stop: int) -> Answer:
     """The content as far as `stop`, and the rest when the gate opens."""
 
     def answer(handler: Handler, content: bytes, start: int) -> None:
-        handler.head(200, Content_Length=len(content))
-        handler.send(content[:stop])
+        well(handler, content, start, stop)
+        handler.close_connection = False
         handler.web.gate.wait()
         handler.send(content[stop:])
 

@@ -108,17 +108,13 @@ def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Pa
     """Find a file in the hub's cache, of the model's revision or of the newest that has it."""
     # The cache may be unreadable, or hold a reference that is not text.
     with suppress(OSError, ValueError, DownloadError):
-        reference, snapshots = (
-            model.folder() / "refs" / model.revision,
-            model.folder() / "snapshots",
-        )
+        root = model.folder()
+        reference, snapshots = root / "refs" / model.revision, root / "snapshots"
         names = [reference.read_text(encoding="utf-8").strip()] if reference.is_file() else []
         folders = [snapshots / name for name in filter(PART.fullmatch, [*names, model.revision])]
         if any_revision:
             folders += sorted(snapshots.glob("*/"), key=lambda path: -path.stat().st_mtime)
-        return next(
-            (path for path in (folder / file for folder in folders) if path.is_file()), None
-        )
+        return next(filter(Path.is_file, (folder / file for folder in folders)), None)
     return None
 
 
