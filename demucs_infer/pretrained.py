@@ -71,7 +71,7 @@ def open_repo(
 ) -> AnyModelRepo:
     """Open the published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
     if repo is None:
-        remote = RemoteRepo.released(cache_dir=cache_dir, offline=offline)
+        remote = RemoteRepo(cache_dir=cache_dir, offline=offline)
         bags = {name: registry.REMOTE_ROOT / f"{name}.yaml" for name in registry.bags()}
         return AnyModelRepo(remote, BagOnlyRepo.of_files(bags, remote))
     if not repo.is_dir():

@@ -101,40 +101,32 @@ class RemoteRepo(ModelOnlyRepo):
     """Published checkpoints, by signature and URL, which are downloaded into a cache.
 
     A released one is also looked for in the cache of the hub of Hugging Face, and downloaded from
-    there if its own host fails.
+    there if its own host fails. A file that the registry does not know is verified by the checksum
+    in its name, and not downloaded if there is none.
 
     Args:
-        models: the URL of each checkpoint, by signature.
-        checkpoints: further facts about them (default: the registry). An unknown file is verified
-            by the checksum in its name, and not downloaded if there is none.
+        models: the URL of each checkpoint, by signature (default: all of the registry).
         cache_dir: the folder to keep them in (default: see `registry.cache_folder`).
         offline: never download (default: the variable `DEMUCS_INFER_OFFLINE`).
     """
 
     def __init__(
         self,
-        models: Mapping[str, str],
+        models: Mapping[str, str] | None = None,
         *,
-        checkpoints: Mapping[str, Checkpoint] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
-        known = registry.checkpoints() if checkpoints is None else checkpoints
-        self._models, self._cache_dir, self._offline = dict(models), cache_dir, offline
+        known = registry.checkpoints()
+        urls = {sig: checkpoint.url for sig, checkpoint in known.items()}
+        self._models = urls if models is None else dict(models)
+        self._cache_dir, self._offline = cache_dir, offline
         self._checkpoints = {
             sig: known[sig]
             if sig in known and url in known[sig].urls
             else Checkpoint(url, PurePosixPath(url).stem.partition("-")[2])
-            for sig, url in models.items()
+            for sig, url in self._models.items()
         }
-
-    @classmethod
-    def released(
-        cls, *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
-    ) -> RemoteRepo:
-        """Open the checkpoints of the registry."""
-        urls = {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
-        return cls(urls, cache_dir=cache_dir, offline=offline)
 
     def list_model(self) -> Mapping[str, str]:
         return self._models
@@ -197,25 +189,22 @@ class RemoteRepo(ModelOnlyRepo):
             if file:
                 yield file, checkpoint.safetensors_sha256 or hf.known_digest(file)
 
-    def path(self, sig: str) -> Path:
-        """Return the file of a checkpoint, or the one that it would be."""
-        return next((path for path, _ in self._files(sig)), self._own_path(sig))
-
-    def has_file(self, sig: str) -> bool:
-        """Return True if there is a file for a checkpoint, right or wrong."""
-        return any(True for _ in self._files(sig))
+    def locate(self, sig: str) -> tuple[Path, bool]:
+        """Return the file of a checkpoint, or the one that it would be, and True if it is there."""
+        found = next((path for path, _ in self._files(sig)), None)
+        return found or self._own_path(sig), found is not None
 
     def require(self, signatures: Iterable[str]) -> None:
         absent = [
             sig
             for sig in dict.fromkeys(signatures)
-            if not self.has_file(sig) and not self._checkpoints[sig].embedded
+            if not self.locate(sig)[1] and not self._checkpoints[sig].embedded
         ]
         if absent and registry.is_offline(self._offline):
             raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}. {self._by_hand(absent)}")
 
     def _absence(self, signatures: Sequence[str]) -> str:
-        names = ", ".join(self.path(sig).name for sig in signatures)
+        names = ", ".join(self.locate(sig)[0].name for sig in signatures)
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
