@@ -1,6 +1,6 @@
-"""A checkpoint becomes a model, and a model a checkpoint.
+"""Build models from checkpoints, and write checkpoints of models.
 
-Classes that a checkpoint names are looked up in `MODEL_CLASSES`; `packages` reads the files.
+Classes that a checkpoint names are looked up in `MODEL_CLASSES`. `hub.checkpoints` reads the files.
 """
 
 from __future__ import annotations
@@ -122,7 +122,10 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     with _Budget(weights, values), torch.device("meta"), Uninitialized():
         model = model_class(*package.get("args", ()), **kwargs)
     if quantized:
-        _check_size(model, values)
+        # No weight is free: a small file should not become a large model.
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+        if wanted > values:
+            raise ModelLoadingError(f"the weights do not fit: {values} bits for {wanted} weights")
         set_state(model.to_empty(device="cpu"), state)
     else:
         _assign_state(model, state)
@@ -348,13 +351,6 @@ def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
     if dotted not in QUANTIZERS:
         raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
     return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
-
-
-def _check_size(model: nn.Module, bits: int) -> None:
-    """Raise `ModelLoadingError` if a quantized state cannot fill `model`: no weight is free."""
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > bits:
-        raise ModelLoadingError(f"the weights do not fit: {bits} bits for {wanted} weights")
 
 
 def _check_finite(model: nn.Module) -> None:
