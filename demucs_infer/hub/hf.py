@@ -72,11 +72,8 @@ class HubModel:
     def folder(self) -> Path:
         """Return the folder of the repository in the cache. Raises `DownloadError` without one."""
         chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-        try:
-            cache = Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
-        except RuntimeError as exc:
-            raise DownloadError(f"{self}: the home folder is not known: set HF_HUB_CACHE") from exc
-        return cache / f"models--{self.repository.replace('/', '--')}"
+        cache = os.path.expandvars(chosen or home_of("HF_HOME", "huggingface") / "hub")
+        return expanded(cache, "HF_HUB_CACHE") / f"models--{self.repository.replace('/', '--')}"
 
 
 def repository_name(name: str) -> str:
@@ -93,9 +90,18 @@ def checkpoint_file(signature: str) -> str:
     raise ModelLoadingError(f"{signature[:100]!r} {text}")
 
 
-def _home() -> Path:
+def home_of(variable: str, name: str) -> Path:
+    """Return a program's folder: that of an environment variable, or `name` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
+    return Path(os.environ.get(variable) or Path(cache, name))
+
+
+def expanded(folder: str | os.PathLike[str], setting: str) -> Path:
+    """Replace ~ in a cache's path. Raises `DownloadError`, with the `setting`, without a home."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as exc:
+        raise DownloadError(f"{folder}: the home folder is not known: set {setting}") from exc
 
 
 def is_offline() -> bool:
@@ -172,7 +178,8 @@ def token_header() -> dict[str, str]:
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
     if not token:
         with suppress(OSError, ValueError, RuntimeError):
-            path = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token").expanduser()
+            home = home_of("HF_HOME", "huggingface")
+            path = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
             token = path.read_text(encoding="ascii").strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 

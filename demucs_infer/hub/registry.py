@@ -92,31 +92,29 @@ class Registry:
 def registry() -> Registry:
     """Read the registry. Raises `ModelLoadingError` if the installation is damaged."""
     try:
-        return _read()
+        content: Any = Content.read(REMOTE_ROOT / "registry.yml", "registry", MAX_YAML).yaml()
+        files, community = released_files(REMOTE_ROOT / "files.txt"), content[COMMUNITY]
+        found, bags = {}, {}
+        for sig, entry in content["embedded"].items():
+            path = (REMOTE_ROOT / entry["file"]).absolute()
+            found[sig] = _checkpoint(
+                entry, path.as_uri(), embedded=path, sources=[*entry["sources"]]
+            )
+        for sig, entry in content["checkpoints"].items():
+            found[sig] = _checkpoint(entry, content["root"] + files[sig], in_mirror=files[sig])
+        for sig, entry in community["checkpoints"].items():
+            in_mirror = f"{COMMUNITY}/{_file_name(entry['url'])}"
+            found[sig] = _checkpoint(entry, entry["url"], in_mirror=in_mirror)
+        for name, entry in {**content["bags"], **community["bags"]}.items():
+            bag = vars(Bag.read(REMOTE_ROOT / f"{name}.yaml"))
+            if unknown := set(bag["models"]) - set(found):
+                raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
+            bags[name] = {"description": str(entry["description"]), "sources": [*entry["sources"]]}
+            bags[name] |= {key: value for key, value in bag.items() if value is not None}
+        return Registry(found, bags, frozenset((*community["checkpoints"], *community["bags"])))
     except (AttributeError, LookupError, OSError, OverflowError, TypeError, ValueError) as exc:
         text = f"{REMOTE_ROOT}: is damaged ({' '.join(repr(exc).split())[:200]})"
         raise ModelLoadingError(f"{text}: install the package again") from exc
-
-
-def _read() -> Registry:
-    content: Any = Content.read(REMOTE_ROOT / "registry.yml", "registry", MAX_YAML).yaml()
-    files, community = released_files(REMOTE_ROOT / "files.txt"), content[COMMUNITY]
-    found, bags = {}, {}
-    for sig, entry in content["embedded"].items():
-        path = (REMOTE_ROOT / entry["file"]).absolute()
-        found[sig] = _checkpoint(entry, path.as_uri(), embedded=path, sources=[*entry["sources"]])
-    for sig, entry in content["checkpoints"].items():
-        found[sig] = _checkpoint(entry, content["root"] + files[sig], in_mirror=files[sig])
-    for sig, entry in community["checkpoints"].items():
-        in_mirror = f"{COMMUNITY}/{_file_name(entry['url'])}"
-        found[sig] = _checkpoint(entry, entry["url"], in_mirror=in_mirror)
-    for name, entry in {**content["bags"], **community["bags"]}.items():
-        bag = vars(Bag.read(REMOTE_ROOT / f"{name}.yaml"))
-        if unknown := set(bag["models"]) - set(found):
-            raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
-        bags[name] = {"description": str(entry["description"]), "sources": [*entry["sources"]]}
-        bags[name] |= {key: value for key, value in bag.items() if value is not None}
-    return Registry(found, bags, frozenset((*community["checkpoints"], *community["bags"])))
 
 
 def _checkpoint(entry: Mapping[str, Any], origin: str, **more: Any) -> Checkpoint:
@@ -241,16 +239,10 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     user without a home.
     """
     chosen = folder or os.environ.get(CACHE_VARIABLE)
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub: Any = Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch") / "hub"
+    hub: Any = hf.home_of("TORCH_HOME", "torch") / "hub"
     if not chosen and (torch_hub := getattr(sys.modules.get("torch"), "hub", None)):
         hub = torch_hub.get_dir()
-    try:
-        return Path(chosen or Path(hub) / "checkpoints").expanduser()
-    except RuntimeError as exc:
-        raise ModelLoadingError(
-            f"the home folder, for the cache, is not known: set {CACHE_VARIABLE} or --cache-dir"
-        ) from exc
+    return hf.expanded(chosen or Path(hub, "checkpoints"), f"{CACHE_VARIABLE} or --cache-dir")
 
 
 def is_offline(offline: bool | None = None) -> bool:
