@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -174,11 +172,8 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
     command = f"touch {proof}"
     calls = {
         "os.system": Reduce(os.system, command),
-        "eval": Reduce(eval, f"open({str(proof)!r}, 'w')"),
         "open": Reduce(open, str(proof), "w"),
         "torch.load": Reduce(torch.load, str(proof)),
-        "popen": Reduce(subprocess.Popen, ["touch", str(proof)]),
-        "importlib": Reduce(importlib.import_module, "antigravity"),
     }
     handmade = {
         "inst": f"(S'{command}'\nios\nsystem\n.".encode(),
