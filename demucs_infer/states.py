@@ -62,10 +62,7 @@ FREE_VALUES, VALUES_PER_WEIGHT = 25 * 10**6, 4
 STEP_VALUES = 256
 
 # Names that a quantized state has for the class of diffq that unpacks it.
-QUANTIZERS = {
-    "diffq.uniform.UniformQuantizer": "UniformQuantizer",
-    "diffq.diffq.DiffQuantizer": "DiffQuantizer",
-}
+QUANTIZERS = ("diffq.uniform.UniformQuantizer", "diffq.diffq.DiffQuantizer")
 
 # Options of other releases that act in training only.
 TRAINING_OPTIONS = frozenset(
@@ -106,7 +103,8 @@ def build_model(package: Mapping[str, Any], label: str, strict: bool = False) ->
         raise ModelLoadingError(
             f"{label}: does not describe a model that is supported: {exc}"
         ) from exc
-    except Exception as exc:  # whatever a damaged or hostile description brings about
+    except Exception as exc:
+        # Damaged and hostile descriptions bring about exceptions of all kinds.
         reason = shortened(exc)
         raise ModelLoadingError(f"{label}: does not describe a model ({reason})") from exc
 
@@ -254,7 +252,7 @@ def _check_names_and_shapes(expected: Mapping[str, Tensor], state: Mapping[str, 
 
 
 def get_state(model: nn.Module, quantizer: Any = None, half: bool = False) -> dict[str, Any]:
-    """The weights of `model` on the CPU, as float16 if `half`, or packed by diffq's `quantizer`."""
+    """Return the weights of `model`, as float16 if `half`, or packed by diffq's `quantizer`."""
     if quantizer is not None:
         return {**quantizer.get_quantized_state(), QUANTIZED: True}
     dtype = torch.float16 if half else None
@@ -275,7 +273,11 @@ def set_state(
         quantizer.restore_quantized_state(state)
     else:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        quantizer = _quantizer_of(model, state["meta"])
+        dotted = _dotted_name(state["meta"]["klass"])
+        if dotted not in QUANTIZERS:
+            raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
+        kind = getattr(_import_diffq(), dotted.rpartition(".")[2])
+        quantizer = kind(model, **state["meta"]["init_kwargs"])
         _check_quantized(quantizer, state, names)
         quantizer.restore_quantized_state(state)
         quantizer.detach()
@@ -344,15 +346,6 @@ def _import_diffq() -> Any:
     return diffq
 
 
-def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
-    """The quantizer of diffq that packed a state."""
-    diffq = _import_diffq()
-    dotted = _dotted_name(meta["klass"])
-    if dotted not in QUANTIZERS:
-        raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
-    return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
-
-
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         # A sum is fast, but may be too large where no value is.
@@ -369,8 +362,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _check_quantized(quantizer: Any, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    """Raise `ModelLoadingError` for what diffq would take without a word: it fills as far as the
-    lists go, repeats a tensor that is too small, and does not look at the width of packed blocks.
+    """Raise `ModelLoadingError` for tensors that do not fit.
+
+    diffq fills as many as there are, repeats one that is too small, and ignores the width of packed
+    blocks.
     """
     for kind in ("others", "float16"):
         expected = {names[id(p)]: p for p in getattr(quantizer, f"_{kind}")}
