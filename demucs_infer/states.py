@@ -141,24 +141,29 @@ def _check_window(model: nn.Module) -> None:
     options: Any = model.options
     weights = sum(parameter.numel() for parameter in model.parameters())
     limit = FREE_VALUES + VALUES_PER_WEIGHT * weights
-    length = float(options.segment) * options.samplerate * (1 + getattr(options, "resample", False))
+    length = float(options.segment) * options.samplerate
+    if isinstance(model, Demucs):
+        length = float(model.valid_length(math.ceil(length))) * (1 + options.resample)
     nfft = getattr(options, "nfft", 0)
     # A spectrogram has twice as many complex values as its signal.
     channels = options.audio_channels * len(options.sources)
     largest = (4 if nfft else 1) * channels * length
-    steps, bins = length, nfft / 2
+    steps, bins, width = length, nfft / 2, options.audio_channels
     for level in range(options.depth):
+        # The input of a level is padded to a multiple of its stride.
+        largest = max(largest, width * max(steps, options.stride))
+        width = options.channels * options.growth**level
         steps, bins = steps / options.stride, max(1.0, bins / options.stride)
         columns = max(steps, bins * length * 4 / nfft) if nfft else steps
         # Gated units have twice the width.
-        largest = max(largest, 2 * options.channels * options.growth**level * columns)
+        largest = max(largest, 2 * width * columns)
     tokens = bins * length * 4 / nfft if getattr(options, "t_layers", 0) else 0
     # The steps of an LSTM are run one after the other.
     recurrent = STEP_VALUES * steps if getattr(options, "lstm_layers", 0) else 0
     if max(largest, tokens**2, recurrent) > limit:
         raise ModelLoadingError(
             f"a window takes {max(largest, tokens**2, recurrent):.0f} values, more than the"
-            f" {limit} that a model of its size may take: its segment is too long"
+            f" {limit} that a model of its size may take: its segment or stride is too long"
         )
 
 

@@ -51,6 +51,7 @@ from .helpers import (
 )
 
 SHORT = {"samplerate": 64, "segment": 0.25}  # windows of 16 samples
+TIME = {"sources": ["a", "b"], "channels": 4, "depth": 3, "growth": 1}
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
 
@@ -231,14 +232,16 @@ def test_a_folder_of_hostile_files(theirs: torch.nn.Module, tmp_path: Path, trac
     [
         (HTDemucs, {**TINY, "segment": 1000}),
         (HDemucs, {**HYBRID, "segment": 1000}),
-        (Demucs, {"sources": ["a", "b"], "channels": 4, "depth": 3, "growth": 1, "segment": 10**5}),
+        (Demucs, {**TIME, "segment": 10**5}),
+        (Demucs, {**TIME, "stride": 2**31}),
+        (HDemucs, {**HYBRID, "freq_emb": 0, "stride": 2**31}),
     ],
 )
 def test_windows_that_are_too_large_for_the_weights(family: type, changes: dict) -> None:
     """The weights fit, and the window would take gigabytes."""
     package = {"klass": family, "args": (), "kwargs": changes}
     package["state"] = family(**changes).state_dict()
-    with pytest.raises(ModelLoadingError, match="segment is too long"):
+    with pytest.raises(ModelLoadingError, match="segment or stride is too long"):
         load_model(package)
 
 
