@@ -130,7 +130,7 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
 def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
     (path, there), item = remote.locate(sig), checkpoints()[sig]
     size = path.stat().st_size if there else item.size
-    return CheckpointFile(path, there, size, item.url, item.sha256, item.source, item.licence)
+    return CheckpointFile(path, there, size, item.urls[0], item.sha256, item.source, item.licence)
 
 
 def _local(repo: Path) -> Iterator[Entry]:

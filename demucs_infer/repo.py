@@ -118,7 +118,7 @@ class RemoteRepo(ModelOnlyRepo):
         offline: bool | None = None,
     ) -> None:
         known = registry.checkpoints()
-        urls = {sig: checkpoint.url for sig, checkpoint in known.items()}
+        urls = {sig: checkpoint.urls[0] for sig, checkpoint in known.items()}
         self._models = urls if models is None else dict(models)
         self._cache_dir, self._offline = cache_dir, offline
         self._checkpoints = {

@@ -24,7 +24,7 @@ def published() -> dict:
 
 
 def urls() -> dict[str, str]:
-    return {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
+    return {sig: checkpoint.urls[0] for sig, checkpoint in registry.checkpoints().items()}
 
 
 def test_what_was_published() -> None:

@@ -64,15 +64,10 @@ class Checkpoint:
 
     @property
     def urls(self) -> list[str]:
-        """The URLs of the file: on the mirror, if one is set, and on its host."""
+        """The URLs of the file in their order: on the mirror, if one is set, and on its host."""
         mirror = os.environ.get(MIRROR_VARIABLE)
         mirrored = [f"{mirror.rstrip('/')}/{self.in_mirror}"] if mirror and self.in_mirror else []
         return [*mirrored, self.origin]
-
-    @property
-    def url(self) -> str:
-        """The URL that is tried first."""
-        return self.urls[0]
 
 
 def _file_name(url: str) -> str:
