@@ -262,13 +262,7 @@ def compiled(library: Library) -> nn.Module:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        shorter,
-        replaced_forward,
-        plain,
-        quantized,
-        pytest.param(compiled, marks=pytest.mark.slow),
-    ],
+    [shorter, replaced_forward, plain, quantized, pytest.param(compiled, marks=pytest.mark.slow)],
 )
 def test_models_that_others_change(change: Any, libraries: list[Library]) -> None:
     same(libraries, lambda library: separated(library, change(library)))

@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from demucs_infer.engine.cpu import istft_of_parts
-from demucs_infer.spec import (
-    channels_as_complex,
-    complex_as_channels,
-    ispectro,
-    phase_of,
-    spectro,
-)
+from demucs_infer.spec import channels_as_complex, complex_as_channels, ispectro, phase_of, spectro
 
 from .helpers import assert_close, noise
 
