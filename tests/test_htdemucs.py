@@ -52,6 +52,12 @@ def test_without_a_training_length_windows_are_not_padded() -> None:
     assert ours.valid_length(5003) == 5003
 
 
+def test_short_windows_are_not_padded_in_training() -> None:
+    theirs, ours = pair(HTDemucs, **TINY)
+    mix = noise(2, 2000)[None]
+    assert_close(ours.train()(mix), theirs.train()(mix))
+
+
 def test_windows_over_the_training_length_are_rejected() -> None:
     model = HTDemucs(**TINY).eval()
     assert model.valid_length(1) == model.valid_length(4000) == 4000
