@@ -29,8 +29,8 @@ from demucs_infer.htdemucs import HTDemucs
 
 from .helpers import FAMILIES, SMALL, TINY, assert_close, noise, pair
 
-# By default, one shorter than the windows and one of several windows and a rest.
-LENGTHS = [1, 9011, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 4001))]
+# A part of a window, a window and one sample, and several windows and a rest.
+LENGTHS = [1, 4001, 9011]
 HDEMUCS = {**SMALL, "nfft": 1024, "depth": 5, "dconv_lstm": 9}
 TIME_DOMAIN = {**SMALL, "sources": ["a", "b"], "depth": 5, "segment": 0.7}
 

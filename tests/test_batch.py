@@ -249,7 +249,7 @@ def test_killed_command_resumes_and_leaves_nothing_else(
     options = ["--seed", 1, "--skip-existing", *tracks]
     assert command(*options, "-o", "whole").returncode == 0
     words = ["--repo", fast_repo, "-n", "tiny", "-d", "cpu", *options, "-o", tmp_path / "out"]
-    for kill_after in (1, 2, 6, 11):  # stems
+    for kill_after in (1, 6):  # stems
         process = subprocess.Popen(
             [sys.executable, "-m", "demucs_infer", *map(str, words)],
             stderr=subprocess.DEVNULL,

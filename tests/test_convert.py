@@ -105,7 +105,7 @@ def run_onnx(model: nn.Module, mix: torch.Tensor, path: Path) -> tuple[torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["htdemucs", "hdemucs", "demucs"])
+@pytest.mark.parametrize("family", ["hdemucs", "demucs"])
 def test_onnx_computes_the_network_and_describes_it(family: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model_class, options = FAMILIES[family]

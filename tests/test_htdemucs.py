@@ -85,11 +85,3 @@ def test_unsupported_options_are_named(option: dict) -> None:
 
 def test_htdemucs_is_not_an_hdemucs() -> None:
     assert not isinstance(HTDemucs(**TINY), HDemucs)
-
-
-def test_network_maps_real_tensors_of_the_shapes_of_a_window() -> None:
-    model = HTDemucs(**TINY).eval()
-    with torch.no_grad():
-        x, xt = model.network(torch.randn(1, 4, 512, 16), torch.randn(1, 2, 4000))
-    assert x.shape == (1, 16, 512, 16)
-    assert xt.shape == (1, 8, 4000)
