@@ -110,15 +110,11 @@ def fast_model(seed: int = 0) -> nn.Module:
     return pair(Demucs, seed, **options)[0]
 
 
-def released_pair(signature: str, seconds: int | None = None) -> tuple[nn.Module, nn.Module]:
-    """A released architecture with random weights, in the reference and here.
-
-    HTDemucs pads every window to its segment, which has no weights: `seconds` may shorten it.
-    """
+def released_pair(signature: str, **changes: object) -> tuple[nn.Module, nn.Module]:
+    """A released architecture with random weights, in the reference and here."""
     model_class, options = RELEASED[signature]
-    if seconds and model_class is HTDemucs:
-        options = {**options, "segment": seconds}
-    return pair(model_class, int(signature[:4], 16), **{"sources": SOURCES, **options})
+    options = {"sources": SOURCES, **options, **changes}
+    return pair(model_class, int(signature[:4], 16), **options)
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
