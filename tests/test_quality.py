@@ -21,7 +21,7 @@ from .tools import synth
 pytestmark = pytest.mark.slow
 # The training has not seen these songs. The table in docs/models.md is the mean of 20.
 SEEDS = range(int(os.environ.get("SONGS", 4)))
-FEW = 2  # songs for each comparison of options
+FEW = 4  # songs for each comparison of options
 FLOORS = {"drums": 7.35, "bass": 8.64, "other": 7.78, "vocals": 8.39}  # dB
 
 Score = Callable[..., np.ndarray]
