@@ -31,9 +31,10 @@ from .encode import Encoder, encoder, encoding_errors
 from .formats import MIX, Format
 from .output import PAGE_FORMAT, PIPE
 from .player import Page, write_page
-from .video import Picture, VideoEncoder
+from .video import Video, VideoEncoder
 
 BLOCK = 2**16  # samples that are read from a spool at once
+PAGE_MIX = ""  # the name of the mix on a page, which no stem has
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Target:
         tags: of the track; `title` at least, unless there are none.
         length: the number of samples that each file gets (default: what resampling gives).
         cover: the file of a picture.
-        picture: the picture of a video that goes with the stem.
+        video: the video whose picture goes with the stem.
         original: the mix at `rate`, if that is not made from the samples that are written.
     """
 
@@ -74,7 +75,7 @@ class Target:
     tags: Mapping[str, str]
     length: int | None = None
     cover: bytes | None = None
-    picture: Picture | None = None
+    video: Video | None = None
     original: Spool | None = None
 
     @property
@@ -125,11 +126,11 @@ def _encode(
     advance(0)
     with file.open("w+b") as handle:
         # Players show the names of streams.
-        arguments = (handle, target.format, target.rate, target.channels, names, tags)
-        if target.picture is not None:
-            sink: Encoder = VideoEncoder(target.picture, *arguments)
+        arguments = (handle, target.format, target.rate, target.channels, names, tags, target.cover)
+        if target.video is not None:
+            sink: Encoder = VideoEncoder(target.video, *arguments)
         else:
-            sink = encoder(*arguments, target.cover)
+            sink = encoder(*arguments)
         clip = None if target.clip in RESCALING else target.clip
         try:
             for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals.values())):
@@ -154,20 +155,27 @@ class TrackWriter:
         target.format.check_channels(target.channels)
         self.paths, self.target, self.page = paths, target, page
         self._stems = {name: _Signal(target, name) for name in paths}
-        heard = [name for name in paths if not (target.format.is_together and name == MIX)]
-        self._sounds = {name: _Signal(target.sounds, name) for name in heard if page is not None}
+        self._names, self._sounds = list(paths), dict[str, _Signal]()
+        if page is not None:
+            original = MIX if target.format.is_together else PAGE_MIX
+            self._names = list(dict.fromkeys([original, *paths]))
+            # The page shows the mix below the stems.
+            sounds = [*self._names[1:], original]
+            self._sounds = {name: _Signal(target.sounds, name) for name in sounds}
         self._files: list[Path] = []
 
     def write(self, stems: Sequence[Tensor]) -> None:
-        """Take a block of every stem, each `[C, n]`, in the order of the paths."""
-        self._write(dict(zip(self.paths, stems)))
+        """Take a block of every stem, each `[C, n]`, in the order of the paths.
+
+        With a page, the mix comes first.
+        """
+        self._write(dict(zip(self._names, stems)))
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
-        for name, path in self.paths.items():
-            with encoding_errors(path):
-                self._stems[name].write(blocks[name])
-                if name in self._sounds:
-                    self._sounds[name].write(blocks[name])
+        for signals in (self._stems, self._sounds):
+            for name, signal in signals.items():
+                with encoding_errors(self.paths.get(name, self.page)):
+                    signal.write(blocks[name])
 
     def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
         """Encode the stems and let their files appear.
@@ -175,7 +183,7 @@ class TrackWriter:
         `progress` is called with the fraction of the samples that are encoded, in one thread at a
         time. An exception that it raises ends the work.
         """
-        self._write(dict.fromkeys(self.paths))
+        self._write(dict.fromkeys(self._names))
         for signals, mode in ((self._stems, self.target.clip), (self._sounds, "rescale-all")):
             loudest = max((signal.peak for signal in signals.values()), default=0.0)
             for signal in signals.values() if mode in RESCALING else ():
@@ -224,7 +232,7 @@ class TrackWriter:
             length = max(signal.spool.length for signal in self._sounds.values())
             about = tags["title"], tags.get("artist", ""), self.target.model, rate, length
             with encoding_errors(self.page), files[self.page].open("wb") as page:
-                write_page(page, Page(*about, list(sounds)), sounds.values())
+                write_page(page, Page(*about, list(sounds)[:-1]), sounds.values())
         return files
 
     def _publish(self, files: Mapping[Location, Path]) -> None:
