@@ -110,10 +110,11 @@ def fast_model(seed: int = 0) -> nn.Module:
     return pair(Demucs, seed, **options)[0]
 
 
-def released_pair(signature: str) -> tuple[nn.Module, nn.Module]:
+def released_pair(signature: str, **changes: object) -> tuple[nn.Module, nn.Module]:
     """A released architecture with random weights, in the reference and here."""
     model_class, options = RELEASED[signature]
-    return pair(model_class, int(signature[:4], 16), **{"sources": SOURCES, **options})
+    options = {"sources": SOURCES, **options, **changes}
+    return pair(model_class, int(signature[:4], 16), **options)
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:

@@ -24,7 +24,6 @@ from demucs_infer.audio import (
     save_audio,
 )
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
-from demucs_infer.read.pcm import CLIP_MODES
 from demucs_infer.write import formats
 from demucs_infer.write.output import CLIP_MODE_NAMES
 
@@ -133,27 +132,16 @@ def test_folders_and_pipes_are_not_opened(tmp_path: Path) -> None:
             AudioFile(tmp_path / "pipe").read()
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "subtype", "error"),
-    [
-        ("a.wav", {}, "PCM_16", 2**-14),
-        ("a.wav", {"bits_per_sample": 24}, "PCM_24", 2**-22),
-        ("a.wav", {"as_float": True}, "FLOAT", 0),
-        ("a.flac", {}, "PCM_16", 2**-14),
+def test_lossless_files_hold_the_samples_of_all_channels(tmp_path: Path) -> None:
+    wav = noise(8, 100_001)
+    for name, options, subtype, error in (
+        ("a.WAV", {"as_float": True}, "FLOAT", 0),
         ("a.FLAC", {"bits_per_sample": 24}, "PCM_24", 2**-22),
-    ],
-)
-@pytest.mark.parametrize("channels", [1, 8])
-def test_lossless_files_hold_the_samples(
-    name: str, options: dict, subtype: str, error: float, channels: int, tmp_path: Path
-) -> None:
-    wav = noise(channels, 100_001).clamp(-1, 1)
-    save_audio(wav, tmp_path / name, 48000, **options)
-    samples, rate = soundfile.read(tmp_path / name, dtype="float32", always_2d=True)
-    assert (rate, soundfile.info(tmp_path / name).subtype) == (48000, subtype)
-    assert samples.shape == (100_001, channels)
-    assert np.abs(samples.T - wav.numpy()).max() <= error
-    assert list(tmp_path.iterdir()) == [tmp_path / name]
+    ):
+        save_audio(wav, tmp_path / name, 48_000, **options)
+        samples, rate = soundfile.read(tmp_path / name, dtype="float32")
+        assert (rate, soundfile.info(tmp_path / name).subtype) == (48_000, subtype)
+        assert np.abs(samples.T - wav.numpy()).max() <= error
 
 
 def test_int16_is_converted_as_by_the_reference(tmp_path: Path) -> None:
@@ -169,15 +157,13 @@ def test_int16_is_converted_as_by_the_reference(tmp_path: Path) -> None:
     assert as_dtype_pcm(torch.ones(1), torch.int16).tolist() == [32767]
 
 
-@pytest.mark.parametrize("mode", ["rescale", "clamp", "tanh", "none"])
-@pytest.mark.parametrize("gain", [0.1, 0.995, 3])
-def test_clip_modes_equal_the_reference(mode: str, gain: float) -> None:
-    wav = torch.linspace(-gain, gain, 101)[None]
-    assert_close(prevent_clip(wav, mode), demucs.audio.prevent_clip(wav, mode), 1e-7)
-
-
-def test_clip_modes_have_the_names_of_the_command_line() -> None:
-    assert tuple(CLIP_MODES) == CLIP_MODE_NAMES
+@pytest.mark.parametrize("mode", CLIP_MODE_NAMES)
+def test_clip_modes_equal_the_reference(mode: str) -> None:
+    for gain in (0.1, 0.995, 3):
+        wav = torch.linspace(-gain, gain, 101)[None]
+        # The reference has no name for the same gain of all stems.
+        expected = demucs.audio.prevent_clip(wav, mode.removesuffix("-all"))
+        assert_close(prevent_clip(wav, mode), expected, 1e-7)
     with pytest.raises(OptionError, match="'loud'"):
         prevent_clip(torch.zeros(1, 1), "loud")
 

@@ -249,7 +249,7 @@ def test_killed_command_resumes_and_leaves_nothing_else(
     options = ["--seed", 1, "--skip-existing", *tracks]
     assert command(*options, "-o", "whole").returncode == 0
     words = ["--repo", fast_repo, "-n", "tiny", "-d", "cpu", *options, "-o", tmp_path / "out"]
-    for kill_after in (1, 2, 6, 11):  # stems
+    for kill_after in (1, 6):  # stems
         process = subprocess.Popen(
             [sys.executable, "-m", "demucs_infer", *map(str, words)],
             stderr=subprocess.DEVNULL,
@@ -309,7 +309,7 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_six_hours_take_the_memory_of_two_minutes(tmp_path: Path) -> None:
+def test_an_hour_takes_the_memory_of_two_minutes(tmp_path: Path) -> None:
     """The stems have the right length, and the same music at the end."""
     options = {"sources": ["a", "b"], "audio_channels": 1, "channels": 4, "depth": 1}
     options |= {"samplerate": 8000, "segment": 40, "rewrite": False, "dconv_mode": 0}
@@ -318,7 +318,7 @@ def test_six_hours_take_the_memory_of_two_minutes(tmp_path: Path) -> None:
     # The distance of the windows is the period, so that all windows are alike.
     period = noise(1, 30 * 8000)[0].numpy()
     peaks, ends = [], []
-    for repetitions in (4, 720):
+    for repetitions in (4, 120):
         with soundfile.SoundFile(tmp_path / "a.flac", "w", 8000, 1) as file:
             for _ in range(repetitions):
                 file.write(period)

@@ -13,6 +13,6 @@ from .tools.fuzz import TARGETS, fuzz
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutated_inputs(target: str) -> None:
-    findings = fuzz(target, 10)
+    findings = fuzz(target, 5)
     assert findings.tried > 10
     assert not findings.wrong

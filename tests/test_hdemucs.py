@@ -33,7 +33,7 @@ def test_small_models_equal_the_reference(options: dict, length: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=st.lists(st.sampled_from(OPTIONS), max_size=4), length=st.integers(500, 6000))
 def test_options_of_several_rows_equal_the_reference(rows: list[dict], length: int) -> None:
     assert_equal_models(HDemucs, TINY | merged(rows), length)

@@ -96,32 +96,19 @@ class Built(nn.Module):
         blocks = importlib.import_module(f"{package}.hdemucs")
         common = {"norm_groups": 2, "norm": False, "dconv_kw": {"depth": 1, "compress": 2}}
         wide = blocks.HEncLayer(4, 8, dconv=1, context=0, **common)
-        self.encoder = nn.ModuleList([blocks.MultiWrap(wide, [0.5]), self.narrow(blocks, common)])
-        self.tencoder = nn.ModuleList(
-            [
-                blocks.HEncLayer(2, 8, freq=0, dconv=1, **common),
-                blocks.HEncLayer(8, 16, freq=False, empty=True, **common),
-            ]
-        )
+        deep = blocks.HEncLayer(8, 16, kernel_size=8, stride=4, pad=False, **common)
+        self.encoder = nn.ModuleList([blocks.MultiWrap(wide, [0.5]), deep])
+        time = blocks.HEncLayer(2, 8, freq=0, dconv=1, **common)
+        empty = blocks.HEncLayer(8, 16, freq=False, empty=True, **common)
+        self.tencoder = nn.ModuleList([time, empty])
+        first = blocks.HDecLayer(16, 8, kernel_size=8, pad=False, **common)
         last = blocks.HDecLayer(8, 4, dconv=2, last=True, context=1, context_freq=False, **common)
-        self.decoder = nn.ModuleList(
-            [
-                blocks.HDecLayer(16, 8, kernel_size=8, pad=False, **common),
-                blocks.MultiWrap(last, [0.5]),
-            ]
-        )
-        self.tdecoder = nn.ModuleList(
-            [
-                blocks.HDecLayer(16, 8, freq=False, empty=True, **common),
-                blocks.HDecLayer(8, 2, True, freq=False, **common),
-            ]
-        )
+        self.decoder = nn.ModuleList([first, blocks.MultiWrap(last, [0.5])])
+        empty = blocks.HDecLayer(16, 8, freq=False, empty=True, **common)
+        last = blocks.HDecLayer(8, 2, True, freq=False, **common)
+        self.tdecoder = nn.ModuleList([empty, last])
         self.freq_emb = blocks.ScaledEmbedding(8, 8, smooth=True, scale=10)
         importlib.import_module(f"{package}.demucs").rescale_module(self, reference=0.1)
-
-    @staticmethod
-    def narrow(blocks: Any, common: dict[str, Any]) -> nn.Module:
-        return blocks.HEncLayer(8, 16, kernel_size=8, stride=4, pad=False, **common)
 
     def forward(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         first = self.encoder[0](x, None)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import math
-import multiprocessing
 import sys
 import threading
 import types
@@ -165,21 +164,14 @@ def finished_by_load_model(library: Library) -> Any:
     return Own("nothing", device="cpu", shifts=0)
 
 
-def finished_by_replacement(library: Library) -> Any:
-    separator = finished_by_load_model(library)
-    separator._model = library.bag()
-    return separator
-
-
-@pytest.mark.parametrize(
-    "finish",
-    [finished_by_subclass, finished_by_new, finished_by_load_model, finished_by_replacement],
-)
+@pytest.mark.parametrize("finish", [finished_by_subclass, finished_by_new, finished_by_load_model])
 def test_separators_that_others_finish(finish: Any, libraries: list[Library]) -> None:
     def program(library: Library) -> torch.Tensor:
         separator = finish(library)
         if finish is finished_by_load_model:
-            return separator.separate_audio_file("none.wav")[1]["bass"]
+            from_file = separator.separate_audio_file("none.wav")[1]["bass"]
+            separator._model = library.bag()
+            return torch.stack([from_file, separator.separate_tensor(MIX, 8000)[1]["bass"]])
         return separator.separate_tensor(MIX, 8000)[1]["bass"]
 
     same(libraries, program)
@@ -262,27 +254,7 @@ def compiled(library: Library) -> nn.Module:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        shorter,
-        replaced_forward,
-        plain,
-        quantized,
-        pytest.param(compiled, marks=pytest.mark.slow),
-    ],
+    [shorter, replaced_forward, plain, quantized, pytest.param(compiled, marks=pytest.mark.slow)],
 )
 def test_models_that_others_change(change: Any, libraries: list[Library]) -> None:
     same(libraries, lambda library: separated(library, change(library)))
-
-
-def _in_pool(model: nn.Module, name: str) -> torch.Tensor:
-    apply = importlib.import_module(f"{name}.apply")
-    return apply.apply_model(model, MIX[None], shifts=0).numpy()
-
-
-@pytest.mark.slow
-def test_models_go_to_a_pool(libraries: list[Library]) -> None:
-    def program(library: Library) -> torch.Tensor:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return torch.from_numpy(pool.apply(_in_pool, (library.model, library.name)))
-
-    same(libraries, program)

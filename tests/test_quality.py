@@ -6,6 +6,7 @@ and the stems shows: a shift, a gain, or stems or channels that are exchanged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,9 +19,13 @@ from .helpers import separate
 from .tools import synth
 
 pytestmark = pytest.mark.slow
-SEEDS = range(20)  # see `training/train_demo.py`
-FEW = 4  # of the songs are enough for a comparison
-FLOORS = {"drums": 7.35, "bass": 8.64, "other": 7.78, "vocals": 8.39}  # dB
+# Mean SDR in dB by the number of songs. The table in docs/models.md is that of 20.
+FLOORS = {
+    4: {"drums": 7.6, "bass": 8.85, "other": 8.5, "vocals": 8.92},
+    20: {"drums": 7.35, "bass": 8.64, "other": 7.78, "vocals": 8.39},
+}
+SEEDS = range(int(os.environ.get("SONGS", 4)))  # see `training/train_demo.py`
+FEW = 4  # songs for each comparison of options
 
 Score = Callable[..., np.ndarray]
 
@@ -69,8 +74,9 @@ def sdr(stem: np.ndarray, estimate: np.ndarray) -> float:
 
 
 def test_stems_reach_their_quality(usual: np.ndarray) -> None:
-    found = dict(zip(synth.SOURCES, usual.mean(axis=0).tolist()))
-    assert all(found[name] >= floor for name, floor in FLOORS.items()), found
+    found = dict(zip(synth.SOURCES, usual.mean(axis=0).round(2).tolist()))
+    print(found)
+    assert all(found[name] >= floor for name, floor in FLOORS[len(SEEDS)].items()), found
 
 
 # Bounds in dB of the mean change against the usual options.

@@ -97,11 +97,8 @@ def ffmpeg(*words: object) -> bytes:
 def reference(path: Path, channels: int) -> torch.Tensor:
     """The first audio stream as FFmpeg's command decodes it, `[C, T]`."""
     samples = np.frombuffer(ffmpeg("-i", path, "-map", "0:a:0", "-f", "f32le", "-"), np.float32)
-    return (
-        torch.from_numpy(samples[: len(samples) // channels * channels].copy())
-        .reshape(-1, channels)
-        .T
-    )
+    whole = len(samples) // channels * channels
+    return torch.from_numpy(samples[:whole].copy()).reshape(-1, channels).T
 
 
 @pytest.fixture(scope="module")

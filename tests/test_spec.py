@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from demucs_infer.engine.cpu import istft_of_parts
-from demucs_infer.spec import (
-    channels_as_complex,
-    complex_as_channels,
-    ispectro,
-    phase_of,
-    spectro,
-)
+from demucs_infer.spec import ispectro, phase_of, spectro
 
 from .helpers import assert_close, noise
 
@@ -27,14 +21,6 @@ def test_spectrograms_equal_the_reference(pad: int, hop: int | None) -> None:
     # Without a hop, the reference does not invert its own padding.
     if hop or not pad:
         assert_close(back, demucs.spec.ispectro(theirs, hop, 2900, pad), 1e-6)
-
-
-def test_complex_values_as_channels_and_back() -> None:
-    z = torch.randn(2, 3, 5, 7, dtype=torch.complex64)
-    x = complex_as_channels(z)
-    assert x.shape == (2, 6, 5, 7)
-    assert torch.equal(x[:, 1], z[:, 0].imag)
-    assert torch.equal(channels_as_complex(x), z)
 
 
 def test_phase_of_the_mixture() -> None:

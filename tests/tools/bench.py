@@ -45,7 +45,15 @@ from demucs_infer.engine.cpu import fast_copy, linear
 from demucs_infer.engine.machine import kept_memory
 from demucs_infer.engine.options import SeparationOptions
 
-from ..helpers import environment, noise, released_pair, run, save_package, tone_with_gaps
+from ..helpers import (
+    decibels,
+    environment,
+    noise,
+    released_pair,
+    run,
+    save_package,
+    tone_with_gaps,
+)
 
 MODELS = {
     "htdemucs": "955717e8",
@@ -128,10 +136,6 @@ def gigaflops(model: nn.Module, mix: Tensor) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(mix)
     return counter.get_total_flops() / 1e9
-
-
-def decibels(ours: Tensor, theirs: Tensor) -> float:
-    return float(10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()))
 
 
 class Side:
