@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch.batch import Batch, TrackResult
+from .batch.batch import TrackResult, separate_track
 from .batch.console import ENDING, Ended
 from .batch.folders import Folders
-from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
-from .storage.locations import location
+from .storage.locations import Location, location
 from .write.output import Output
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
@@ -78,37 +77,31 @@ class SeparateTracks:
         self._folders = folders
         self.output = output if isinstance(output, Output) else Output(output)
         self.skip_existing = skip_existing
-        stack = contextlib.ExitStack()
         self._model_thread = ThreadPoolExecutor(1)
-        # That thread may hold the last reference to this object, and cannot wait for itself.
-        stack.callback(self._model_thread.shutdown, wait=False)
-        self.separator = self._in_turn(partial(Separator, **options))
-        self._stems = self.separator.stems
-        self.output.check_stems(self.separator.model.sources, self._stems)
-        self._space = stack.enter_context(self.output.workspace())
-        weakref.finalize(self, stack.close)
+        self.separator = self._model_thread.submit(partial(Separator, **options)).result()
+        self.output.check_stems(self.separator._model.sources, self.separator.stems)
+        self._space = self.output.workspace().__enter__()
+        weakref.finalize(self, self._space.__exit__)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return partial(type(self), **self._arguments), ()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        name, results = self.separator.name, list[TrackResult]()
+        track: Location = Path()
         try:
             track = location(str(row["input"]))
+            result = separate_track(
+                self.separator,
+                track,
+                self.output,
+                self._space,
+                folders=self._folders,
+                skip_existing=self.skip_existing,
+                model_pool=self._model_thread,
+            )
         except DemucsInferError as exc:
-            return {**TrackResult(Path(), name, error=exc).as_json(), **row, "error": str(exc)}
-        batch = Batch(
-            self.separator, self.output, self._space, report=results.append, call=self._in_turn
-        )
-        try:
-            jobs = plan_jobs([track], self.output, name, self._stems, self._folders)
-            batch.run(jobs, skip_existing=self.skip_existing)
-        except DemucsInferError as exc:
-            results.append(TrackResult(track, name, error=exc))
-        return {**row, **results[0].as_json()}
-
-    def _in_turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self._model_thread.submit(function, *arguments).result()
+            result = TrackResult(track, self.separator.name, error=exc)
+        return {**row, **result.as_json(), "input": row["input"]}
 
 
 class _Worker:
