@@ -107,10 +107,10 @@ class SeparateTracks:
 class _Worker:
     """A worker of the command line. Results travel as JSON: a table would mix their fields."""
 
-    def __init__(self, folder: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, output: Output, options: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # A machine without the folder can still read URLs.
             os.chdir(folder)
-        self._separate = SeparateTracks(**arguments)
+        self._separate = SeparateTracks(output, **options)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
         return {"result": json.dumps(self._separate(row))}
@@ -118,14 +118,17 @@ class _Worker:
 
 def separate_on_ray(
     tracks: Sequence[str],
-    arguments: Mapping[str, Any],
+    output: Output,
+    options: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
     *,
     address: str = "",
     cpus_per_worker: int | None = None,
     verbose: bool = False,
 ) -> None:
-    """Separate `tracks` on a Ray cluster with `SeparateTracks(**arguments)`; `report` each result.
+    """Separate `tracks` on a Ray cluster with `SeparateTracks(output, **options)`.
+
+    `report` is called with each result.
 
     `address` is the cluster's (default: RAY_ADDRESS, else a cluster is started on this machine). A
     track whose worker dies is tried again, finally alone in a worker, so that it takes no others
@@ -133,7 +136,7 @@ def separate_on_ray(
 
     Raises `DemucsInferError` if the cluster cannot be reached, or the workers cannot be started.
     """
-    waiting, output = dict.fromkeys(tracks), arguments["output"]
+    waiting = dict.fromkeys(tracks)
 
     def remove_workspaces(patience: float = 0) -> None:
         with output.workspace(patience):
@@ -146,7 +149,7 @@ def separate_on_ray(
             override_num_blocks=len(part),  # A dead worker loses its block.
         ).map(
             _Worker,
-            fn_constructor_args=(str(Path.cwd()), arguments),
+            fn_constructor_args=(str(Path.cwd()), output, options),
             compute=ray.data.ActorPoolStrategy(
                 size=min(count, len(part)),
                 max_tasks_in_flight_per_actor=calls,
@@ -168,7 +171,7 @@ def separate_on_ray(
     remove_workspaces()
     try:
         with _connected(address, verbose) as ray:
-            count, cpus, gpus = _workers(ray, arguments.get("device"), cpus_per_worker)
+            count, cpus, gpus = _workers(ray, options.get("device"), cpus_per_worker)
             for start in range(0, len(tracks), PART):
                 run(tracks[start : start + PART], IN_FLIGHT)
             if waiting:
@@ -179,7 +182,7 @@ def separate_on_ray(
             remove_workspaces(DYING)
     for track in waiting:
         error = DemucsInferError(f"{track}: its worker died {DEATHS} times: given up")
-        report(TrackResult(location(track), str(arguments["model"]), error=error).as_json())
+        report(TrackResult(location(track), str(options["model"]), error=error).as_json())
 
 
 def _workers(ray: Any, device: str | None, cpus: int | None) -> tuple[int, int, int]:

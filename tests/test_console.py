@@ -235,8 +235,7 @@ def test_signal_ends_a_command_whose_reader_is_blocked(
 ) -> None:
     os.mkfifo(tmp_path / "fifo.wav")
     process = started([*words, "fifo.wav"], tmp_path)
-    while "Separating" not in process.stdout.readline():
-        pass
+    assert any("Separating" in line for line in process.stdout)
     process.send_signal(signal.Signals[name])
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.Signals[name]
