@@ -142,6 +142,15 @@ def standard_input() -> IO[bytes]:
     return sys.stdin.buffer
 
 
+def clock(seconds: float) -> str:
+    """Return a time as 4.2 s, 3:20 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class Console:
     """Reports the progress of tracks on standard error, and as JSON if `json` is set.
 
@@ -174,8 +183,6 @@ class Console:
 
     def announce(self, track: object) -> str | None:
         """Announce that `track` begins. Returns a title for its bar if that is on a terminal."""
-        from tqdm import tqdm
-
         self._tell(f"Separating track {track}")
         if not self.talks:
             logger.log(NOTICE, "Separating %s", bold(track))
@@ -189,8 +196,8 @@ class Console:
             return name
         left, separated = "", self.done - self.skipped
         if separated:
-            seconds = (time.monotonic() - self._begin) / separated * (self.count - self.done)
-            left = f", {tqdm.format_interval(seconds)} left"
+            spent = time.monotonic() - self._begin
+            left = f", {clock(spent / separated * (self.count - self.done))} left"
         return f"{name} ({self._begun} of {self.count}{left})"
 
     def report(
@@ -200,8 +207,6 @@ class Console:
 
         A track that was separated `elsewhere` has not been announced, and its error is only text.
         """
-        from tqdm import tqdm
-
         self.done += 1
         self.skipped += result["skipped"]
         self.errors += [error] if error is not None else []
@@ -216,8 +221,7 @@ class Console:
                 # The one file, or the innermost folder that holds all files.
                 common = os.path.commonprefix(paths)  # noqa: RUF071
                 place = common if len({*paths}) == 1 else re.sub(r"[^/\\]*$", "", common)
-                elapsed = tqdm.format_interval(result["elapsed"])
-                logger.log(NOTICE, "Stems in %s (%s)", bold(place), elapsed)
+                logger.log(NOTICE, "Stems in %s (%s)", bold(place), clock(result["elapsed"]))
             if elsewhere:
                 name = bold(result["input"])
                 logger.log(NOTICE, "Separated %s (%d of %d)", name, self.done, self.count)

@@ -176,20 +176,19 @@ class _Search:
         return []
 
     def _local(self, name: Path, expand: bool) -> Iterable[Path]:
-        if name.is_dir():
-            return self._below(name)
-        if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
-            matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
-            if found := [track for match in matches for track in self._local(match, False)]:
-                return found
+        if name == PIPE:
+            return [name]
         try:
-            if name != PIPE:
-                name.stat()
+            is_folder = stat.S_ISDIR(name.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError) as exc:
+            if expand and glob.has_magic(str(name)):
+                matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+                if found := [track for match in matches for track in self._local(match, False)]:
+                    return found
             raise LoadAudioError(f"{name}: no such file") from exc
         except OSError:  # The decoder tells the reason.
-            pass
-        return [name]
+            is_folder = False
+        return self._below(name) if is_folder else [name]
 
     def _remote(self, url: Url) -> Iterable[Location]:
         """Find the tracks of a URL. A store is not asked about a name that looks like a file's."""
