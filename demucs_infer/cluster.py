@@ -217,14 +217,14 @@ def _connected(address: str, verbose: bool) -> Iterator[Any]:
         import ray.data
     except ImportError as exc:
         raise MissingDependencyError("ray[data]", "--ray") from exc
-    level = logging.INFO if verbose else logging.CRITICAL
-    for name in () if verbose else ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(level)
+    level, messages = logging.INFO, sys.stderr
     with contextlib.ExitStack() as stack:
         if not verbose:
+            level, messages = logging.CRITICAL, stack.enter_context(Path(os.devnull).open("w"))
+            for name in ("ray", "ray.data"):
+                logging.getLogger(name).setLevel(level)
             warnings.filterwarnings("ignore", module=__name__, message=".*ray_remote_args")
         # Ray reports deaths on standard output, which belongs to our results.
-        messages = sys.stderr if verbose else stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(messages))
         if not ray.is_initialized():
             stack.callback(ray.shutdown)

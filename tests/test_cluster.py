@@ -149,12 +149,9 @@ def on_ray(repo: Path, *more: object, cwd: Path) -> tuple[Any, list[dict[str, An
 
 def started(repo: Path, *more: object, cwd: Path) -> subprocess.Popen[str]:
     """Start the command as a process."""
-    code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
-    code = "" if any(":" in str(word) for word in more) else code
-    code += "import sys; from demucs_infer.separate import command; command(sys.argv[1:])"
     arguments = [*options(repo), "--json", "--cpus-per-worker", 1, *more]
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-m", "demucs_infer", *map(str, arguments)],
         cwd=cwd,
         env={**environment(), "RAY_ADDRESS": ""},
         stdout=subprocess.PIPE,

@@ -80,24 +80,21 @@ class _Forgiving:
         self._lock = threading.RLock()  # a signal may interrupt its holder
 
     def write(self, text: str) -> int:
-        with self._lock:
-            self._write(text)
-        return len(text)
-
-    def _write(self, text: str) -> None:
         shown = text
-        if text.startswith("\r"):
-            self._bar = text
-        elif self._bar and len(text) > 1 and text.endswith("\n"):
-            if is_terminal(self._stream):
-                # A message replaces the bar. Its owner draws it again below, unless it is complete.
-                shown = f"{CLEAR_LINE}{text}{self._bar if '100%|' in self._bar else ''}"
-            else:
-                shown, self._bar = f"\n{text}", ""
-        elif text.endswith("\n"):
-            self._bar = ""
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
+            if text.startswith("\r"):
+                self._bar = text
+            elif self._bar and len(text) > 1 and text.endswith("\n"):
+                if is_terminal(self._stream):
+                    # A message replaces the bar. Its owner draws it again below, unless it is
+                    # complete.
+                    shown = f"{CLEAR_LINE}{text}{self._bar if '100%|' in self._bar else ''}"
+                else:
+                    shown, self._bar = f"\n{text}", ""
+            elif text.endswith("\n"):
+                self._bar = ""
             write(shown, self._stream)
+        return len(text)
 
     def flush(self) -> None:
         """Do nothing: `write` flushes."""

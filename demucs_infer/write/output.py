@@ -164,8 +164,7 @@ class Output:
 
     def __post_init__(self) -> None:
         check_options(self)
-        known = ALL_FORMATS.get(self.format)
-        if self.as_float and known and 32 not in known.codecs:
+        if self.as_float and 32 not in ALL_FORMATS[self.format].codecs:
             raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
         bits = 32 if self.as_float else self.bits_per_sample
         chosen = find_format(self.format, bits, self.bitrate, self.preset, self.codec)
