@@ -72,16 +72,18 @@ class SeparateTracks:
         folders: Folders | None = None,
         **options: Any,
     ) -> None:
-        own = {"output": output, "skip_existing": skip_existing, "folders": folders}
-        self._arguments = {**own, **options}
-        self._folders = folders
+        own: dict[str, Any] = {"skip_existing": skip_existing, "folders": folders}
+        self._arguments = {"output": output, **own, **options}
         self.output = output if isinstance(output, Output) else Output(output)
-        self.skip_existing = skip_existing
-        self._model_thread = ThreadPoolExecutor(1)
-        self.separator = self._model_thread.submit(partial(Separator, **options)).result()
+        own["model_pool"] = thread = ThreadPoolExecutor(1)
+        self.separator = thread.submit(partial(Separator, **options)).result()
         self.output.check_stems(self.separator._model.sources, self.separator.stems)
-        self._space = self.output.workspace().__enter__()
-        weakref.finalize(self, self._space.__exit__)
+        space = self.output.workspace().__enter__()
+        weakref.finalize(self, space.__exit__)
+        here: dict[str, Any] = {"output": self.output, "space": space, **own}
+        self._separated: Callable[..., TrackResult] = partial(
+            separate_track, self.separator, **here
+        )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return partial(type(self), **self._arguments), ()
@@ -90,15 +92,7 @@ class SeparateTracks:
         track: Location = Path()
         try:
             track = location(str(row["input"]))
-            result = separate_track(
-                self.separator,
-                track,
-                self.output,
-                self._space,
-                folders=self._folders,
-                skip_existing=self.skip_existing,
-                model_pool=self._model_thread,
-            )
+            result = self._separated(track)
         except DemucsInferError as exc:
             result = TrackResult(track, self.separator.name, error=exc)
         return {**row, **result.as_json(), "input": row["input"]}

@@ -205,15 +205,13 @@ class _Search:
             found = [track for match in url.find(True) for track in self._remote(match)]
         else:
             files = url.find(False)
-            found = [file for file in files if self._is_track_below(file, url)]
+            visible = [f for f in files if "/." not in f.text.removeprefix(url.text)]
+            left_out = f"{self.apart}/"
+            found = [f for f in visible if _is_audio(f.name) and not f.text.startswith(left_out)]
             if files and not found:
                 self.report(url, _without_audio(url, len(files)))
                 return []
         return found or [url]
-
-    def _is_track_below(self, file: Url, folder: Url) -> bool:
-        hidden = "/." in file.text.removeprefix(folder.text)
-        return _is_audio(file.name) and not hidden and not file.text.startswith(f"{self.apart}/")
 
     def _below(self, folder: Path) -> list[Path]:
         """Find all tracks below a folder, through links that stay in it. Enter each folder once."""
