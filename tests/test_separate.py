@@ -196,7 +196,7 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
         ("-o -", 2, ["one stem, not 4"]),
         ("-o - --stems bass other.wav", 2, ["one track, not 2"]),
         ("--ray -o -", 2, ["--ray", "standard output"]),
-        ("--ray -- -", 2, ["--ray", "standard input"]),
+        ("- --ray", 2, ["--ray", "standard input"]),
         ("-o - --stems bass --json", 2, ["--json"]),
         ("-o - --stems bass --player", 2, ["standard output"]),
     ],
