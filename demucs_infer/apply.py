@@ -85,10 +85,12 @@ class TensorChunk:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the chunk, `[..., length]`."""
         return torch.Size([*self.tensor.shape[:-1], self.length])
 
     @property
     def device(self) -> torch.device:
+        """The device of the tensor."""
         return self.tensor.device
 
     def read(self, start: int, stop: int) -> Tensor:

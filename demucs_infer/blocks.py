@@ -53,6 +53,7 @@ class ScaledEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The vectors of all bands, `[num_embeddings, embedding_dim]`."""
         return self.embedding.weight * self.scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ ISO/IEC 14496-12 defines the boxes; Native Instruments defines `stem`.
 from __future__ import annotations
 
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple
 
 HEADER, LONG_HEADER = 8, 16  # bytes
@@ -97,6 +98,23 @@ def read_tempo(file: IO[bytes]) -> int | None:
         return None
     file.seek(found[-1].content + 8)  # behind type and language
     return int.from_bytes(file.read(min(4, max(0, found[-1].stop - file.tell()))), "big") or None
+
+
+def set_languages(file: IO[bytes], languages: Sequence[str]) -> None:
+    """Set the languages of the tracks, three letters each; others are left alone.
+
+    FFmpeg writes those that had a number on the first Macintosh, and no others, into QuickTime.
+    """
+    (moov,) = find(file, b"moov")
+    tracks = (box for box in walk(file, moov.content, moov.stop) if box.name == b"trak")
+    for track, language in zip(tracks, languages):
+        _, header = find(file, b"mdia", b"mdhd", inside=track)
+        file.seek(header.content)
+        version = file.read(1)[0]
+        if re.fullmatch("[a-z]{3}", language):
+            first, second, third = (ord(letter) - 0x60 for letter in language)
+            file.seek(header.content + (32 if version else 20))
+            file.write(struct.pack(">H", first << 10 | second << 5 | third))
 
 
 def skip_priming(file: IO[bytes], samples: int) -> None:

@@ -111,7 +111,7 @@ def catalog(
 
 
 def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
-    remote = RemoteRepo.released(cache_dir=cache_dir)
+    remote = RemoteRepo(cache_dir=cache_dir)
     files = {sig: _cached_file(remote, sig) for sig in remote.list_model()}
     stems: dict[str, list[str]] = {}
     for name, bag in bags().items():
@@ -128,10 +128,9 @@ def _published(cache_dir: str | os.PathLike[str] | None) -> Iterator[Entry]:
 
 
 def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
-    path, item = remote.path(sig), checkpoints()[sig]
-    size = path.stat().st_size if remote.has_file(sig) else None
-    about = item.url, item.sha256, item.source, item.licence
-    return CheckpointFile(path, size is not None, size or item.size, *about)
+    (path, there), item = remote.locate(sig), checkpoints()[sig]
+    size = path.stat().st_size if there else item.size
+    return CheckpointFile(path, there, size, item.urls[0], item.sha256, item.source, item.licence)
 
 
 def _local(repo: Path) -> Iterator[Entry]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from .engine.options import DEFAULT_MODEL, ModelOptions
 from .errors import ModelLoadingError
 from .fields import add_flags
-from .hub import hf
-from .hub.registry import REMOTE_ROOT, bag_files, is_offline, released_files
+from .hub import hf, registry
+from .hub.registry import REMOTE_ROOT, is_offline, released_files
 from .repo import CHECKPOINT_SUFFIXES, AnyModelRepo, BagOnlyRepo, LocalRepo, RemoteRepo
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def open_repo(
 ) -> AnyModelRepo:
     """Open the published models, or those in the folder `repo`. Raises `ModelLoadingError`."""
     if repo is None:
-        remote = RemoteRepo.released(cache_dir=cache_dir, offline=offline)
-        return AnyModelRepo(remote, BagOnlyRepo.of_files(bag_files(), remote))
+        remote = RemoteRepo(cache_dir=cache_dir, offline=offline)
+        bags = {name: registry.REMOTE_ROOT / f"{name}.yaml" for name in registry.bags()}
+        return AnyModelRepo(remote, BagOnlyRepo.of_files(bags, remote))
     if not repo.is_dir():
         raise ModelLoadingError(f"{repo}: is not a folder of models")
     local = LocalRepo(repo)

@@ -10,15 +10,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DownloadError, ModelLoadingError
 from .hub import hf, registry
 from .hub.checkpoints import Bag, Content, read_package, read_weights
-from .hub.download import fetch_any, sources_of
 from .hub.pickles import ClassName
-from .hub.registry import Checkpoint
+from .hub.registry import Checkpoint, fetch_any, sources_of
 from .log import logger
 from .storage.http import redact
 
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from .engine.bag import BagOfModels
 
     AnyModel = nn.Module | BagOfModels
+
+T = TypeVar("T")
 
 CHECKPOINT_SUFFIXES = (".th", ".safetensors")
 MANY = 20  # names that a message lists at most
@@ -49,7 +50,10 @@ def check_checksum(path: Path, checksum: str) -> None:
     Content.read(path).checked(checksum)
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
+def _entry(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """Return the entry of a name. Raises `ModelLoadingError` that suggests another name."""
+    if name in known:
+        return known[name]
     folded = {candidate.casefold(): candidate for candidate in sorted(known)}
     longer = [each for each in folded if len(name) > 2 and each.startswith(name.casefold())]
     if near := longer or difflib.get_close_matches(name[:100].casefold(), folded, n=1):
@@ -85,10 +89,6 @@ class ModelOnlyRepo:
         """Return the origin of each model, by signature."""
         raise NotImplementedError
 
-    def fetch(self, sig: str) -> Path:
-        """Return the verified file of a model. Raises `ModelLoadingError`."""
-        return self.read(sig).path
-
     def read(self, sig: str) -> Content:
         """Return the verified bytes of a model's file. Raises `ModelLoadingError`."""
         raise NotImplementedError
@@ -101,40 +101,32 @@ class RemoteRepo(ModelOnlyRepo):
     """Published checkpoints, by signature and URL, which are downloaded into a cache.
 
     A released one is also looked for in the cache of the hub of Hugging Face, and downloaded from
-    there if its own host fails.
+    there if its own host fails. A file that the registry does not know is verified by the checksum
+    in its name, and not downloaded if there is none.
 
     Args:
-        models: the URL of each checkpoint, by signature.
-        checkpoints: further facts about them (default: the registry). An unknown file is verified
-            by the checksum in its name, and not downloaded if there is none.
+        models: the URL of each checkpoint, by signature (default: all of the registry).
         cache_dir: the folder to keep them in (default: see `registry.cache_folder`).
         offline: never download (default: the variable `DEMUCS_INFER_OFFLINE`).
     """
 
     def __init__(
         self,
-        models: Mapping[str, str],
+        models: Mapping[str, str] | None = None,
         *,
-        checkpoints: Mapping[str, Checkpoint] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
     ) -> None:
-        known = registry.checkpoints() if checkpoints is None else checkpoints
-        self._models, self._cache_dir, self._offline = dict(models), cache_dir, offline
+        known = registry.checkpoints()
+        urls = {sig: checkpoint.urls[0] for sig, checkpoint in known.items()}
+        self._models = urls if models is None else dict(models)
+        self._cache_dir, self._offline = cache_dir, offline
         self._checkpoints = {
             sig: known[sig]
             if sig in known and url in known[sig].urls
-            else Checkpoint(url, _checksum(PurePosixPath(url)))
-            for sig, url in models.items()
+            else Checkpoint(url, PurePosixPath(url).stem.partition("-")[2])
+            for sig, url in self._models.items()
         }
-
-    @classmethod
-    def released(
-        cls, *, cache_dir: str | os.PathLike[str] | None = None, offline: bool | None = None
-    ) -> RemoteRepo:
-        """Open the checkpoints of the registry."""
-        urls = {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
-        return cls(urls, cache_dir=cache_dir, offline=offline)
 
     def list_model(self) -> Mapping[str, str]:
         return self._models
@@ -152,7 +144,7 @@ class RemoteRepo(ModelOnlyRepo):
         Raises `DownloadError` if it cannot be downloaded, `ModelLoadingError` if it cannot be read
         or the signature is unknown.
         """
-        checkpoint, problems = self._checkpoint(sig), []
+        checkpoint, problems = _entry("model", sig, self._checkpoints), []
         for path, digest in self._files(sig):
             try:
                 content = Content.read(path).checked(digest, "")
@@ -168,18 +160,13 @@ class RemoteRepo(ModelOnlyRepo):
         if registry.is_offline(self._offline):
             raise DownloadError(f"{problem}, {NO_NETWORK}. {self._by_hand([sig])}")
         try:
-            path = fetch_any(sources_of(sig, checkpoint), self._own_path(sig).parent)
+            path, digest = fetch_any(sources_of(sig, checkpoint), self._own_path(sig).parent)
         except DownloadError as exc:
             raise DownloadError(f"{exc}. {problem}. {self._by_hand([sig])}") from exc
-        return Content.read(path).checked(_digest_of(path, checkpoint))
-
-    def _checkpoint(self, sig: str) -> Checkpoint:
-        if sig not in self._models:
-            _unknown("model", sig, self._models)
-        return self._checkpoints[sig]
+        return Content.read(path).checked(digest)
 
     def _own_path(self, sig: str) -> Path:
-        checkpoint = self._checkpoint(sig)
+        checkpoint = _entry("model", sig, self._checkpoints)
         return checkpoint.embedded or registry.cache_folder(self._cache_dir) / checkpoint.file
 
     def _files(self, sig: str) -> Iterator[tuple[Path, str]]:
@@ -194,60 +181,46 @@ class RemoteRepo(ModelOnlyRepo):
         if checkpoint.embedded or not (bags := registry.bags_with(sig)):
             return
         for path in folder:
-            if path.suffix == hf.SUFFIX and _signature(path) == sig:
-                yield path, _digest_of(path, checkpoint)
+            name, _, checksum = path.stem.partition("-")
+            if path.suffix == hf.SUFFIX and name == sig and path != own:
+                yield path, checkpoint.safetensors_sha256 or checksum
         for bag in bags:
             file = hf.cached_file(hf.HubModel(bag), f"{sig}{hf.SUFFIX}", any_revision=True)
             if file:
                 yield file, checkpoint.safetensors_sha256 or hf.known_digest(file)
 
-    def path(self, sig: str) -> Path:
-        """Return the file of a checkpoint, or the one that it would be."""
-        return next((path for path, _ in self._files(sig)), self._own_path(sig))
-
-    def has_file(self, sig: str) -> bool:
-        """Return True if there is a file for a checkpoint, right or wrong."""
-        return any(True for _ in self._files(sig))
+    def locate(self, sig: str) -> tuple[Path, bool]:
+        """Return the file of a checkpoint, or the one that it would be, and True if it is there."""
+        found = next((path for path, _ in self._files(sig)), None)
+        return found or self._own_path(sig), found is not None
 
     def require(self, signatures: Iterable[str]) -> None:
-        published = (sig for sig in signatures if not self._checkpoint(sig).embedded)
-        absent = [sig for sig in dict.fromkeys(published) if not self.has_file(sig)]
+        absent = [
+            sig
+            for sig in dict.fromkeys(signatures)
+            if not self.locate(sig)[1] and not self._checkpoints[sig].embedded
+        ]
         if absent and registry.is_offline(self._offline):
             raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}. {self._by_hand(absent)}")
 
     def _absence(self, signatures: Sequence[str]) -> str:
-        names = ", ".join(self.path(sig).name for sig in signatures)
+        names = ", ".join(self.locate(sig)[0].name for sig in signatures)
         return f"{names} {'is' if len(signatures) == 1 else 'are'} not on this machine"
 
     def _by_hand(self, signatures: Sequence[str]) -> str:
         """Describe how to do without a download, with the URLs and digests of the files."""
-        files = []
-        for sig in signatures:
-            urls: dict[str, list[str]] = {}
-            for source in sources_of(sig, self._checkpoints[sig]):
-                digest = f" (SHA-256 {source.sha256})" if source.sha256 else ""
-                urls.setdefault(digest, []).append(redact(source.url))
-            files.append(" or ".join(" or ".join(urls[digest]) + digest for digest in urls))
+        files = [
+            " or ".join(
+                f"{redact(source.url)}{source.sha256 and f' (SHA-256 {source.sha256})'}"
+                for source in sources_of(sig, self._checkpoints[sig])
+            )
+            for sig in signatures
+        ]
         them, folder = "it" if len(files) == 1 else "them", self._own_path(signatures[0]).parent
         return (
             f"Copy {them} into {folder}, or into a folder for --cache-dir (or for --repo, with a"
             f" NAME.yaml for a bag), from {', '.join(files)}"
         )
-
-
-def _signature(path: PurePath) -> str:
-    return path.stem.partition("-")[0]
-
-
-def _checksum(path: PurePath) -> str:
-    return path.stem.partition("-")[2]
-
-
-def _digest_of(path: Path, checkpoint: Checkpoint) -> str:
-    """Return the digest that a file in our cache must have, as far as it is known."""
-    if path.name == checkpoint.file:
-        return checkpoint.sha256
-    return checkpoint.safetensors_sha256 or _checksum(path)
 
 
 class _HubModels(ModelOnlyRepo):
@@ -282,15 +255,14 @@ class LocalRepo(ModelOnlyRepo):
         """Look at the folder again. Raises `ModelLoadingError` if two files claim one signature."""
         self._models: dict[str, Path] = {}
         for path in sorted(self.root.iterdir()):
-            signature = _signature(path)
+            signature = path.stem.partition("-")[0]
             wanted = self._only is None or signature in self._only
             if path.suffix not in CHECKPOINT_SUFFIXES or not wanted:
                 continue
             if other := self._models.get(signature):
                 names = f"{other.name} and {path.name}"
-                raise ModelLoadingError(
-                    f"{self.root}: two files are the model {signature}: {names}"
-                )
+                text = f"two files are the model {signature}: {names}"
+                raise ModelLoadingError(f"{self.root}: {text}")
             self._models[signature] = path
 
     @classmethod
@@ -304,10 +276,9 @@ class LocalRepo(ModelOnlyRepo):
         return self._models
 
     def read(self, sig: str) -> Content:
-        if sig not in self._models:
-            _unknown("model", sig, self._models)
-        path = self._models[sig]
-        return Content.read(path).checked("" if path.stem == sig else _checksum(path))
+        path = _entry("model", sig, self._models)
+        # The signature of a single file is its whole stem.
+        return Content.read(path).checked(path.stem.removeprefix(sig).removeprefix("-"))
 
 
 class BagOnlyRepo:
@@ -331,8 +302,9 @@ class BagOnlyRepo:
 
     def get_model(self, name: str) -> BagOfModels:
         """Build the bag of this name with its models. Raises `ModelLoadingError`."""
-        bag = self._read(name)
         from .engine.bag import BagOfModels
+
+        bag = self._read(name)
 
         self.model_repo.require(bag.models)
         models = {sig: self.model_repo.get_model(sig) for sig in dict.fromkeys(bag.models)}
@@ -343,9 +315,7 @@ class BagOnlyRepo:
         return list(self._read(name).models)
 
     def _read(self, name: str) -> Bag:
-        if name not in self._bags:
-            _unknown("bag", name, self._bags)
-        return Bag.read(self._bags[name])
+        return Bag.read(_entry("bag", name, self._bags))
 
     def list_model(self) -> Mapping[str, Path]:
         """Return the file of each bag, by name."""
@@ -384,21 +354,21 @@ class AnyModelRepo:
 
     def get_model(self, name_or_sig: str) -> nn.Module:
         """Build the model or the bag. Raises `ModelLoadingError`."""
-        if self.model_repo.has_model(name_or_sig):
-            return self.model_repo.get_model(name_or_sig)
-        self._check_name(name_or_sig)
-        return self.bag_repo.get_model(name_or_sig)
+        return self._home(name_or_sig).get_model(name_or_sig)
 
-    def _check_name(self, name_or_sig: str) -> None:
-        if not self.has_model(name_or_sig):
-            _unknown("model", name_or_sig, self.list_model())
+    def _home(self, name_or_sig: str) -> ModelOnlyRepo | BagOnlyRepo:
+        for repo in (self.model_repo, self.bag_repo):
+            if repo.has_model(name_or_sig):
+                return repo
+        # This raises, as neither has the name.
+        return _entry("model", name_or_sig, self.list_model())
 
     def members(self, name_or_sig: str) -> tuple[ModelOnlyRepo, list[str]]:
         """Return the models that a name stands for. Raises `ModelLoadingError`."""
-        if self.model_repo.has_model(name_or_sig):
-            return self.model_repo, [name_or_sig]
-        self._check_name(name_or_sig)
-        return self.bag_repo.model_repo, self.bag_repo.members(name_or_sig)
+        home = self._home(name_or_sig)
+        if isinstance(home, BagOnlyRepo):
+            return home.model_repo, home.members(name_or_sig)
+        return home, [name_or_sig]
 
     def require(self, name_or_sig: str) -> None:
         """Raise `ModelLoadingError` if a file that the name stands for is known to be missing."""
@@ -408,7 +378,7 @@ class AnyModelRepo:
     def fetch(self, name_or_sig: str) -> list[Path]:
         """Return the verified files that a name stands for. Raises `ModelLoadingError`."""
         repo, signatures = self.members(name_or_sig)
-        return [repo.fetch(sig) for sig in dict.fromkeys(signatures)]
+        return [repo.read(sig).path for sig in dict.fromkeys(signatures)]
 
     def list_model(self) -> Mapping[str, Any]:
         """Return the origin of each model and bag, by name."""

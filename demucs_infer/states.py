@@ -1,6 +1,6 @@
-"""A checkpoint becomes a model, and a model a checkpoint.
+"""Build models from checkpoints, and write checkpoints of models.
 
-Classes that a checkpoint names are looked up in `MODEL_CLASSES`; `packages` reads the files.
+Classes that a checkpoint names are looked up in `MODEL_CLASSES`. `hub.checkpoints` reads the files.
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ FREE_VALUES, VALUES_PER_WEIGHT = 25 * 10**6, 4
 STEP_VALUES = 256
 
 # Names that a quantized state has for the class of diffq that unpacks it.
-QUANTIZERS = {
-    "diffq.uniform.UniformQuantizer": "UniformQuantizer",
-    "diffq.diffq.DiffQuantizer": "DiffQuantizer",
-}
+QUANTIZERS = ("diffq.uniform.UniformQuantizer", "diffq.diffq.DiffQuantizer")
 
 # Options of other releases that act in training only.
 TRAINING_OPTIONS = frozenset(
@@ -106,7 +103,8 @@ def build_model(package: Mapping[str, Any], label: str, strict: bool = False) ->
         raise ModelLoadingError(
             f"{label}: does not describe a model that is supported: {exc}"
         ) from exc
-    except Exception as exc:  # whatever a damaged or hostile description brings about
+    except Exception as exc:
+        # Damaged and hostile descriptions bring about exceptions of all kinds.
         reason = shortened(exc)
         raise ModelLoadingError(f"{label}: does not describe a model ({reason})") from exc
 
@@ -122,7 +120,10 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     with _Budget(weights, values), torch.device("meta"), Uninitialized():
         model = model_class(*package.get("args", ()), **kwargs)
     if quantized:
-        _check_size(model, values)
+        # No weight is free: a small file should not become a large model.
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+        if wanted > values:
+            raise ModelLoadingError(f"the weights do not fit: {values} bits for {wanted} weights")
         set_state(model.to_empty(device="cpu"), state)
     else:
         _assign_state(model, state)
@@ -140,24 +141,29 @@ def _check_window(model: nn.Module) -> None:
     options: Any = model.options
     weights = sum(parameter.numel() for parameter in model.parameters())
     limit = FREE_VALUES + VALUES_PER_WEIGHT * weights
-    length = float(options.segment) * options.samplerate * (1 + getattr(options, "resample", False))
+    length = float(options.segment) * options.samplerate
+    if isinstance(model, Demucs):
+        length = float(model.valid_length(math.ceil(length))) * (1 + options.resample)
     nfft = getattr(options, "nfft", 0)
     # A spectrogram has twice as many complex values as its signal.
     channels = options.audio_channels * len(options.sources)
     largest = (4 if nfft else 1) * channels * length
-    steps, bins = length, nfft / 2
+    steps, bins, width = length, nfft / 2, options.audio_channels
     for level in range(options.depth):
+        # The input of a level is padded to a multiple of its stride.
+        largest = max(largest, width * max(steps, options.stride))
+        width = options.channels * options.growth**level
         steps, bins = steps / options.stride, max(1.0, bins / options.stride)
         columns = max(steps, bins * length * 4 / nfft) if nfft else steps
         # Gated units have twice the width.
-        largest = max(largest, 2 * options.channels * options.growth**level * columns)
+        largest = max(largest, 2 * width * columns)
     tokens = bins * length * 4 / nfft if getattr(options, "t_layers", 0) else 0
     # The steps of an LSTM are run one after the other.
     recurrent = STEP_VALUES * steps if getattr(options, "lstm_layers", 0) else 0
     if max(largest, tokens**2, recurrent) > limit:
         raise ModelLoadingError(
             f"a window takes {max(largest, tokens**2, recurrent):.0f} values, more than the"
-            f" {limit} that a model of its size may take: its segment is too long"
+            f" {limit} that a model of its size may take: its segment or stride is too long"
         )
 
 
@@ -251,7 +257,7 @@ def _check_names_and_shapes(expected: Mapping[str, Tensor], state: Mapping[str, 
 
 
 def get_state(model: nn.Module, quantizer: Any = None, half: bool = False) -> dict[str, Any]:
-    """The weights of `model` on the CPU, as float16 if `half`, or packed by diffq's `quantizer`."""
+    """Return the weights of `model`, as float16 if `half`, or packed by diffq's `quantizer`."""
     if quantizer is not None:
         return {**quantizer.get_quantized_state(), QUANTIZED: True}
     dtype = torch.float16 if half else None
@@ -272,7 +278,11 @@ def set_state(
         quantizer.restore_quantized_state(state)
     else:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        quantizer = _quantizer_of(model, state["meta"])
+        dotted = _dotted_name(state["meta"]["klass"])
+        if dotted not in QUANTIZERS:
+            raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
+        kind = getattr(_import_diffq(), dotted.rpartition(".")[2])
+        quantizer = kind(model, **state["meta"]["init_kwargs"])
         _check_quantized(quantizer, state, names)
         quantizer.restore_quantized_state(state)
         quantizer.detach()
@@ -341,22 +351,6 @@ def _import_diffq() -> Any:
     return diffq
 
 
-def _quantizer_of(model: nn.Module, meta: Mapping[str, Any]) -> Any:
-    """The quantizer of diffq that packed a state."""
-    diffq = _import_diffq()
-    dotted = _dotted_name(meta["klass"])
-    if dotted not in QUANTIZERS:
-        raise ModelLoadingError(f"{dotted} is not a quantizer of diffq")
-    return getattr(diffq, QUANTIZERS[dotted])(model, **meta["init_kwargs"])
-
-
-def _check_size(model: nn.Module, bits: int) -> None:
-    """Raise `ModelLoadingError` if a quantized state cannot fill `model`: no weight is free."""
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > bits:
-        raise ModelLoadingError(f"the weights do not fit: {bits} bits for {wanted} weights")
-
-
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         # A sum is fast, but may be too large where no value is.
@@ -373,8 +367,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _check_quantized(quantizer: Any, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    """Raise `ModelLoadingError` for what diffq would take without a word: it fills as far as the
-    lists go, repeats a tensor that is too small, and does not look at the width of packed blocks.
+    """Raise `ModelLoadingError` for tensors that do not fit.
+
+    diffq fills as many as there are, repeats one that is too small, and ignores the width of packed
+    blocks.
     """
     for kind in ("others", "float16"):
         expected = {names[id(p)]: p for p in getattr(quantizer, f"_{kind}")}

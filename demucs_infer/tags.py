@@ -72,6 +72,9 @@ for _name, _id3, _vorbis, _mp4, *_others in map(str.split, _TABLE.strip().splitl
     TAGS[_name] = Names(_id3, _vorbis, None if _mp4 == "-" else _mp4, _others[0])
     _KNOWN_AS |= {_other.lower(): _name for _other in (_name, _id3, _vorbis, _mp4, *_others)}
 del _KNOWN_AS["-"]
+# Of a stream that is copied.
+STREAM_TAGS = ("language", "title", "handler_name", "filename", "mimetype")
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,4}")
 LYRICS = re.compile(r"(?i)lyrics-[a-z]{3}")  # FFmpeg's name, with a language
 
 
@@ -90,6 +93,14 @@ def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
         if known and 0 < len(value) <= MAX_TAG and not OF_THE_FILE.fullmatch(name.lower()):
             clean.setdefault(known, value)
     return dict(list(clean.items())[:MAX_TAGS])
+
+
+def clean_stream_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags of a stream or chapter that is copied, cleaned as those of a track."""
+    texts = {name: _text(tags[name]) for name in STREAM_TAGS if name in tags}
+    if not LANGUAGE.fullmatch(texts.get("language", "")):
+        texts.pop("language", None)
+    return {name: text for name, text in texts.items() if 0 < len(text) <= MAX_TAG}
 
 
 def _text(text: str) -> str:

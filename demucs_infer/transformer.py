@@ -203,6 +203,7 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(options.dim)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T, C]` after two linear layers and a gain."""
         return self.gamma_2(self.linear2(self.activation(self.linear1(x))))
 
 

@@ -329,6 +329,20 @@ def video(path: Path, sound_at: float = 0.0, picture_at: float = 0.0, codec: str
     return path
 
 
+def ffmpeg(*arguments: object) -> bytes:
+    """Run FFmpeg's command and return its standard output."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs ffmpeg")
+    command = ["ffmpeg", "-v", "error", "-nostdin", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def sound(path: Path, stream: int, length: int | None = None) -> np.ndarray:
+    """Decode an audio stream with FFmpeg, as `[2, T]`."""
+    data = ffmpeg("-i", path, "-map", f"0:a:{stream}", "-f", "f32le", "-ac", 2, "-")
+    return np.frombuffer(data, np.float32).reshape(-1, 2).T[:, :length]
+
+
 def probe(path: Path, *entries: str) -> Any:
     """Run ffprobe on a file and return its JSON."""
     if shutil.which("ffprobe") is None:

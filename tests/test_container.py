@@ -1,11 +1,9 @@
-"""Files of several streams: all stems of a track, or the picture of a video and a stem."""
+"""Files of all stems of a track."""
 
 from __future__ import annotations
 
 import io
-import shutil
 import struct
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,14 +27,14 @@ from .helpers import (
     SOURCES,
     TINY,
     Command,
-    assert_one_line,
+    ffmpeg,
     lag,
     noise,
     probe,
     save_package,
     shake,
+    sound,
     stem_box,
-    video,
 )
 
 RATE = 8000  # of the tiny model
@@ -45,20 +43,6 @@ COVER = (
     b"\x15\xc4\x89\x00\x00\x00\rIDATx\x9cc\xf8\xff\xff?\x00\x05\xfe\x02\xfe\xa7\x9a\xa2\x9f\x00"
     b"\x00\x00\x00IEND\xaeB`\x82"
 )
-
-
-def ffmpeg(*arguments: object) -> bytes:
-    """Run FFmpeg's command and return its standard output."""
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("needs ffmpeg")
-    command = ["ffmpeg", "-v", "error", "-nostdin", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True).stdout
-
-
-def sound(path: Path, stream: int, length: int | None = None) -> np.ndarray:
-    """Decode an audio stream with FFmpeg, as `[2, T]`."""
-    data = ffmpeg("-i", path, "-map", f"0:a:{stream}", "-f", "f32le", "-ac", 2, "-")
-    return np.frombuffer(data, np.float32).reshape(-1, 2).T[:, :length]
 
 
 def enabled(path: Path) -> list[bool]:
@@ -227,99 +211,3 @@ def test_box_is_added_to_user_data_or_makes_it() -> None:
     assert grown.getvalue() == box(
         b"moov", box(b"udta", box(b"meta") + box(b"stem", b"{}")) + box(b"free")
     )
-
-
-# Video.
-
-
-def pictures(path: Path) -> list[tuple[float, str]]:
-    """Return time and digest of every picture that FFmpeg shows."""
-    base = 1000
-    shown = ["-fps_mode", "passthrough", "-enc_time_base", f"1:{base}", "-f", "framemd5", "-"]
-    text = ffmpeg("-copyts", "-i", path, "-map", "0:v", *shown).decode()
-    rows = [line.split(",") for line in text.splitlines() if not line.startswith("#")]
-    return [(int(row[2]) / base, row[5].strip()) for row in rows]
-
-
-def clicks(path: Path) -> np.ndarray:
-    """Return the times of the clicks in seconds, on the clock of the file."""
-    wave = np.abs(sound(path, 0)[0])
-    (starts,) = np.nonzero(wave > 0.4 * wave.max())
-    apart = starts[np.diff(starts, prepend=-9999) > 2000]
-    return apart / 44_100 + sound_start(path)
-
-
-def sound_start(path: Path) -> float:
-    """Return the time of the first sample, on the clock of the file."""
-    entries = ("-show_entries", "frame=pts_time", "-select_streams", "a", "-read_intervals", "%+#3")
-    return float(probe(path, *entries)["frames"][0]["pts_time"])
-
-
-@pytest.mark.parametrize(
-    ("suffix", "sound_at", "picture_at"),
-    [
-        ("mp4", 0.75, 0),
-        pytest.param("mkv", 0, 0.4, marks=pytest.mark.slow),
-        pytest.param("avi", 0, 0, marks=pytest.mark.slow),
-        pytest.param("ts", 0.75, 0, marks=pytest.mark.slow),
-    ],
-)
-def test_video_keeps_its_pictures_and_their_distance_to_the_sound(
-    suffix: str, sound_at: float, picture_at: float, tmp_path: Path
-) -> None:
-    path = video(tmp_path / f"clip.{suffix}", sound_at, picture_at)
-    separator = Separator("demo", device="cpu", shifts=0)
-    separator.separate_to_files(
-        path, tmp_path / "out", format="mp4", stems=["all=drums+bass+other+vocals"]
-    )
-    made = tmp_path / "out/clip/all.mp4"
-    before, after = pictures(path), pictures(made)
-    assert [digest for _, digest in after] == [digest for _, digest in before]
-    heard, given = clicks(made), clicks(path)
-    apart = (heard - after[0][0]) - (given - before[0][0])
-    assert len(heard) == len(given) == 8
-    assert np.abs(apart).max() < 0.002
-
-
-@pytest.mark.parametrize(
-    ("name", "codec"),
-    [
-        ("clip.mp4", "libx264"),
-        ("clip.ts", "libx264"),
-        ("clip.vob", "mpeg2video"),
-        pytest.param("clip.avi", "mpeg4", marks=pytest.mark.slow),
-    ],
-)
-def test_excerpt_of_a_video_shows_no_picture_before_it(
-    name: str, codec: str, tmp_path: Path
-) -> None:
-    """It begins in the middle of a group of pictures, and on a key frame that is hidden."""
-    path = video(tmp_path / name, 0.5, codec=codec)
-    separator = Separator("demo", device="cpu", shifts=0)
-    whole = "all=drums+bass+other+vocals"
-    result = separator.separate_to_files(
-        path, tmp_path / "out", format="mp4", stems=[whole], start=0.54, duration=1.0
-    )
-    assert result.seconds == 1.0
-    made = tmp_path / "out/clip/all.mp4"
-    before, after = pictures(path), pictures(made)
-    start = sound_start(path) + 0.54
-    first = max(time for time, _ in before if time <= start)
-    assert first < start  # the sound begins while a picture is shown
-    packets = probe(made, "-select_streams", "v", "-show_entries", "packet=flags")["packets"]
-    assert packets[0]["flags"].startswith("K")
-    wanted = [(time - first, digest) for time, digest in before if first <= time < start + 1]
-    assert [digest for _, digest in after[: len(wanted)]] == [digest for _, digest in wanted]
-    assert [time for time, _ in after[: len(wanted)]] == pytest.approx([t for t, _ in wanted])
-    expected = [time - first for time in clicks(path) if start <= time < start + 1]
-    assert clicks(made)[:3] == pytest.approx(expected[:3], abs=0.001)
-
-
-def test_tracks_without_a_picture_for_mp4_fail(
-    command: Command, song: Path, tmp_path: Path
-) -> None:
-    wmv = video(tmp_path / "clip.avi", codec="wmv2")
-    for path, words in ((song, ["no picture", "m4a"]), (wmv, ["wmv2", "MP4"])):
-        result = command("--format", "mp4", "--stems", "vocals", path)
-        assert result.returncode == 1
-        assert_one_line(result, path.name, *words)

@@ -142,13 +142,17 @@ def zipped(package: dict, **options: bool) -> bytes:
     return buffer.getvalue()
 
 
-def copied(data: bytes, change: Callable[[str, bytes], list[tuple[str, bytes]]], **kind) -> bytes:
-    """An archive with other entries."""
+def rewritten(
+    data: bytes, change: Callable[[dict], object] = len, twice: str = "", **kind: int
+) -> bytes:
+    """An archive whose entries are changed, and one of which is there twice."""
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    change(entries)
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", **kind) as new:
-        for name in old.namelist():
-            for entry in change(name, old.read(name)):
-                new.writestr(*entry)
+    with zipfile.ZipFile(buffer, "w", **kind) as new:
+        for name in [*entries, *([twice] if twice else [])]:
+            new.writestr(name, entries[name])
     return buffer.getvalue()
 
 
@@ -163,29 +167,18 @@ def with_length(data: bytes, length: int) -> bytes:
     return bytes(changed)
 
 
-def same(name: str, data: bytes) -> list[tuple[str, bytes]]:
-    return [(name, data)]
-
-
+WEIGHT, PICKLE, ORDER = "archive/data/0", "archive/data.pkl", "archive/byteorder"
 ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
-    "packed": lambda data: copied(data, same, compression=zipfile.ZIP_DEFLATED),
+    "packed": lambda data: rewritten(data, compression=zipfile.ZIP_DEFLATED),
     "a weight that is longer than the file": lambda data: with_length(data, 2**31 - 1),
     "a weight that goes on into others": lambda data: with_length(data, 50_000),
-    "a weight that is cut": lambda data: copied(
-        data, lambda name, entry: [(name, entry[:-4] if name.endswith("/data/0") else entry)]
+    "a weight that is cut": lambda data: rewritten(data, lambda e: e.update({WEIGHT: bytes(4)})),
+    "a weight that is long": lambda data: rewritten(
+        data, lambda e: e.update({WEIGHT: e[WEIGHT] + bytes(4)})
     ),
-    "a weight that is long": lambda data: copied(
-        data, lambda name, entry: [(name, entry + bytes(4) * name.endswith("/data/0"))]
-    ),
-    "two pickles": lambda data: copied(
-        data, lambda name, entry: [(name, entry), (f"other/{name}", entry)]
-    ),
-    "no pickle": lambda data: copied(
-        data, lambda name, entry: [] if name.endswith("data.pkl") else [(name, entry)]
-    ),
-    "other bytes first": lambda data: copied(
-        data, lambda name, entry: [(name, b"big" if name.endswith("byteorder") else entry)]
-    ),
+    "two pickles": lambda data: rewritten(data, lambda e: e.update({f"x/{PICKLE}": e[PICKLE]})),
+    "no pickle": lambda data: rewritten(data, lambda e: e.pop(PICKLE)),
+    "other bytes first": lambda data: rewritten(data, lambda e: e.update({ORDER: b"big"})),
     "the older format of PyTorch": lambda data: zipped(
         torch.load(io.BytesIO(data), weights_only=False), _use_new_zipfile_serialization=False
     ),
@@ -207,11 +200,8 @@ def test_entries_of_one_name(package: dict, tmp_path: Path) -> None:
     """Another reader may take the first where this one takes the last."""
     path = tmp_path / "a.th"
     data = zipped(package)
-    for end in ("/data/0", "data.pkl", "byteorder"):
-        twice = copied(
-            data, lambda name, entry, end=end: [(name, entry)] * (1 + name.endswith(end))
-        )
-        path.write_bytes(twice)
+    for name in (WEIGHT, PICKLE, ORDER):
+        path.write_bytes(rewritten(data, twice=name))
         with pytest.raises(ModelLoadingError, match=r"a\.th"):
             load_model(path)
 
@@ -272,74 +262,51 @@ def test_weights_alone(package: dict, tmp_path: Path) -> None:
     assert read_weights(save_path)["x"].tolist() == [1, 1]
 
 
-def parts_of(data: bytes) -> tuple[dict, bytes]:
-    length = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:length]), data[length:]
+def joined(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
 
 
-def joined(header: object, body: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def with_metadata(data: bytes, **changes: str) -> bytes:
-    header, body = parts_of(data)
-    return joined({**header, "__metadata__": {**header["__metadata__"], **changes}}, body)
-
-
-def with_first(data: bytes, **changes: object) -> bytes:
-    header, body = parts_of(data)
-    name = next(name for name in header if name != "__metadata__")
-    return joined({**header, name: {**header[name], **changes}}, body)
-
-
-HEADERS: dict[str, Callable[[bytes], bytes]] = {
+# Changes of the metadata, or of what the header says about the weight `BIAS`.
+BIAS, ONE = "decoder.0.conv_tr.bias", '{"_type": "fraction", "numerator": 1, "denominator": 0}'
+SAME = json.dumps({"_dict": [[str(number), {"_tensor": BIAS}] for number in range(9999)]})
+HEADERS: dict[str, Callable[[dict, dict], object]] = {
+    "a long header": lambda facts, bias: facts.update(a="[" * checkpoints.MAX_HEADER),
+    "another shape": lambda facts, bias: bias.update(shape=[1]),
+    "a tensor of exabytes": lambda facts, bias: bias.update(shape=[2**31, 2**31]),
+    "another kind": lambda facts, bias: bias.update(dtype="F64"),
+    "a tensor outside": lambda facts, bias: bias.update(data_offsets=[0, 2**40]),
+    "no class": lambda facts, bias: facts.clear(),
+    "deep options": lambda facts, bias: facts.update(kwargs='{"a":' * 100_000),
+    "a list of options": lambda facts, bias: facts.update(kwargs="[]"),
+    "a long number": lambda facts, bias: facts.update(kwargs='{"depth": ' + "9" * 10_000 + "}"),
+    "a fraction over nothing": lambda facts, bias: facts.update(kwargs=f'{{"segment": {ONE}}}'),
+    "a cut fraction": lambda facts, bias: facts.update(args='[{"_type": "fraction"}]'),
+    "no such tensor": lambda facts, bias: facts.update(structure='{"_tensor": "b"}'),
+    "a call": lambda facts, bias: facts.update(structure='{"_call": "a"}'),
+    "deep": lambda facts, bias: facts.update(structure='{"_list": [' * 5000 + "]}" * 5000),
+    "one tensor many times": lambda facts, bias: facts.update(structure=SAME),
+}
+FILES: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda data: b"",
     "a length beyond the file": lambda data: (2**63).to_bytes(8, "little") + data[8:],
-    "a header that is no JSON": lambda data: joined(b"{" * 1000, b""),
-    "a deep header": lambda data: joined(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""),
-    "a long header": lambda data: joined(
-        {**parts_of(data)[0], "__metadata__": {"klass": "x", "a": "[" * checkpoints.MAX_HEADER}},
-        parts_of(data)[1],
-    ),
-    "a tensor of another shape": lambda data: with_first(data, shape=[1]),
-    "a tensor of exabytes": lambda data: with_first(data, shape=[2**31, 2**31]),
-    "a tensor of another kind": lambda data: with_first(data, dtype="F64"),
-    "a tensor outside": lambda data: with_first(data, data_offsets=[0, 2**40]),
+    "a header that is no JSON": lambda data: joined(b"{" * 1000),
+    "a deep header": lambda data: joined(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "a cut tensor": lambda data: data[:-1],
-    "no class": lambda data: joined(
-        {k: v for k, v in parts_of(data)[0].items() if k != "__metadata__"}, parts_of(data)[1]
-    ),
-    "options that are deep": lambda data: with_metadata(data, kwargs='{"a":' * 100_000),
-    "options that are a list": lambda data: with_metadata(data, kwargs="[]"),
-    "options that are long numbers": lambda data: with_metadata(
-        data, kwargs='{"depth": ' + "9" * 10_000 + "}"
-    ),
-    "a fraction over nothing": lambda data: with_metadata(
-        data, kwargs='{"segment": {"_type": "fraction", "numerator": 1, "denominator": 0}}'
-    ),
-    "a fraction that is cut": lambda data: with_metadata(data, args='[{"_type": "fraction"}]'),
-    "a structure of what is not there": lambda data: with_metadata(
-        data, structure='{"_dict": [["a", {"_tensor": "b"}]]}'
-    ),
-    "a structure of something else": lambda data: with_metadata(data, structure='{"_call": "a"}'),
-    "a structure that is deep": lambda data: with_metadata(
-        data, structure='{"_list": [' * 5000 + "]}" * 5000
-    ),
-    "a structure of one tensor many times": lambda data: with_metadata(
-        data,
-        structure=json.dumps(
-            {"_dict": [[name, {"_tensor": "x"}] for name in map(str, range(9999))]}
-        ).replace('"x"', json.dumps(next(n for n in parts_of(data)[0] if n != "__metadata__"))),
-    ),
 }
 
 
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name", [*HEADERS, *FILES])
 def test_safetensors_that_are_not_what_they_say(name: str, package: dict, tmp_path: Path) -> None:
     path = as_safetensors(package, tmp_path / "a.safetensors")
     load_model(path)
-    path.write_bytes(HEADERS[name](path.read_bytes()))
+    data = path.read_bytes()
+    if name in HEADERS:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        HEADERS[name](header["__metadata__"], header[BIAS])
+        path.write_bytes(joined(json.dumps(header).encode(), data[end:]))
+    else:
+        path.write_bytes(FILES[name](data))
     reason = "a header of" if name == "a long header" else ""
     with pytest.raises(ModelLoadingError, match=rf"a\.safetensors.*{reason}") as caught:
         load_model(path)

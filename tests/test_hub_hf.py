@@ -120,13 +120,13 @@ def test_a_revision(hub: Hub) -> None:
     get_model("hf://someone/mine@v1")
     assert "/resolve/v1/" in hub.asked[0]
     assert cached_file(HubModel("mine", "someone", "v1"), "mine.yaml")
-    with pytest.raises(DownloadError, match="revision v2 does not exist"):
+    with pytest.raises(DownloadError, match=r"v2/mine\.yaml: the revision does not exist"):
         get_model("hf://someone/mine@v2")
 
 
 def test_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.private.add("someone/Demucs-mine")
-    with pytest.raises(DownloadError, match="someone/Demucs-mine does not exist, or HF_TOKEN"):
+    with pytest.raises(DownloadError, match=r"someone/Demucs-mine.*does not exist, or HF_TOKEN"):
         get_model("hf://someone/mine")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     get_model("hf://someone/mine")
@@ -155,9 +155,9 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     [
         ("models: ['../../secret']", "not a signature"),
         ("models: ['https://host/x']", "not a signature"),
-        ("models: ['pickled.th']", "not a signature"),
+        ("models: ['pickled.th']", r"pickled.th.safetensors: the repository has no such file"),
         ("models: [{a: b}]", "not signatures"),
-        ("models: ['aaaa', 'pickled']", r"has no pickled.safetensors \(only"),
+        ("models: ['aaaa', 'pickled']", r"pickled.safetensors: .*no such file \(only"),
         ("models: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: &a {b: c}\nmodels: [{<<: [*a, *a]}]", "not valid YAML"),
         ("models: ['aaaa']\nsegment: &a [*a]", "not valid YAML"),
@@ -178,7 +178,7 @@ def test_bags_of_strangers(bag: str, message: str, hub: Hub) -> None:
     with pytest.raises(ModelLoadingError, match=message) as caught:
         get_model("hf://someone/mine")
     assert len(str(caught.value)) < 2000
-    assert not any("GET" in line and ".th" in line for line in hub.asked)
+    assert all(line.endswith((".yaml", ".safetensors")) or "/cdn/" in line for line in hub.asked)
 
 
 EVIL = ["../../evil", "/tmp/evil", "..", "", "a" * 39, "\\evil", "0" * 40 + "/../../../evil"]
@@ -236,16 +236,6 @@ def test_the_second_host_when_the_first_fails(
     get_model("first")
 
 
-def test_both_hosts_down(second: Hub, published: Web) -> None:
-    published.always, second.failing = answers.status(404), 503
-    with pytest.raises(DownloadError) as caught:
-        get_model("one")
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (f"{published.url}/models/first", second.url, "404", "503", "--cache-dir"):
-        assert part in message
-
-
 def test_a_mirror_goes_before_both(
     second: Hub, published: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,16 +247,11 @@ def test_a_mirror_goes_before_both(
 
 
 def test_wrong_content_of_the_second_host(second: Hub, published: Web, tmp_path: Path) -> None:
+    """Its digest is the one in the registry, or else the one that the hub announces."""
     published.always, second.wrong = answers.status(404), True
     with pytest.raises(DownloadError, match="SHA-256 is"):
         get_model("first")
     assert not list((tmp_path / "cache").glob("*.safetensors"))
-
-
-def test_a_digest_in_the_registry_goes_before_the_announced_one(
-    second: Hub, published: Web, tmp_path: Path
-) -> None:
-    published.always = answers.status(404)
     text = (tmp_path / "registry.yml").read_text()
     addition = f"    safetensors_sha256: '{'0' * 64}'\n    megabytes: 1"
     (tmp_path / "registry.yml").write_text(text.replace("    megabytes: 1", addition))
@@ -284,8 +269,7 @@ def test_the_hubs_cache_is_looked_at(second: Hub, published: Web, tmp_path: Path
     )
     asked = len(second.asked)
     get_model("one")
-    models = RemoteRepo.released()
-    path = models.path("first")
+    path, _ = RemoteRepo().locate("first")
     assert path.is_relative_to(tmp_path / "hub")
     listed = run("-c", f"{published.code}{MAIN}", "--list-models", "--verbose").stdout
     assert f" in {path.parent}\n" in listed

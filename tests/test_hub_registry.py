@@ -15,8 +15,8 @@ from demucs_infer.errors import ModelLoadingError
 from demucs_infer.htdemucs import HTDemucs
 from demucs_infer.hub import registry
 
-# The SHA-256 of names, addresses, digests and weights as they were published.
-FACTS = "7eecd067b697f4fd33b621ff8ea1642dce37878329929714db274dd5c5f85c14"
+# The SHA-256 of the addresses, digests, origins and sizes of all checkpoints, and of all bags.
+FACTS = "c3db39608455b17db820574ac0e24004598b0c125ed27e80c474f34187723c2e"
 
 
 def published() -> dict:
@@ -24,36 +24,18 @@ def published() -> dict:
 
 
 def urls() -> dict[str, str]:
-    return {sig: checkpoint.url for sig, checkpoint in registry.checkpoints().items()}
+    return {sig: checkpoint.urls[0] for sig, checkpoint in registry.checkpoints().items()}
 
 
 def test_what_was_published() -> None:
-    content = published()
-    community = content["community"]
-    bags = {
-        name: {**registry.bags()[name], **yaml.safe_load(path.read_text())}
-        for name, path in registry.bag_files().items()
-    }
-    files = registry.released_files(registry.REMOTE_ROOT / "files.txt")
+    """If a model is added, its facts are checked below, and the digest is renewed."""
     facts = {
-        "root": content["root"],
-        "checkpoints": {
-            sig: [*files[sig].split("/"), entry["sha256"]]
-            for sig, entry in content["checkpoints"].items()
-        },
-        "bags": {
-            name: [bag["models"], bag.get("weights"), bag.get("segment")]
-            for name, bag in bags.items()
-            if not registry.is_community(name)
-        },
-        "community": {
-            sig: [entry[key] for key in ("url", "sha256", "licence", "source")]
-            for sig, entry in community["checkpoints"].items()
-        },
-        "community bags": {
-            name: [bags[name]["models"], bags[name]["sources"]] for name in community["bags"]
-        },
+        sig: [c.origin, c.in_mirror, c.sha256, c.size, c.source, c.licence, c.architecture]
+        for sig, c in registry.checkpoints().items()
+        if not c.embedded
     }
+    keys = ("models", "weights", "segment", "sources")
+    facts |= {name: [bag.get(key) for key in keys] for name, bag in registry.bags().items()}
     assert sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest() == FACTS
 
 
@@ -86,47 +68,29 @@ def test_every_field_is_valid() -> None:
                 assert field != "file" or (registry.REMOTE_ROOT / value).is_file(), name
 
 
-def test_checkpoints() -> None:
-    found = registry.checkpoints()
+def test_checkpoints_and_bags() -> None:
+    found, bags = registry.checkpoints(), registry.bags()
     demo = found.pop("demo")
     assert sha256(demo.embedded.read_bytes()).hexdigest() == demo.sha256
     assert len({checkpoint.file for checkpoint in found.values()}) == len(found) == 34
     for sig, checkpoint in found.items():
-        checksum = re.search(r"-([0-9a-f]{8})\.th$", checkpoint.file)
-        if not registry.is_community(sig):
-            assert checkpoint.file.startswith(f"{sig}-")
-            assert checksum
-        if checksum:
-            assert checkpoint.sha256.startswith(checksum[1])
+        checksum = re.fullmatch(rf"{sig}-([0-9a-f]{{8}})\.th", checkpoint.file)
+        assert checksum or registry.is_community(sig)
+        assert not checksum or checkpoint.sha256.startswith(checksum[1])
         assert registry.is_community(sig) == bool(checkpoint.source)
-
-
-def test_bags() -> None:
-    found, known = registry.bags(), registry.checkpoints()
-    assert {sig for bag in found.values() for sig in bag["models"]} == set(known) - {"demo"}
-    for name, bag in found.items():
+    assert {sig for bag in bags.values() for sig in bag["models"]} == set(found)
+    for name, bag in bags.items():
         assert len(bag.get("weights", bag["models"])) == len(bag["models"])
         assert all(len(row) == len(bag["sources"]) for row in bag.get("weights", []))
         for sig in bag["models"]:
             assert registry.is_community(sig) == registry.is_community(name)
-
-
-def test_sizes_are_two_bytes_for_each_parameter() -> None:
-    sizes = {sig: checkpoint.size for sig, checkpoint in registry.checkpoints().items()}
-    assert sizes["955717e8"] == 84_000_000  # of 41 984 456 parameters
-    assert sizes["5c90dfd2"] == 55_000_000
-    assert sum(size is not None for size in sizes.values()) == 15
-    assert not any(sizes[sig] for sig in registry.bags()["mdx_q"]["models"])
-
-
-def test_the_architecture_of_weights_alone() -> None:
-    (found,) = (c.architecture for c in registry.checkpoints().values() if c.architecture)
-    assert found["klass"] == "demucs.htdemucs.HTDemucs"
-    kwargs = found["kwargs"]
-    assert kwargs["sources"] == ["vocals", "other"]
-    assert (kwargs["segment"], kwargs["bottom_channels"], kwargs["dconv_mode"]) == (11, 512, 3)
-    parameters = inspect.signature(demucs.htdemucs.HTDemucs).parameters
-    assert set(kwargs) <= set(parameters) & set(inspect.signature(HTDemucs).parameters)
+    # Two bytes for each parameter, of those whose number is known.
+    assert found["955717e8"].size == 84_000_000
+    assert sum(checkpoint.size is not None for checkpoint in found.values()) == 15
+    (weights,) = (c.architecture for c in found.values() if c.architecture)
+    assert weights["klass"] == "demucs.htdemucs.HTDemucs"
+    for family in (demucs.htdemucs.HTDemucs, HTDemucs):
+        assert set(weights["kwargs"]) <= set(inspect.signature(family).parameters)
 
 
 def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,28 +109,24 @@ def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     assert urls() == before
 
 
-@pytest.mark.parametrize(
-    ("environment", "folder", "expected"),
-    [
-        ({}, None, "home/.cache/torch/hub/checkpoints"),
-        ({"XDG_CACHE_HOME": "xdg"}, None, "xdg/torch/hub/checkpoints"),
-        ({"XDG_CACHE_HOME": "xdg", "TORCH_HOME": "~/torch"}, None, "home/torch/hub/checkpoints"),
-        ({"TORCH_HOME": "torch", "DEMUCS_INFER_CACHE": "own"}, None, "own"),
-        ({"DEMUCS_INFER_CACHE": "~/own"}, None, "home/own"),
-        ({"DEMUCS_INFER_CACHE": "own"}, "given", "given"),
-        ({"DEMUCS_INFER_CACHE": ""}, None, "home/.cache/torch/hub/checkpoints"),
-    ],
-)
-def test_the_cache(
-    environment: dict, folder: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("XDG_CACHE_HOME", "TORCH_HOME", "DEMUCS_INFER_CACHE"):
-        monkeypatch.delenv(name, raising=False)
+def test_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("XDG_CACHE_HOME", "TORCH_HOME", "DEMUCS_INFER_CACHE")
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, "home")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert registry.cache_folder(folder) == Path(expected)
+    for values, folder, expected in (
+        (["", "", ""], None, "home/.cache/torch/hub/checkpoints"),
+        (["xdg", "", ""], None, "xdg/torch/hub/checkpoints"),
+        (["xdg", "~/torch", ""], None, "home/torch/hub/checkpoints"),
+        (["", "torch", "own"], None, "own"),
+        (["", "", "~/own"], None, "home/own"),
+        (["", "", "own"], "given", "given"),
+    ):
+        for name, value in zip(names, values):
+            monkeypatch.setenv(name, value)
+            # PyTorch takes an empty one for a folder.
+            if not value:
+                monkeypatch.delenv(name)
+        assert registry.cache_folder(folder) == Path(expected)
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,13 +138,11 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.cache_folder()
 
 
-@pytest.mark.parametrize(
-    ("value", "offline"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False)]
-)
-def test_offline(value: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEMUCS_INFER_OFFLINE", value)
-    assert registry.is_offline() is offline
-    assert registry.is_offline(not offline) is not offline
+def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, offline in (("1", True), ("yes", True), ("0", False), ("", False), ("False", False)):
+        monkeypatch.setenv("DEMUCS_INFER_OFFLINE", value)
+        assert registry.is_offline() is offline
+        assert registry.is_offline(not offline) is not offline
 
 
 def test_it_is_read_on_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from demucs_infer.apply import BagOfModels, apply_model
 from demucs_infer.audio import AudioFile
 from demucs_infer.hub import registry
-from demucs_infer.hub.download import sources_of
 from demucs_infer.states import load_model, save_model
 from demucs_infer.storage import http
 
@@ -37,12 +36,12 @@ def compare(name: str, folder: Path, mix: Tensor) -> str:
     limits, sizes = http.LIMITS, []
     models: dict[str, torch.nn.Module] = {}
     for sig in dict.fromkeys(bag["models"]):
-        first, *_, second = sources_of(sig, known[sig])
-        assert first.twin is None
-        assert second.twin
-        pickled = first.fetch(folder, limits)
+        first, *_, second = registry.sources_of(sig, known[sig])
+        assert not first.on_hub
+        assert second.on_hub
+        pickled, _ = first.fetch(folder, limits)
         assert sha256(pickled.read_bytes()).hexdigest() == known[sig].sha256
-        twin = second.fetch(folder / "hub", limits)
+        twin, _ = second.fetch(folder / "hub", limits)
         assert sha256(twin.read_bytes()).hexdigest().startswith(twin.stem.partition("-")[2])
         models[sig], other = load_model(pickled), load_model(twin).state_dict()
         for key, value in models[sig].state_dict().items():

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -53,6 +51,7 @@ from .helpers import (
 )
 
 SHORT = {"samplerate": 64, "segment": 0.25}  # windows of 16 samples
+TIME = {"sources": ["a", "b"], "channels": 4, "depth": 3, "growth": 1}
 HYBRID = {"sources": ["a", "b"], "channels": 8, "nfft": 1024, "depth": 5, "samplerate": 8000}
 
 
@@ -74,11 +73,10 @@ def test_a_checkpoint_of_the_reference(half: bool, theirs: torch.nn.Module, tmp_
         assert_close(model(mix), theirs(mix), 1e-2 if half else 1e-5)
 
 
-def test_the_installed_reference_is_not_touched(theirs: torch.nn.Module, tmp_path: Path) -> None:
-    path = save_package(tmp_path / "a.th", theirs)
+def test_the_installed_reference_is_not_imported(theirs: torch.nn.Module, tmp_path: Path) -> None:
     code = "import sys; from demucs_infer.states import load_model; load_model(sys.argv[1]);"
     code += "sys.exit(any(name.partition('.')[0] == 'demucs' for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
+    assert run("-c", code, save_package(tmp_path / "a.th", theirs)).returncode == 0
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -122,26 +120,32 @@ def changed(theirs: torch.nn.Module, change: Callable[[dict], None]) -> dict:
     return package
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p["state"].pop("encoder.0.conv.bias"), "encoder.0.conv.bias is missing"),
-        (lambda p: p["state"].update(x=torch.zeros(1)), "x is unexpected"),
-        (
-            lambda p: p["state"].update({"encoder.0.conv.bias": torch.zeros(3)}),
-            r"encoder.0.conv.bias has the shape \[3\] and not \[8\]",
-        ),
-        (lambda p: p["kwargs"].update(new_layer=True), "no option new_layer"),
-        (lambda p: p["kwargs"].update(t_emb="cape"), "emb='cape'"),
-        (lambda p: p["kwargs"].update(depth="four"), "does not describe a model"),
-        (lambda p: p.pop("state"), "state"),
-        (lambda p: p.update(klass=dict), "builtins.dict is not a model class"),
-        (lambda p: p.update(klass="os.system"), "os.system"),
-    ],
-)
-def test_packages_that_do_not_fit(theirs: torch.nn.Module, change, message: str) -> None:
-    with pytest.raises(ModelLoadingError, match=message):
-        load_model(changed(theirs, change))
+BIAS = "encoder.0.conv.bias"
+MISFITS: list[tuple[Callable[[dict], object], str]] = [
+    (lambda p: p["state"].pop(BIAS), f"{BIAS} is missing"),
+    (lambda p: p["state"].update(x=torch.zeros(1)), "x is unexpected"),
+    (lambda p: p["state"].update({BIAS: torch.zeros(3)}), r"has the shape \[3\] and not \[8\]"),
+    (lambda p: p["kwargs"].update(new_layer=True), "no option new_layer"),
+    (lambda p: p["kwargs"].update(t_emb="cape"), "emb='cape'"),
+    (lambda p: p["kwargs"].update(depth="four"), "does not describe a model"),
+    (lambda p: p.pop("state"), "state"),
+    (lambda p: p.update(klass=dict), "builtins.dict is not a model class"),
+    (lambda p: p.update(klass="os.system"), "os.system"),
+    (lambda p: p["kwargs"].update(depth=10**9), "depth"),
+    (lambda p: p["kwargs"].update(t_layers=10**9), "t_layers"),
+    (lambda p: p["kwargs"].update(channels=10**12), "do not fit"),
+    (lambda p: p["kwargs"].update(sources=["../../etc/cron.d/x"]), "names of files"),
+    (lambda p: p["kwargs"].update(sources=["a", "a"]), "names of files"),
+    (lambda p: p["kwargs"].update(sources=[]), "names of files"),
+    (lambda p: p["kwargs"].update(samplerate=0), "samplerate"),
+    (lambda p: p["kwargs"].update(segment=float("inf")), "segment"),
+]
+
+
+def test_packages_that_do_not_fit(theirs: torch.nn.Module) -> None:
+    for change, message in MISFITS:
+        with pytest.raises(ModelLoadingError, match=message):
+            load_model(changed(theirs, change))
 
 
 def test_unknown_options_without_effect_are_dropped_with_a_warning(
@@ -169,11 +173,8 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
     command = f"touch {proof}"
     calls = {
         "os.system": Reduce(os.system, command),
-        "eval": Reduce(eval, f"open({str(proof)!r}, 'w')"),
         "open": Reduce(open, str(proof), "w"),
         "torch.load": Reduce(torch.load, str(proof)),
-        "popen": Reduce(subprocess.Popen, ["touch", str(proof)]),
-        "importlib": Reduce(importlib.import_module, "antigravity"),
     }
     handmade = {
         "inst": f"(S'{command}'\nios\nsystem\n.".encode(),
@@ -227,37 +228,20 @@ def test_a_folder_of_hostile_files(theirs: torch.nn.Module, tmp_path: Path, trac
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"depth": 10**9},
-        {"t_layers": 10**9},
-        {"channels": 10**12},
-        {"sources": ["../../etc/cron.d/x"]},
-        {"sources": ["a", "a"]},
-        {"sources": []},
-        {"samplerate": 0},
-        {"segment": float("inf")},
-    ],
-    ids=str,
-)
-def test_absurd_architectures_are_refused_at_once(change: dict, theirs: torch.nn.Module) -> None:
-    with pytest.raises(ModelLoadingError):
-        load_model(changed(theirs, lambda package: package["kwargs"].update(change)))
-
-
-@pytest.mark.parametrize(
     ("family", "changes"),
     [
         (HTDemucs, {**TINY, "segment": 1000}),
         (HDemucs, {**HYBRID, "segment": 1000}),
-        (Demucs, {"sources": ["a", "b"], "channels": 4, "depth": 3, "growth": 1, "segment": 10**5}),
+        (Demucs, {**TIME, "segment": 10**5}),
+        (Demucs, {**TIME, "stride": 2**31}),
+        (HDemucs, {**HYBRID, "freq_emb": 0, "stride": 2**31}),
     ],
 )
 def test_windows_that_are_too_large_for_the_weights(family: type, changes: dict) -> None:
     """The weights fit, and the window would take gigabytes."""
     package = {"klass": family, "args": (), "kwargs": changes}
     package["state"] = family(**changes).state_dict()
-    with pytest.raises(ModelLoadingError, match="segment is too long"):
+    with pytest.raises(ModelLoadingError, match="segment or stride is too long"):
         load_model(package)
 
 
@@ -282,27 +266,24 @@ def test_a_model_that_cannot_run_fails_in_a_window(
         apply_model(model, noise(2, length)[None], shifts=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s["others"].pop(), "embedding.weight is missing"),
-        (lambda s: s["others"].append(torch.zeros(1)), "one of others is unexpected"),
-        (lambda s: s["others"].__setitem__(0, torch.zeros(1)), r"has the shape \[1\]"),
-        (lambda s: s["quantized"].pop(), "does not describe"),
-        (lambda s: s["quantized"].append(s["quantized"][0]), "does not describe"),
-        (lambda s: s.update(quantized=[(torch.zeros(1, 8, 7).long(), (0, 1))]), "packed weights"),
-        (lambda s: s.update(quantized=[], others=[]), "bits for"),
-        (lambda s: s["meta"].update(klass=os.system), "system> is not a quantizer"),
-        (lambda s: s.pop("meta"), "does not describe"),
-    ],
-)
-def test_quantized_states_that_do_not_fit(change, message: str) -> None:
+def test_quantized_states_that_do_not_fit() -> None:
     packed = demucs.hdemucs.HDemucs(**HYBRID).eval()
     state = demucs.states.get_state(packed, diffq.UniformQuantizer(packed, min_size=0.01))
-    change(state)
-    package = {"klass": HDemucs, "args": (), "kwargs": HYBRID, "state": state}
-    with pytest.raises(ModelLoadingError, match=message):
-        load_model(package)
+    others, quantized = state["others"], state["quantized"]
+    for change, message in (
+        ({"others": others[:-1]}, "embedding.weight is missing"),
+        ({"others": [*others, torch.zeros(1)]}, "one of others is unexpected"),
+        ({"others": [torch.zeros(1), *others[1:]]}, r"has the shape \[1\]"),
+        ({"quantized": quantized[:-1]}, "does not describe"),
+        ({"quantized": [*quantized, quantized[0]]}, "does not describe"),
+        ({"quantized": [(torch.zeros(1, 8, 7).long(), (0, 1))]}, "packed weights"),
+        ({"quantized": [], "others": []}, "bits for"),
+        ({"meta": {**state["meta"], "klass": os.system}}, "system> is not a quantizer"),
+        ({"meta": None}, "does not describe"),
+    ):
+        package = {"klass": HDemucs, "args": (), "kwargs": HYBRID, "state": {**state, **change}}
+        with pytest.raises(ModelLoadingError, match=message):
+            load_model(package)
 
 
 MEMORY = """
@@ -339,35 +320,21 @@ def test_files_that_are_no_packages(tmp_path: Path) -> None:
         load_model(tmp_path / "a.th")
 
 
-def test_states(tmp_path: Path) -> None:
-    model, other = HTDemucs(**TINY), HTDemucs(**TINY)
-    state = get_state(model, None, half=True)
-    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
-    assert set_state(other, get_state(model)) is not None
-    assert torch.equal(other.encoder[0].conv.weight, model.encoder[0].conv.weight)
-    path = save_with_checksum({"state": state}, tmp_path / "abc.th")
-    assert path.name.startswith("abc-")
-    demucs.repo.check_checksum(path, path.stem.partition("-")[2])
-
-
 class Configuration(dict):
     """Stands in for one of OmegaConf, which only trainings have."""
 
     __module__ = "omegaconf.dictconfig"
 
-
-@pytest.fixture
-def omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
-    def to_container(config: dict, resolve: bool) -> dict:
+    def to_container(self, resolve: bool) -> dict:
         assert resolve
-        return dict(config)
-
-    kind = SimpleNamespace(to_container=to_container)
-    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace(OmegaConf=kind))
+        return dict(self)
 
 
-def test_a_package_that_is_saved_as_the_reference_does(omegaconf: None, tmp_path: Path) -> None:
+def test_a_package_that_is_saved_as_the_reference_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same is in it, and it is read again."""
+    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace(OmegaConf=Configuration))
     model = shake(HTDemucs(**{**TINY, "segment": Fraction(1, 2)}))
     ours = serialize_model(model, {"epochs": 1})
     theirs = demucs.states.serialize_model(model, Configuration(epochs=1))
@@ -378,9 +345,14 @@ def test_a_package_that_is_saved_as_the_reference_does(omegaconf: None, tmp_path
     package = serialize_model(model, Configuration(epochs=1), half=False)
     assert package["training_args"] == {"epochs": 1}
     assert type(package["training_args"]) is dict
-    loaded = load_model(save_with_checksum(package, tmp_path / "a.th"))
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
+    path = save_with_checksum(package, tmp_path / "a.th")
+    assert path.name.startswith("a-")
+    demucs.repo.check_checksum(path, path.stem.partition("-")[2])
+    other = HTDemucs(**TINY)
+    assert set_state(other, get_state(model)) is not None
+    for loaded in (load_model(path), other):
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
 
 
 @pytest.mark.parametrize(

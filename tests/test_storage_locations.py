@@ -16,7 +16,7 @@ from demucs_infer.batch.tracks import find_tracks, read_list
 from demucs_infer.errors import LoadAudioError, SaveAudioError
 from demucs_infer.storage.locations import Url, location, parent_name, publish
 
-from .helpers import SOURCES, Command, assert_one_line, environment, json_lines, run, stems_of, wav
+from .helpers import SOURCES, Command, assert_one_line, environment, run, stems_of, wav
 from .web import serving
 
 
@@ -50,41 +50,11 @@ def test_separation_of_a_file_imports_no_store_and_no_compiler(repo: Path, track
     assert result.returncode == 0, result.stderr
 
 
-def test_a_bucket_into_a_bucket(
-    bucket: s3fs.S3FileSystem, command: Command, tmp_path: Path
-) -> None:
-    """The stems are those of local files, and a second run has nothing to do."""
-    for number, name in enumerate(["a", "b [live]", "deep/c", ".hidden/d", "stems/e"]):
-        content = wav(seed=number)
-        bucket.pipe(f"bucket/in/{name}.wav", content)
-        path = tmp_path / "in" / f"{name}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    bucket.pipe("bucket/in/cover.jpg", b"no music")
-    command("in", "-o", "in/stems", "--flac", "-q", "--seed", 1)
-    urls = ["-o", "s3://bucket/in/stems", "--flac", "--skip-existing", "--json", "s3://bucket/in/"]
-    results = json_lines(command(*urls, "--seed", 1))
-    assert results[0]["input"] == "s3://bucket/in/a.wav"
-    assert results[0]["stems"]["bass"]["path"] == "s3://bucket/in/stems/tiny/a/bass.flac"
-    expected = {f"tiny/{name}" for name in stems_of(tmp_path / "in/stems/tiny")}
-    assert {name.removeprefix("bucket/in/stems/") for name in bucket.find("bucket/in/stems")} == {
-        *expected,
-        "e.wav",
-    }
-    for name in expected:
-        assert (
-            bucket.cat_file(f"bucket/in/stems/{name}")
-            == (tmp_path / "in/stems" / name).read_bytes()
-        )
-    before = bucket.find("bucket", detail=True)
-    assert [result["skipped"] for result in json_lines(command(*urls))] == [True] * 3
-    assert bucket.find("bucket", detail=True) == before
-
-
 def test_patterns_and_lists_of_urls(
     bucket: s3fs.S3FileSystem, memory: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
-    for name in ("x/a.wav", "x/b.wav", "y/c.wav", "y/d [1].wav", "y/notes.txt", "y/song"):
+    names = ("x/a.wav", "x/b.wav", "y/c.wav", "y/d [1].wav", "y/notes.txt", "y/song", "y/.e/f.wav")
+    for name in names:
         bucket.pipe(f"bucket/{name}", b"x")
         memory.pipe(f"/bucket/{name}", b"x")
     (tmp_path / "list.txt").write_bytes(

@@ -64,8 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send(self, body: bytes) -> None:
-        self.wfile.write(body)
-        self.web.sent += len(body)
+        for start in range(0, len(body), 2**16):
+            self.wfile.write(body[start : start + 2**16])
+            self.web.sent += len(body[start : start + 2**16])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -100,25 +101,24 @@ def without_length(
     handler.send(b"%x\r\n%s\r\n" % (len(body), body) + (b"" if stop else b"0\r\n\r\n"))
 
 
+def ranged(handler: Handler, body: bytes, first: int, total: object) -> None:
+    span = f"bytes {first}-{first + len(body) - 1}/{total}"
+    handler.head(206, Content_Length=len(body), Content_Range=span)
+    handler.send(body)
+
+
 def of_unknown_total(handler: Handler, content: bytes, start: int) -> None:
-    span = f"bytes {start}-{len(content) - 1}/*"
-    handler.head(206, Content_Length=len(content) - start, Content_Range=span)
-    handler.send(content[start:])
+    ranged(handler, content[start:], start, "*")
 
 
 def less_than_asked(handler: Handler, content: bytes, start: int) -> None:
-    body = content[start:HALF]
     if not start:
         return well(handler, content, start, HALF)
-    span = f"bytes {start}-{HALF - 1}/{len(content)}"
-    handler.head(206, Content_Length=len(body), Content_Range=span)
-    return handler.send(body)
+    return ranged(handler, content[start:HALF], start, len(content))
 
 
 def another_range(handler: Handler, content: bytes, start: int) -> None:
-    span = f"bytes 7-{len(content) - 1}/{len(content)}"
-    handler.head(206, Content_Length=len(content) - 7, Content_Range=span)
-    handler.send(content[7:])
+    ranged(handler, content[7:], 7, len(content))
 
 
 def wrong(handler: Handler, content: bytes, start: int) -> None:
@@ -142,8 +142,8 @@ def stalls_at(stop: int) -> Answer:
     """The content as far as `stop`, and the rest when the gate opens."""
 
     def answer(handler: Handler, content: bytes, start: int) -> None:
-        handler.head(200, Content_Length=len(content))
-        handler.send(content[:stop])
+        well(handler, content, start, stop)
+        handler.close_connection = False
         handler.web.gate.wait()
         handler.send(content[stop:])
 

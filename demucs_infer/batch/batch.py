@@ -37,7 +37,7 @@ from ..write.encode import encoding_errors
 from ..write.metadata import read_cover
 from ..write.output import PIPE, PIPE_NAME, Output
 from ..write.player import check_length
-from ..write.video import Picture
+from ..write.video import Video
 from ..write.writer import StemFile, Target, TrackWriter
 from .console import standard_input
 from .folders import Folders
@@ -224,7 +224,9 @@ class Batch:
             if original is not None:
                 stack.enter_context(contextlib.closing(original))
             cover = read_cover(file, form.covers)
-            picture = Picture(file, *decoder.samples) if form.has_picture else None
+            video = None
+            if form.is_video:
+                video = Video(file, form, *decoder.samples, keep_audio=output.keep_audio)
             moments = Moments()
             for block in decoder.chunks(None if original is None else original.write):
                 self._check_stop()
@@ -246,7 +248,7 @@ class Batch:
                 {"title": output.track_name(job.track), **file.tags},
                 decoder.length if keeps_rate else None,
                 cover,
-                picture,
+                video,
                 original,
             )
             writer = TrackWriter(job.paths, target, job.page)

@@ -272,6 +272,7 @@ class FastHDecLayer(HDecLayer):
         return (y if self.deferred else self.upsampled(y, length)), y
 
     def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Return what goes into the transposed convolution."""
         if self.freq and x.dim() == 3:
             x = x.unflatten(1, (self.chin, -1))
         if self.empty:
@@ -288,6 +289,7 @@ class FastHDecLayer(HDecLayer):
         return y if self.freq else _branch(self.dconv, y)
 
     def upsampled(self, y: Tensor, length: int) -> Tensor:
+        """Return the transposed convolution of `y`, a sound cut to `length` steps."""
         convolution: Any = self.conv_tr
 
         def upsample(part: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from .plan import Window
 
 
 def fade(length: int, transition_power: float) -> Tensor:
-    """Return the weights of a window: up from its start to its middle, and down again, at most 1.
+    r"""Return the weights of a window: up from its start to its middle, and down again, at most 1.
 
-    1 ┤    /\\
-      │  /    \\
-    0 ┤/        \\
+    1 ┤    /\
+      │  /    \
+    0 ┤/        \
     """
     half = length // 2
     up = torch.arange(1, half + 1, dtype=torch.float64, device="cpu")

@@ -39,6 +39,7 @@ class Pass:
 
     @property
     def start(self) -> int:
+        """The first sample of the first window."""
         return self.windows[0].start
 
 
@@ -51,6 +52,7 @@ class Step(NamedTuple):
 
     @property
     def window(self) -> Window:
+        """The samples that the window covers."""
         return self.task.windows[self.number]
 
 

@@ -63,6 +63,8 @@ def separate(
     """Separate `source` and yield its stems block by block, `[B, S, C, n]` on the device, in order.
 
     Args:
+        model: a model, or a bag of models.
+        source: the samples of the track.
         options: those of `apply_model` and `Separator`; `stems` are names of sources.
         bar: makes a progress bar, if the options want progress.
         in_lockstep: let the passes of a bag and of shifts advance together, so that the sum is a
@@ -72,7 +74,9 @@ def separate(
         stay: leave the models on the device; else each member of a bag returns after its last
             window, because four models at once would fill a small GPU.
         title: that of one bar for the track, in place of one for each pass.
-        transition_power, pool, lock: see `apply_model`.
+        transition_power: see `apply_model`, as for `pool` and `lock`.
+        pool: runs the windows of a CPU.
+        lock: held while the callback runs.
 
     Raises `OptionError` for a segment that is too long and for unknown stems, `DemucsInferError`
     for stems that are not finite.

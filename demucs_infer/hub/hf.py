@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,17 +24,16 @@ DEFAULT_NAMESPACE = "adefossez"
 DEFAULT_REVISION = "main"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 SUFFIX = ".safetensors"
-OTHER_FORMATS = (".th", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".yaml", SUFFIX)
 # A name that is one part of a path, on every system and on the hub.
 PART = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 COMMIT, DIGEST = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SHA256_DIGITS = 64
 COMMIT_HEADER = "X-Repo-Commit"
 ERRORS = {
-    "GatedRepo": "is for users with access: set HF_TOKEN to the token of one",
-    "RepoNotFound": "the repository {0.repository} does not exist, or HF_TOKEN does not open it",
-    "RevisionNotFound": "the revision {0.revision} does not exist",
-    "EntryNotFound": "the repository has no {1} (only a .yaml and .safetensors are taken)",
+    "GatedRepo": "the repository is for users with access: set HF_TOKEN to the token of one",
+    "RepoNotFound": "the repository does not exist, or HF_TOKEN does not open it",
+    "RevisionNotFound": "the revision does not exist",
+    "EntryNotFound": "the repository has no such file (only a .yaml and .safetensors are taken)",
 }
 
 
@@ -74,11 +72,8 @@ class HubModel:
     def folder(self) -> Path:
         """Return the folder of the repository in the cache. Raises `DownloadError` without one."""
         chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-        try:
-            cache = Path(os.path.expandvars(chosen or _home() / "hub")).expanduser()
-        except RuntimeError as exc:
-            raise DownloadError(f"{self}: the home folder is not known: set HF_HUB_CACHE") from exc
-        return cache / f"models--{self.repository.replace('/', '--')}"
+        cache = os.path.expandvars(chosen or home_of("HF_HOME", "huggingface") / "hub")
+        return expanded(cache, "HF_HUB_CACHE") / f"models--{self.repository.replace('/', '--')}"
 
 
 def repository_name(name: str) -> str:
@@ -88,18 +83,25 @@ def repository_name(name: str) -> str:
 
 
 def checkpoint_file(signature: str) -> str:
-    """Return the file of a model. Raises `ModelLoadingError` for a path, URL or another format."""
-    if not PART.fullmatch(signature) or signature.lower().endswith(OTHER_FORMATS):
-        raise ModelLoadingError(
-            f"{signature[:100]!r} is not a signature of a model on the hub, of which only"
-            f" SIGNATURE{SUFFIX} is taken"
-        )
-    return f"{signature}{SUFFIX}"
+    """Return the file of a model. Raises `ModelLoadingError` for a path or a URL."""
+    if PART.fullmatch(signature):
+        return f"{signature}{SUFFIX}"
+    text = f"is not a signature of a model on the hub, of which only SIGNATURE{SUFFIX} is taken"
+    raise ModelLoadingError(f"{signature[:100]!r} {text}")
 
 
-def _home() -> Path:
+def home_of(variable: str, name: str) -> Path:
+    """Return a program's folder: that of an environment variable, or `name` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
+    return Path(os.environ.get(variable) or Path(cache, name))
+
+
+def expanded(folder: str | os.PathLike[str], setting: str) -> Path:
+    """Replace ~ in a cache's path. Raises `DownloadError`, with the `setting`, without a home."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as exc:
+        raise DownloadError(f"{folder}: the home folder is not known: set {setting}") from exc
 
 
 def is_offline() -> bool:
@@ -112,24 +114,14 @@ def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Pa
     """Find a file in the hub's cache, of the model's revision or of the newest that has it."""
     # The cache may be unreadable, or hold a reference that is not text.
     with suppress(OSError, ValueError, DownloadError):
-        folder = model.folder()
-        for snapshot in _snapshots(folder, model.revision, any_revision):
-            path = folder / "snapshots" / snapshot / file
-            if path.is_file():
-                return path
+        root = model.folder()
+        reference, snapshots = root / "refs" / model.revision, root / "snapshots"
+        names = [reference.read_text(encoding="utf-8").strip()] if reference.is_file() else []
+        folders = [snapshots / name for name in filter(PART.fullmatch, [*names, model.revision])]
+        if any_revision:
+            folders += sorted(snapshots.glob("*/"), key=lambda path: -path.stat().st_mtime)
+        return next(filter(Path.is_file, (folder / file for folder in folders)), None)
     return None
-
-
-def _snapshots(folder: Path, revision: str, any_revision: bool) -> Iterator[str]:
-    reference = folder / "refs" / revision
-    names = [revision]
-    if reference.is_file():
-        names.insert(0, reference.read_text(encoding="utf-8").strip())
-    yield from filter(PART.fullmatch, names)
-    if any_revision:
-        found = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
-        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        yield from (path.name for path in found)
 
 
 def known_digest(path: Path) -> str:
@@ -151,14 +143,13 @@ class RemoteFile:
     length: int | None
 
     @classmethod
-    def ask(cls, model: HubModel, file: str) -> RemoteFile:
-        """Ask the hub about a file. Raises `HostError`."""
-        url = model.url(file)
+    def ask(cls, url: str) -> RemoteFile:
+        """Ask the hub about the file at `url`. Raises `HostError`."""
         limits = replace(http.LIMITS, longest=http.LIMITS.span)
         with http.request(url, limits, token_header(), "HEAD", stop_at=COMMIT_HEADER) as answer:
             status = answer.response.status_code
             if reason := ERRORS.get(answer.header("X-Error-Code")):
-                raise http.HostError(url, reason.format(model, file), status=status)
+                raise http.HostError(url, reason, status=status)
             if status >= 400:
                 answer.check()
             etag = answer.header("X-Linked-ETag") or answer.header("ETag")
@@ -178,8 +169,6 @@ class RemoteFile:
     def download(self, target: Path, sha256: str = "", limits: http.Limits | None = None) -> None:
         """Download the file as `target`. Raises `HostError`, or `DownloadError`."""
         most = MAX_YAML if self.url.endswith(".yaml") else http.MAX_MODEL
-        if (self.length or 0) > most:
-            raise http.HostError(self.url, f"has {self.length} bytes, and may have {most}")
         digest, headers = sha256 or self.sha256, token_header()
         http.Download(self.url, target, digest, self.length, most, headers, limits).run()
 
@@ -189,7 +178,8 @@ def token_header() -> dict[str, str]:
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
     if not token:
         with suppress(OSError, ValueError, RuntimeError):
-            path = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token").expanduser()
+            home = home_of("HF_HOME", "huggingface")
+            path = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
             token = path.read_text(encoding="ascii").strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -218,7 +208,7 @@ def _fetch(model: HubModel, file: str) -> Path:
     """Download the current version of a file into the hub's cache, unless it is there."""
     from ..utils import appearing
 
-    found, folder = RemoteFile.ask(model, file), model.folder()
+    found, folder = RemoteFile.ask(model.url(file)), model.folder()
     if not (found.commit and found.etag):
         # Both become names of files.
         raise http.HostError(found.url, "the hub does not send a valid revision and digest")

@@ -1,4 +1,4 @@
-"""The registry of models, as data: which there are, their URLs, and where they are cached.
+"""The registry of models: which there are, the hosts that have them, and where they are cached.
 
 `remote/` has `files.txt` and `NAME.yaml`, in demucs's formats, and `registry.yml` for what those
 cannot hold. Reading them needs neither PyTorch nor a network. They are part of the package, so that
@@ -11,12 +11,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelLoadingError
+from ..errors import DownloadError, ModelLoadingError
+from ..log import logger
+from ..storage import http
+from . import hf
 from .checkpoints import MAX_YAML, Bag, Content
 
 REMOTE_ROOT = Path(__file__).parent.parent / "remote"
@@ -27,6 +30,7 @@ NO = ("", "0", "false", "no", "off")
 COMMUNITY = "community"  # the group of others' models, and their folder in a mirror
 MEGABYTE = 10**6  # bytes
 NOT_STATED = "not stated"  # a licence
+TEXTS = ("sha256", "description", "source", "licence", "safetensors_sha256")  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,10 @@ class Checkpoint:
 
     @property
     def urls(self) -> list[str]:
-        """The URLs of the file: on the mirror, if one is set, and on its host."""
+        """The URLs of the file in their order: on the mirror, if one is set, and on its host."""
         mirror = os.environ.get(MIRROR_VARIABLE)
         mirrored = [f"{mirror.rstrip('/')}/{self.in_mirror}"] if mirror and self.in_mirror else []
         return [*mirrored, self.origin]
-
-    @property
-    def url(self) -> str:
-        """The URL that is tried first."""
-        return self.urls[0]
 
 
 def _file_name(url: str) -> str:
@@ -88,46 +87,35 @@ class Registry:
 def registry() -> Registry:
     """Read the registry. Raises `ModelLoadingError` if the installation is damaged."""
     try:
-        return _read()
+        content: Any = Content.read(REMOTE_ROOT / "registry.yml", "registry", MAX_YAML).yaml()
+        files, community = released_files(REMOTE_ROOT / "files.txt"), content[COMMUNITY]
+        found, bags = {}, {}
+        for sig, entry in content["embedded"].items():
+            path = (REMOTE_ROOT / entry["file"]).absolute()
+            found[sig] = _checkpoint(
+                entry, path.as_uri(), embedded=path, sources=[*entry["sources"]]
+            )
+        for sig, entry in content["checkpoints"].items():
+            found[sig] = _checkpoint(entry, content["root"] + files[sig], in_mirror=files[sig])
+        for sig, entry in community["checkpoints"].items():
+            in_mirror = f"{COMMUNITY}/{_file_name(entry['url'])}"
+            found[sig] = _checkpoint(entry, entry["url"], in_mirror=in_mirror)
+        for name, entry in {**content["bags"], **community["bags"]}.items():
+            bag = vars(Bag.read(REMOTE_ROOT / f"{name}.yaml"))
+            if unknown := set(bag["models"]) - set(found):
+                raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
+            bags[name] = {"description": str(entry["description"]), "sources": [*entry["sources"]]}
+            bags[name] |= {key: value for key, value in bag.items() if value is not None}
+        return Registry(found, bags, frozenset((*community["checkpoints"], *community["bags"])))
     except (AttributeError, LookupError, OSError, OverflowError, TypeError, ValueError) as exc:
         text = f"{REMOTE_ROOT}: is damaged ({' '.join(repr(exc).split())[:200]})"
         raise ModelLoadingError(f"{text}: install the package again") from exc
 
 
-def _read() -> Registry:
-    content: Any = Content.read(REMOTE_ROOT / "registry.yml", "registry", MAX_YAML).yaml()
-    files, community = released_files(REMOTE_ROOT / "files.txt"), content[COMMUNITY]
-    found, bags = {}, {}
-    for sig, entry in content["embedded"].items():
-        path = (REMOTE_ROOT / entry["file"]).absolute()
-        found[sig] = _checkpoint(entry, path.as_uri(), embedded=path, sources=[*entry["sources"]])
-    for sig, entry in content["checkpoints"].items():
-        found[sig] = _checkpoint(entry, content["root"] + files[sig], in_mirror=files[sig])
-    for sig, entry in community["checkpoints"].items():
-        in_mirror = f"{COMMUNITY}/{_file_name(entry['url'])}"
-        found[sig] = _checkpoint(entry, entry["url"], in_mirror=in_mirror)
-    for name, entry in {**content["bags"], **community["bags"]}.items():
-        bag = vars(Bag.read(REMOTE_ROOT / f"{name}.yaml"))
-        if unknown := set(bag["models"]) - set(found):
-            raise LookupError(f"{name}.yaml: no checkpoint {min(unknown)}")
-        bags[name] = {"description": str(entry["description"]), "sources": [*entry["sources"]]}
-        bags[name] |= {key: value for key, value in bag.items() if value is not None}
-    return Registry(found, bags, frozenset((*community["checkpoints"], *community["bags"])))
-
-
 def _checkpoint(entry: Mapping[str, Any], origin: str, **more: Any) -> Checkpoint:
-    size = entry.get("megabytes")
-    return Checkpoint(
-        str(origin),
-        str(entry["sha256"]),
-        None if size is None else int(size) * MEGABYTE,
-        str(entry["description"]),
-        entry.get("source"),
-        str(entry.get("licence", NOT_STATED)),
-        entry.get("architecture"),
-        str(entry.get("safetensors_sha256", "")),
-        **more,
-    )
+    texts: dict[str, Any] = {key: str(entry[key]) for key in TEXTS if key in entry}
+    size = int(entry["megabytes"]) * MEGABYTE if "megabytes" in entry else None
+    return Checkpoint(origin, size=size, architecture=entry.get("architecture"), **texts, **more)
 
 
 def released_files(file_list: Path) -> dict[str, str]:
@@ -159,11 +147,6 @@ def bags() -> dict[str, dict[str, Any]]:
     return dict(registry().bags)
 
 
-def bag_files() -> dict[str, Path]:
-    """Return the file of every published bag, in demucs's format, by name."""
-    return {name: REMOTE_ROOT / f"{name}.yaml" for name in bags()}
-
-
 def bags_with(signature: str) -> list[str]:
     """Return the released bags that a checkpoint is in."""
     found = bags().items()
@@ -175,6 +158,75 @@ def is_community(name: str) -> bool:
     return name in registry().community
 
 
+@dataclass(frozen=True)
+class Source:
+    """A URL of a checkpoint: of its published file, or of the same weights on the hub.
+
+    `sha256` is the digest that is known beforehand, or "". `file` is the name in the cache, `most`
+    the size that it may have.
+    """
+
+    url: str
+    sha256: str
+    file: str
+    most: int | None = None
+    on_hub: bool = False
+
+    def fetch(self, folder: Path, limits: http.Limits) -> tuple[Path, str]:
+        """Download the file into `folder`, and return its path and the digest that it must have.
+
+        That of the hub becomes `SIGNATURE-CHECKSUM.safetensors`, to be verified when it is loaded.
+        Raises `HostError`, or `DownloadError`.
+        """
+        path, digest = folder / self.file, self.sha256
+        if self.on_hub:
+            found = hf.RemoteFile.ask(self.url)
+            digest = digest or found.sha256
+            path = path.with_stem(f"{path.stem}-{digest[:8]}") if digest else path
+            found.download(path, digest, limits)
+        else:
+            http.Download(self.url, path, digest, most=self.most, limits=limits).run()
+        return path, digest
+
+
+def sources_of(signature: str, checkpoint: Checkpoint) -> list[Source]:
+    """List the URLs of a checkpoint: on a mirror, on its host, and on the hub."""
+    # The size in the registry is rounded.
+    most = None if checkpoint.size is None else checkpoint.size * 5 // 4 + 2**20
+    named = checkpoint.sha256, checkpoint.file, most
+    sources, file = [Source(url, *named) for url in checkpoint.urls], f"{signature}{hf.SUFFIX}"
+    for bag in [] if hf.is_offline() else bags_with(signature)[:1]:
+        url = hf.HubModel(bag).url(file)
+        sources.append(Source(url, checkpoint.safetensors_sha256, file, on_hub=True))
+    return sources
+
+
+def fetch_any(sources: Sequence[Source], folder: Path) -> tuple[Path, str]:
+    """Download a file from the first source that delivers it, as `Source.fetch` does.
+
+    Of several sources each is tried once, and then those that may deliver it later with retries.
+    Raises `DownloadError` with the failure of each host, first of those without a connection.
+    """
+    failures: dict[str, http.HostError] = {}
+    once = replace(http.LIMITS, attempts=1)
+    for limits in (once, http.LIMITS)[len(sources) == 1 :]:
+        for source in sources:
+            failure = failures.get(source.url)
+            if failure and not (failure.temporary and failure.answered):
+                continue
+            try:
+                found = source.fetch(folder, limits)
+            except http.HostError as exc:
+                logger.debug("%s", exc)
+                failures[source.url] = exc
+                continue
+            if failed := [exc.summary for url, exc in failures.items() if url != source.url]:
+                logger.warning("%s: fetched from %s", "; ".join(failed), http.redact(source.url))
+            return found
+    ordered = sorted(failures.values(), key=lambda exc: exc.answered)
+    raise DownloadError("; ".join(dict.fromkeys(exc.summary for exc in ordered)))
+
+
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of checkpoints: `folder`, `DEMUCS_INFER_CACHE`, or PyTorch's hub.
 
@@ -182,16 +234,10 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     user without a home.
     """
     chosen = folder or os.environ.get(CACHE_VARIABLE)
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub: Any = Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch") / "hub"
+    hub: Any = hf.home_of("TORCH_HOME", "torch") / "hub"
     if not chosen and (torch_hub := getattr(sys.modules.get("torch"), "hub", None)):
         hub = torch_hub.get_dir()
-    try:
-        return Path(chosen or Path(hub) / "checkpoints").expanduser()
-    except RuntimeError as exc:
-        raise ModelLoadingError(
-            f"the home folder, for the cache, is not known: set {CACHE_VARIABLE} or --cache-dir"
-        ) from exc
+    return hf.expanded(chosen or Path(hub, "checkpoints"), f"{CACHE_VARIABLE} or --cache-dir")
 
 
 def is_offline(offline: bool | None = None) -> bool:

@@ -209,7 +209,14 @@ class Transfer:
         if total is not None and total > most:
             raise HostError(self.url, f"has {total} bytes, and may have {most}", wrong=True)
         count, limit = start, most if total is None else total
-        while block := self._read():
+        while True:
+            with self.failures():
+                block: bytes = self.response.raw.read1(BLOCK)
+                self._received += len(block)
+                if not block and self._exceeded:
+                    raise OSError(self._exceeded)
+            if not block:
+                break
             count += len(block)
             if count > limit:
                 raise HostError(self.url, f"goes on after the expected {limit} bytes", wrong=True)
@@ -217,14 +224,6 @@ class Transfer:
         if total is not None and count < total:
             reason = f"the connection broke: {count} of {total} bytes came"
             raise HostError(self.url, reason, temporary=True)
-
-    def _read(self) -> bytes:
-        with self.failures():
-            block: bytes = self.response.raw.read1(BLOCK)
-            self._received += len(block)
-            if not block and self._exceeded:
-                raise OSError(self._exceeded)
-            return block
 
 
 @contextmanager
@@ -347,8 +346,16 @@ class Download:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             with _file_lock(self.target):
-                if not self._is_there():
-                    self._fetch(part, self.limits or LIMITS)
+                if self.target.exists():
+                    with self.target.open("rb") as file:
+                        difference = self._difference(file)
+                    if not difference:
+                        return
+                    aside = self.target.with_name(f"{self.target.name}.corrupt")
+                    self.target.replace(aside)
+                    text = "%s: %s. It is moved to %s, and downloaded again"
+                    logger.warning(text, self.target, difference, aside.name)
+                self._fetch(part, self.limits or LIMITS)
         except OSError as exc:
             # A full disk should not stay full.
             with suppress(OSError):
@@ -358,28 +365,16 @@ class Download:
 
     def _difference(self, file: IO[bytes]) -> str:
         """Describe how a file differs from the expected one. Return "" if it does not."""
-        digest, size = sha256(), 0
+        if not self.sha256:
+            size = file.seek(0, os.SEEK_END)
+            text = f"it has {size} bytes and should have {self.length}"
+            return "" if size == self.length else text
+        digest = sha256()
         file.seek(0)
         while block := file.read(READ_BLOCK):
             digest.update(block)
-            size += len(block)
-        if not self.sha256:
-            found, wanted = f"it has {size} bytes", f"{self.length}"
-            return "" if size == self.length else f"{found} and should have {wanted}"
         right = digest.hexdigest().startswith(self.sha256.lower())
         return "" if right else f"its SHA-256 is {digest.hexdigest()} and should be {self.sha256}"
-
-    def _is_there(self) -> bool:
-        if not self.target.exists():
-            return False
-        with self.target.open("rb") as file:
-            difference = self._difference(file)
-        if difference:
-            aside = self.target.with_name(f"{self.target.name}.corrupt")
-            self.target.replace(aside)
-            text = "%s: %s. It is moved to %s, and downloaded again"
-            logger.warning(text, self.target, difference, aside.name)
-        return not difference
 
     def _fetch(self, part: Path, limits: Limits) -> None:
         """Repeat attempts that break, with pauses, as long as `limits` allow."""

@@ -297,8 +297,7 @@ def local_copy(name: Named, folder: Path | None = None) -> Iterator[Path]:
                 store.get_file(path, str(copy))
         else:
             with copy.open("wb") as target:
-                for block in _blocks(place):
-                    target.write(block)
+                target.writelines(_blocks(place))
         yield copy
 
 

@@ -31,6 +31,15 @@ IN_MEMORY = 2**22  # bytes that a spool keeps in memory: 12 s of stereo at 44.1 
 SAMPLE = 4  # bytes of a float32
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise SaveAudioError(f"{folder}: cannot be written to ({reason})") from exc
+
+
 class Spool:
     """A queue of samples `[C, T]`: in memory while they are few, then on disk.
 
@@ -48,12 +57,9 @@ class Spool:
         """Append `block` `[C, n]`."""
         if not block.shape[-1]:
             return
-        try:
+        with _writing(self.folder):
             self._file.seek(self.length * self.channels * SAMPLE)
             self._file.write(block.float().t().contiguous().numpy().tobytes())
-        except OSError as exc:
-            reason = exc.strerror or exc
-            raise SaveAudioError(f"{self.folder}: cannot keep samples ({reason})") from exc
         self.length += block.shape[-1]
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -92,7 +98,7 @@ class Workspace:
         self.patience = patience
 
     def __enter__(self) -> Workspace:
-        with self._writing():
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
             while True:
@@ -115,14 +121,6 @@ class Workspace:
                     if lock is not None and lock.is_locked:
                         _remove(path, lock)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as exc:
-            reason = exc.strerror or exc
-            raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})") from exc
-
     def spool(self, channels: int) -> Spool:
         """Return a spool for samples of `channels` channels."""
         return Spool(self.path, channels)
@@ -130,7 +128,7 @@ class Workspace:
     def file(self) -> Path:
         """Return a new, empty file, with the permissions that files usually get."""
         path = self.path / secrets.token_hex(8)
-        with self._writing():
+        with _writing(self.folder):
             path.open("xb").close()
         return path
 

@@ -137,8 +137,7 @@ class Encoder:
         if title:
             stream.metadata.update({"title": title, "handler_name": title})
         # Players play the first stream of sound and no other.
-        if hasattr(stream, "disposition"):
-            stream.disposition = int(len(self.container.streams.audio) == 1)
+        stream.disposition = int(len(self.container.streams.audio) == 1)
         return stream
 
     def write(self, blocks: Sequence[Tensor]) -> None:

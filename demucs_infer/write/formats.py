@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MissingDependencyError, OptionError, SaveAudioError
-from .metadata import EVERY_COVER, Flac, Matroska, Metadata, Mp3, Mp4, Ogg, StemMp4, Wave
+from .metadata import EVERY_COVER, Flac, Matroska, Metadata, Mov, Mp3, Mp4, Ogg, StemMp4, Wave
 from .stems import Stem
 
 LAYOUTS = dict(enumerate("mono stereo 2.1 4.0 5.0 5.1 6.1 7.1".split(), 1))  # by channels
@@ -41,7 +41,8 @@ class Format:
         covers: media types of covers that it holds.
         has_preset: True if the encoder has presets of quality.
         is_together: True if one file holds the mix and all stems.
-        has_picture: True if a file holds the picture of a video and one stem.
+        subtitles: the codec of text, in files of the picture of a video and one stem.
+        has_edits: True if a file can hide the pictures before its start.
         bits: 16, 24 or 32 (float32), if lossless.
         bitrate: kbit/s of a stream, if lossy.
         preset: from 2 (best quality) to 7 (fastest).
@@ -59,7 +60,8 @@ class Format:
     covers: Sequence[str] = EVERY_COVER
     has_preset: bool = False
     is_together: bool = False
-    has_picture: bool = False
+    subtitles: str = ""
+    has_edits: bool = False
     bits: int = DEFAULT_BITS
     bitrate: int = 0
     preset: int = MP3_PRESETS[0]
@@ -68,6 +70,11 @@ class Format:
     def is_lossy(self) -> bool:
         """True if the encoder loses something."""
         return 0 in self.codecs
+
+    @property
+    def is_video(self) -> bool:
+        """True if a file holds the picture of a video and one stem."""
+        return bool(self.subtitles)
 
     @property
     def depth(self) -> int:
@@ -172,6 +179,12 @@ AAC: dict[str, Any] = {
     "bitrate": 256,
     "muxer": EXACT_LENGTH,
 }
+VIDEO: dict[str, Any] = {
+    **AAC,
+    "covers": tuple(Mp4.COVER_TYPES),
+    "subtitles": "mov_text",
+    "has_edits": True,
+}
 ALAC: dict[str, Any] = {"codecs": {16: "alac", 24: "alac"}, "rates": (), "bitrate": 0}
 M4A = Format("m4a", "ipod", metadata=Mp4, covers=tuple(Mp4.COVER_TYPES), **AAC)
 STEM_MP4 = StemFile(
@@ -203,7 +216,9 @@ _FORMATS = [
 ]
 # Files of several streams: a picture and a stem, or all stems of a track.
 _CONTAINERS = [
-    Format("mp4", "mp4", metadata=Mp4, covers=(), has_picture=True, **AAC),
+    Format("mp4", "mp4", metadata=Mp4, **VIDEO),
+    Format("mov", "mov", metadata=Mov, **VIDEO),
+    Format("mkv", "matroska", metadata=Matroska, **{**AAC, "muxer": {}}, subtitles="subrip"),
     Format("mka", "matroska", FLAC_CODECS, Matroska, is_together=True),
     replace(STEM_MP4, variants={"alac": replace(STEM_MP4, **ALAC)}),
 ]

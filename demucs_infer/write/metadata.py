@@ -100,6 +100,8 @@ class Metadata:
         self.cover_type = cover_type(cover)
         self.cover = cover if cover and self.cover_type else b""
         self.head, self.options = b"", dict[str, str]()
+        self.priming = 0  # samples that the encoder put before the first one of a late sound
+        self.languages = list[str]()  # of the streams of a video
         self.names = dict(tags)
         self.prepare()
 
@@ -114,13 +116,13 @@ class Metadata:
 
 
 class Matroska(Metadata):
-    """Matroska: FFmpeg writes the tags and, since PyAV 16, attachments."""
+    """Matroska: FFmpeg writes tags and attachments."""
 
     def prepare(self) -> None:
         self.names = {TAGS[n].matroska if n in TAGS else n: text for n, text in self.tags.items()}
 
     def attach(self, container: Any) -> None:
-        if self.cover and self.cover_type and hasattr(container, "add_attachment"):
+        if self.cover and self.cover_type:
             suffix = self.cover_type.removeprefix("image/").replace("jpeg", "jpg")
             # By this name, players know a cover.
             container.add_attachment(f"cover.{suffix}", self.cover_type, self.cover)
@@ -201,7 +203,24 @@ class Mp4(Metadata):
                 b"covr", boxes.box(b"data", struct.pack(">II", kind, 0) + self.cover)
             )
         if items:
-            boxes.add(file, (b"moov", b"udta", b"meta", b"ilst"), items)
+            self._add_items(file, items)
+        boxes.skip_priming(file, self.priming)
+
+    def _add_items(self, file: IO[bytes], items: bytes) -> None:
+        boxes.add(file, (b"moov", b"udta", b"meta", b"ilst"), items)
+
+
+class Mov(Mp4):
+    """QuickTime: FFmpeg writes the usual tags in another place, and not the box of the others."""
+
+    def finish(self, file: IO[bytes]) -> None:
+        super().finish(file)
+        boxes.set_languages(file, self.languages)
+
+    def _add_items(self, file: IO[bytes], items: bytes) -> None:
+        handler = boxes.box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+        meta = boxes.box(b"meta", bytes(4) + handler + boxes.box(b"ilst", items))
+        boxes.add(file, (b"moov", b"udta"), meta)
 
 
 class StemMp4(Mp4):

@@ -86,7 +86,7 @@ class Output:
     format: str = option(
         "wav",
         "format of the stems: a file each; stem.mp4 or mka, one file with the mix and all stems"
-        " (for DJs, or as FLAC); mp4, the picture of a video with the stem as its sound (default:"
+        " (for DJs, or as FLAC); mp4, mkv or mov, a video with the stem as its sound (default:"
         " %(default)s)",
         section=FORMAT,
         choices=tuple(ALL_FORMATS),
@@ -94,6 +94,11 @@ class Output:
     )
     codec: str | None = option(
         None, "of M4A and stem.mp4: aac, or alac, which is lossless (default: aac)", choices=CODECS
+    )
+    keep_audio: bool = option(
+        False,
+        "of MP4, MKV and MOV: the sounds of the video follow the stem",
+        action="store_true",
     )
     bits_per_sample: int = option(
         DEFAULT_BITS,
@@ -118,7 +123,7 @@ class Output:
     )
     bitrate: int | None = option(
         None,
-        "kbit/s, of MP3 (default: 320), AAC (M4A, MP4, stem.mp4: 256) and Opus (192)",
+        "kbit/s, of MP3 (default: 320), AAC (M4A, stem.mp4 and videos: 256) and Opus (192)",
         "--bitrate",
         "--mp3-bitrate",
         type=BITRATE,
@@ -174,6 +179,8 @@ class Output:
                 f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
                 " gain: use rescale-all"
             )
+        if self.keep_audio and not chosen.is_video:
+            raise OptionError(f"keep_audio is for videos, not for {self.format.upper()}")
         check(self._folder)
         if isinstance(self._folder, Url) and self._folder.is_web:
             raise OptionError(f"{self._folder}: URLs of the web can only be read")
@@ -263,11 +270,14 @@ class Output:
         return [MIX, *names]
 
     def pick(self, mixture: Callable[[], Tensor], stems: dict[str, Tensor]) -> list[Tensor]:
-        """Return a block of each name of `stems`, from the model's and the `mixture` on demand."""
+        """Return a block of each name of `stems`, from the model's and the `mixture` on demand.
+
+        The mixture comes first if the file or the page of all stems needs it.
+        """
         picked = [mix(stem, stems) for stem in self._sums(list(stems))]
         if self.two_stems is not None and self.other_method == "minus":
             picked.append(mixture() - picked[0])
-        return [mixture(), *picked] if self.is_together else picked
+        return [mixture(), *picked] if self.is_together or self.player else picked
 
     def check_stems(self, sources: Sequence[str], separated: Sequence[str]) -> None:
         """Raise `OptionError` if the stems need others than are `separated` of `sources`.

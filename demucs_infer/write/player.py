@@ -4,7 +4,7 @@
 
 The page decodes them into buffers and starts these at one time, in step to the sample. A page on a
 disk may not read the files beside it, so they are in it; and as decoded sound takes a gigabyte for
-12 minutes of four stems, a track must not be longer than `LONGEST`.
+9 minutes of four stems and the mix, a track must not be longer than `LONGEST`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Page(NamedTuple):
 
 
 def write_page(file: IO[bytes], page: Page, sounds: Iterable[Path]) -> None:
-    """Write `page` with the MP3 files `sounds`, one for each of its stems, in their order."""
+    """Write `page` with the MP3 files `sounds` of its stems, in their order, and of the mix."""
     template = files(__package__).joinpath(TEMPLATE).read_text("utf-8")
     head, after_title, after_track, tail = re.split("@(?:TITLE|TRACK|SOUNDS)@", template)
     # Names of files need not be text, but the page is.

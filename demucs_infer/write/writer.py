@@ -30,9 +30,10 @@ from .encode import Encoder, encoder, encoding_errors
 from .formats import MIX, Format
 from .output import PAGE_FORMAT, PIPE
 from .player import Page, write_page
-from .video import Picture, VideoEncoder
+from .video import Video, VideoEncoder
 
 BLOCK = 2**16  # samples that are read from a spool at once
+PAGE_MIX = ""  # the name of the mix on a page, which no stem has
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Target:
         tags: of the track; `title` at least, unless there are none.
         length: the number of samples that each file gets (default: what resampling gives).
         cover: the file of a picture.
-        picture: the picture of a video that goes with the stem.
+        video: the video whose picture goes with the stem.
         original: the mix at `rate`, if that is not made from the samples that are written.
     """
 
@@ -73,7 +74,7 @@ class Target:
     tags: Mapping[str, str]
     length: int | None = None
     cover: bytes | None = None
-    picture: Picture | None = None
+    video: Video | None = None
     original: Spool | None = None
 
     @property
@@ -128,11 +129,11 @@ class _File:
             tags["title"] = f"{tags['title']} ({names[0]})"
         with self.path.open("w+b") as handle:
             # Players show the names of streams.
-            arguments = (handle, target.format, target.rate, target.channels, names, tags)
-            if target.picture is not None:
-                sink: Encoder = VideoEncoder(target.picture, *arguments)
+            of_streams = target.format, target.rate, target.channels, names, tags, target.cover
+            if target.video is not None:
+                sink: Encoder = VideoEncoder(target.video, handle, *of_streams)
             else:
-                sink = encoder(*arguments, target.cover)
+                sink = encoder(handle, *of_streams)
             clip = None if target.clip in RESCALING else target.clip
             try:
                 for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals)):
@@ -159,16 +160,23 @@ class TrackWriter:
         self._stems, self._sounds = dict[Location, _File](), list[_File]()
         for path in dict.fromkeys(paths.values()):
             self._stems[path] = _File(target, [name for name in paths if paths[name] == path])
+        self._names = list(paths)
         if page is not None:
             self._page = target.space.file()
-            heard = [name for name in paths if not (target.format.is_together and name == MIX)]
-            self._sounds = [_File(target.sounds, [name]) for name in heard]
+            original = MIX if target.format.is_together else PAGE_MIX
+            self._names = list(dict.fromkeys([original, *paths]))
+            # The page shows the mix below the stems.
+            names = [*self._names[1:], original]
+            self._sounds = [_File(target.sounds, [name]) for name in names]
         sounds = ((page, file) for file in self._sounds)
         self._files: list[tuple[Any, _File]] = [*self._stems.items(), *sounds]
 
     def write(self, stems: Sequence[Tensor]) -> None:
-        """Take a block of every stem, each `[C, n]`, in the order of the paths."""
-        self._write(dict(zip(self.paths, stems)))
+        """Take a block of every stem, each `[C, n]`, in the order of the paths.
+
+        With a page, the mix comes first.
+        """
+        self._write(dict(zip(self._names, stems)))
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
         for path, file in self._files:
@@ -182,7 +190,7 @@ class TrackWriter:
         `progress` is called with the fraction of the samples that are encoded, in one thread at a
         time. An exception that it raises ends the work.
         """
-        self._write(dict.fromkeys(self.paths))
+        self._write(dict.fromkeys(self._names))
         stems = {name: s for file in self._stems.values() for name, s in file.signals.items()}
         sounds = [signal for file in self._sounds for signal in file.signals.values()]
         for signals, mode in ((stems.values(), self.target.clip), (sounds, "rescale-all")):
@@ -196,7 +204,7 @@ class TrackWriter:
             tags, length = self.target.tags, max(signal.spool.length for signal in sounds)
             about = tags["title"], tags.get("artist", ""), self.target.model
             names = [name for file in self._sounds for name in file.signals]
-            page = Page(*about, self._sounds[0].target.rate, length, names)
+            page = Page(*about, self._sounds[0].target.rate, length, names[:-1])
             with encoding_errors(self.page), self._page.open("wb") as target:
                 write_page(target, page, (file.path for file in self._sounds))
         self._publish(files)

@@ -44,12 +44,51 @@ def chromium() -> Iterator[Any]:
 
 
 class Listener:
-    """The page of a track in a browser: its values, and the sound that leaves it."""
+    """The page of a track in a browser: its values, its controls, and the sound that leaves it."""
 
-    def __init__(self, driver: Any, page: Path) -> None:
+    def __init__(self, driver: Any, page: Path, width: int = 1200, height: int = 900) -> None:
         self.driver = driver
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         driver.get(page.as_uri())
         self.wait("ready")
+
+    def find(self, selector: str) -> Any:
+        """Return the first element of a CSS selector."""
+        return self.driver.find_element("css selector", selector)
+
+    def press(self, *keys: str) -> None:
+        """Press keys of selenium's `Keys`, or characters, on the focused element."""
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def drag(self, selector: str, first: float, last: float, kind: str = "mouse") -> None:
+        """Drag a mouse, a finger (touch) or a pen between two fractions of an element's width."""
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
+        from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+        element = self.find(selector)
+        actions = ActionBuilder(self.driver, mouse=PointerInput(kind, kind), duration=0)
+        pointer = actions.pointer_action
+        places = [round((fraction - 0.5) * element.rect["width"]) for fraction in (first, last)]
+        pointer.move_to(element, places[0], 0).pointer_down()
+        if first != last:
+            pointer.move_to(element, sum(places) // 2, 5).move_to(element, places[1], 0)
+        pointer.pointer_up()
+        actions.perform()
+
+    def download(self, selector: str, folder: Path) -> Path:
+        """Click a link and return the file that it gives, in `folder`."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        behaviour = {"behavior": "allow", "downloadPath": str(folder)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+        self.find(selector).click()
+        # Chromium renames a file when it is whole.
+        WebDriverWait(self.driver, 30).until(lambda _: list(folder.glob("*.mp3")))
+        (file,) = folder.iterdir()
+        return file
 
     def run(self, code: str, *arguments: object) -> Any:
         """Run `code` in the page and return its result."""
