@@ -23,13 +23,9 @@ from torch import Tensor, nn
 
 from .apply import Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
-from .batch.batch import TrackResult, separate_file
+from .batch.batch import TrackResult, separate_track
 from .engine.backends import Backend, backend_of
-from .engine.options import (
-    ModelOptions,
-    SeparationOptions,
-    SeparatorOptions,
-)
+from .engine.options import ModelOptions, SeparationOptions, SeparatorOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError
 from .fields import NotProvided, takes
 from .hub.registry import cache_folder
@@ -276,7 +272,12 @@ class Separator:
                 " Pass a path, or call separate_audio_file"
             )
         track = location(os.fsdecode(file) if isinstance(file, bytes) else file)
-        return separate_file(self._changed(changes), track, output)
+        this = self._changed(changes)
+        output.check_stems(this._model.sources, this.stems)
+        result = separate_track(this, track, output)
+        if result.error is not None:
+            raise result.error
+        return result
 
     def _changed(self, changes: dict[str, Any]) -> Separator:
         """Return a copy with other options for one call, which shares the model."""

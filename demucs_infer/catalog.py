@@ -136,18 +136,14 @@ def _cached_file(remote: RemoteRepo, sig: str) -> CheckpointFile:
 def _local(repo: Path) -> Iterator[Entry]:
     models = open_repo(repo)
     paths: dict[str, Path] = dict(models.model_repo.list_model())  # type: ignore[arg-type]
+    files = {sig: CheckpointFile(p, True, p.stat().st_size) for sig, p in paths.items()}
     for name in sorted(models.bag_repo.list_model()):
         members = models.bag_repo.members(name)
-        files = [_local_file(repo, sig, paths) for sig in dict.fromkeys(members)]
-        yield Entry(name, "bag", "local", None, "", members, files)
-    for sig in paths:
-        yield Entry(sig, "single", "local", None, "", [sig], [_local_file(repo, sig, paths)])
-
-
-def _local_file(repo: Path, sig: str, paths: dict[str, Path]) -> CheckpointFile:
-    if sig not in paths:
-        return CheckpointFile(repo / f"{sig}.th", False, None)
-    return CheckpointFile(paths[sig], True, paths[sig].stat().st_size)
+        absent = {sig: CheckpointFile(repo / f"{sig}.th", False, None) for sig in members}
+        found = [{**absent, **files}[sig] for sig in dict.fromkeys(members)]
+        yield Entry(name, "bag", "local", None, "", members, found)
+    for sig, file in files.items():
+        yield Entry(sig, "single", "local", None, "", [sig], [file])
 
 
 def add_catalog_flags(parser: argparse.ArgumentParser) -> None:

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch.batch import Batch, TrackResult
+from .batch.batch import TrackResult, separate_track
 from .batch.console import ENDING, Ended
 from .batch.folders import Folders
-from .batch.tracks import plan_jobs
 from .errors import DemucsInferError, MissingDependencyError, OptionError
-from .storage.locations import location
+from .storage.locations import Location, location
 from .write.output import Output
 
 IN_FLIGHT = 3  # tracks in a worker: one is read, one separated, one written
@@ -73,51 +72,39 @@ class SeparateTracks:
         folders: Folders | None = None,
         **options: Any,
     ) -> None:
-        own = {"output": output, "skip_existing": skip_existing, "folders": folders}
-        self._arguments = {**own, **options}
-        self._folders = folders
+        own: dict[str, Any] = {"skip_existing": skip_existing, "folders": folders}
+        self._arguments = {"output": output, **own, **options}
         self.output = output if isinstance(output, Output) else Output(output)
-        self.skip_existing = skip_existing
-        stack = contextlib.ExitStack()
-        self._model_thread = ThreadPoolExecutor(1)
-        # That thread may hold the last reference to this object, and cannot wait for itself.
-        stack.callback(self._model_thread.shutdown, wait=False)
-        self.separator = self._in_turn(partial(Separator, **options))
-        self._stems = self.separator.stems
-        self.output.check_stems(self.separator.model.sources, self._stems)
-        self._space = stack.enter_context(self.output.workspace())
-        weakref.finalize(self, stack.close)
+        own["model_pool"] = thread = ThreadPoolExecutor(1)
+        self.separator = thread.submit(partial(Separator, **options)).result()
+        self.output.check_stems(self.separator._model.sources, self.separator.stems)
+        space = self.output.workspace().__enter__()
+        weakref.finalize(self, space.__exit__)
+        here: dict[str, Any] = {"output": self.output, "space": space, **own}
+        self._separated: Callable[..., TrackResult] = partial(
+            separate_track, self.separator, **here
+        )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return partial(type(self), **self._arguments), ()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        name, results = self.separator.name, list[TrackResult]()
+        track: Location = Path()
         try:
             track = location(str(row["input"]))
+            result = self._separated(track)
         except DemucsInferError as exc:
-            return {**TrackResult(Path(), name, error=exc).as_json(), **row, "error": str(exc)}
-        batch = Batch(
-            self.separator, self.output, self._space, report=results.append, call=self._in_turn
-        )
-        try:
-            jobs = plan_jobs([track], self.output, name, self._stems, self._folders)
-            batch.run(jobs, skip_existing=self.skip_existing)
-        except DemucsInferError as exc:
-            results.append(TrackResult(track, name, error=exc))
-        return {**row, **results[0].as_json()}
-
-    def _in_turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self._model_thread.submit(function, *arguments).result()
+            result = TrackResult(track, self.separator.name, error=exc)
+        return {**row, **result.as_json(), "input": row["input"]}
 
 
 class _Worker:
     """A worker of the command line. Results travel as JSON: a table would mix their fields."""
 
-    def __init__(self, folder: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, output: Output, options: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # A machine without the folder can still read URLs.
             os.chdir(folder)
-        self._separate = SeparateTracks(**arguments)
+        self._separate = SeparateTracks(output, **options)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
         return {"result": json.dumps(self._separate(row))}
@@ -125,14 +112,17 @@ class _Worker:
 
 def separate_on_ray(
     tracks: Sequence[str],
-    arguments: Mapping[str, Any],
+    output: Output,
+    options: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
     *,
     address: str = "",
     cpus_per_worker: int | None = None,
     verbose: bool = False,
 ) -> None:
-    """Separate `tracks` on a Ray cluster with `SeparateTracks(**arguments)`; `report` each result.
+    """Separate `tracks` on a Ray cluster with `SeparateTracks(output, **options)`.
+
+    `report` is called with each result.
 
     `address` is the cluster's (default: RAY_ADDRESS, else a cluster is started on this machine). A
     track whose worker dies is tried again, finally alone in a worker, so that it takes no others
@@ -140,7 +130,7 @@ def separate_on_ray(
 
     Raises `DemucsInferError` if the cluster cannot be reached, or the workers cannot be started.
     """
-    waiting, output = dict.fromkeys(tracks), arguments["output"]
+    waiting = dict.fromkeys(tracks)
 
     def remove_workspaces(patience: float = 0) -> None:
         with output.workspace(patience):
@@ -153,7 +143,7 @@ def separate_on_ray(
             override_num_blocks=len(part),  # A dead worker loses its block.
         ).map(
             _Worker,
-            fn_constructor_args=(str(Path.cwd()), arguments),
+            fn_constructor_args=(str(Path.cwd()), output, options),
             compute=ray.data.ActorPoolStrategy(
                 size=min(count, len(part)),
                 max_tasks_in_flight_per_actor=calls,
@@ -175,7 +165,7 @@ def separate_on_ray(
     remove_workspaces()
     try:
         with _connected(address, verbose) as ray:
-            count, cpus, gpus = _workers(ray, arguments.get("device"), cpus_per_worker)
+            count, cpus, gpus = _workers(ray, options.get("device"), cpus_per_worker)
             for start in range(0, len(tracks), PART):
                 run(tracks[start : start + PART], IN_FLIGHT)
             if waiting:
@@ -186,7 +176,7 @@ def separate_on_ray(
             remove_workspaces(DYING)
     for track in waiting:
         error = DemucsInferError(f"{track}: its worker died {DEATHS} times: given up")
-        report(TrackResult(location(track), str(arguments["model"]), error=error).as_json())
+        report(TrackResult(location(track), str(options["model"]), error=error).as_json())
 
 
 def _workers(ray: Any, device: str | None, cpus: int | None) -> tuple[int, int, int]:
@@ -221,14 +211,14 @@ def _connected(address: str, verbose: bool) -> Iterator[Any]:
         import ray.data
     except ImportError as exc:
         raise MissingDependencyError("ray[data]", "--ray") from exc
-    level = logging.INFO if verbose else logging.CRITICAL
-    for name in () if verbose else ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(level)
+    level, messages = logging.INFO, sys.stderr
     with contextlib.ExitStack() as stack:
         if not verbose:
+            level, messages = logging.CRITICAL, stack.enter_context(Path(os.devnull).open("w"))
+            for name in ("ray", "ray.data"):
+                logging.getLogger(name).setLevel(level)
             warnings.filterwarnings("ignore", module=__name__, message=".*ray_remote_args")
         # Ray reports deaths on standard output, which belongs to our results.
-        messages = sys.stderr if verbose else stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(messages))
         if not ray.is_initialized():
             stack.callback(ray.shutdown)

@@ -7,19 +7,13 @@ from pathlib import Path
 
 import torch
 
-
-def _never() -> bool:
-    return False
-
-
 # Returns True if the processor multiplies tiles of bfloat16 (AMX); PyTorch 2.4 and later.
-has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _never)
+has_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def has_bfloat16_instructions() -> bool:
     """Return True if an x86 processor multiplies bfloat16: asks PyTorch (2.5 on), then Linux."""
-    known = (getattr(torch.cpu, "_is_avx512_bf16_supported", _never), has_tiles)
-    if any(ask() for ask in known):
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", has_tiles)() or has_tiles():
         return True
     try:
         flags = Path("/proc/cpuinfo").read_text().split()

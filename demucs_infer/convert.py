@@ -59,9 +59,6 @@ class GraphOptions:
     dynamic: bool = option(False, "take any batch in ONNX, not one window")
 
 
-PLAIN = GraphOptions()
-
-
 def main(opts: Sequence[str] | None = None) -> None:
     """Run the command with `opts` (default: those of the process)."""
     parser = argparse.ArgumentParser(
@@ -82,24 +79,15 @@ def main(opts: Sequence[str] | None = None) -> None:
     add_flags(parser, GraphOptions)
     args = parser.parse_args(opts)
     try:
-        graph = GraphOptions(**values_of(GraphOptions, args))
-        convert(args.checkpoint, args.target, args.config, graph)
+        _convert(args.checkpoint, args.target, args.config, values_of(GraphOptions, args))
     except (DemucsInferError, OSError) as exc:
         fatal(exc)
 
 
-def convert(
-    checkpoint: Path, target: Path, config: Path | None = None, graph: GraphOptions = PLAIN
-) -> None:
-    """Convert a checkpoint file; with `config`, one of ZFTurbo's training toolkit.
-
-    Raises `ModelLoadingError` for a file that is not a checkpoint, `OptionError` for a `target`
-    without one of `SUFFIXES` and for options that its format does not have, `OSError` if writing
-    fails.
-    """
+def _convert(checkpoint: Path, target: Path, config: Path | None, graph: dict[str, Any]) -> None:
     if target.suffix not in SUFFIXES:
         raise OptionError(f"{target}: the name must end in {' or '.join(SUFFIXES)}")
-    if target.suffix != ".onnx" and graph != PLAIN:
+    if target.suffix != ".onnx" and GraphOptions(**graph) != GraphOptions():
         raise OptionError(f"{target}: precision and dynamic are for a name that ends in .onnx")
     from .hub.checkpoints import read_package, write_safetensors
     from .states import build_model
@@ -107,7 +95,7 @@ def convert(
     package = read_package(checkpoint) if config is None else read_trained(checkpoint, config)
     model = build_model(package, str(checkpoint))
     if target.suffix == ".onnx":
-        export(model, target, graph.precision, graph.dynamic)
+        export(model, target, **graph)
     else:
         write_safetensors(package, target)
 
@@ -144,13 +132,9 @@ def export(
         silence = torch.zeros(1, ours.audio_channels, length, device="cpu", dtype=torch.float32)
         ours(silence, network=network)
     graph = network_graph(ours, example, precision, dynamic)
-    facts: dict[str, Any] = {
-        "sources": ours.sources,
-        "samplerate": ours.samplerate,
-        "channels": ours.audio_channels,
-        "samples": length,
-    }
     options = ours.options
+    facts = {"sources": ours.sources, "samplerate": ours.samplerate, "samples": length}
+    facts["channels"] = ours.audio_channels
     if hasattr(options, "nfft"):
         facts |= {"nfft": options.nfft, "complex_as_channels": options.cac}
         facts["zero_padded"] = getattr(options, "hybrid_old", False)

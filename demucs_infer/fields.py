@@ -89,10 +89,11 @@ DURATION = replace(TIME, wanted="a time above 0 such as 90 or 1:30", fits=SECOND
 def check(options: Any) -> None:
     """Raise `OptionError` if a field of `options` has a value that its type or choices exclude."""
     for option in fields(options):
-        value, how = getattr(options, option.name), option.metadata.get("how", {})
+        value, how = getattr(options, option.name, None), option.metadata.get("how", {})
         kind, known = how.get("type"), how.get("choices")
-        if known is not None and value not in known:
-            raise OptionError(f"{option.name}={value!r}: choose from {', '.join(known)}")
+        allowed = "None" in str(option.type) and value is None
+        if known is not None and value not in known and not allowed:
+            raise OptionError(f"{option.name}={value!r}: choose from {', '.join(map(str, known))}")
         if isinstance(kind, number) and value is not None and not kind.fits(value):
             raise OptionError(f"{option.name}={value} must be {kind.wanted}")
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -35,6 +35,8 @@ from .write.output import PIPE, WHERE, Output
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .batch.tracks import TrackJob
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # Rounds that a thread of libgomp waits in a loop before it sleeps; see docs/performance.md.
@@ -203,9 +205,9 @@ def command(opts: Sequence[str] | None = None) -> None:
     """
     try:
         with streams_and_signals():
-            failures, _ = _run(opts)
+            console = _run(opts)
     except BrokenPipeError:  # The reader of --list-models has seen enough.
-        failures = 1
+        raise SystemExit(EXIT_FAILED) from None
     except DemucsInferError as exc:
         logger.debug("", exc_info=exc)
         fatal(exc)
@@ -214,7 +216,7 @@ def command(opts: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         show_error("interrupted")
         _end(EXIT_INTERRUPTED)
-    if failures:
+    if console.failed or console.unwritten:
         raise SystemExit(EXIT_FAILED)
 
 
@@ -233,18 +235,19 @@ def main(opts: Sequence[str] | None = None) -> None:
     track is only reported. The first other error is raised when all tracks are done.
     """
     with streams_and_signals():
-        _, errors = _run(opts)
-    if errors:
-        raise errors[0]
+        console = _run(opts)
+    if console.errors:
+        raise console.errors[0]
 
 
-def _run(opts: Sequence[str] | None) -> tuple[int, list[Exception]]:
-    """Run the command. Returns the number of failures, and the errors of tracks that exist."""
+def _run(opts: Sequence[str] | None) -> Console:
+    """Run the command. Returns the console, which knows the failures."""
     parser = get_parser()
     words = sys.argv[1:] if opts is None else opts
     # Tracks may stand between options. Their names start with a dash only behind "--".
     parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
     args = parse(words)
+    console = Console(quiet=args.quiet, json=args.json, pipe=args.out == PIPE)
     log_to_stderr(logging.DEBUG if args.verbose else logging.ERROR if args.quiet else NOTICE)
     try:
         if args.list_models:
@@ -259,13 +262,13 @@ def _run(opts: Sequence[str] | None) -> tuple[int, list[Exception]]:
             if not args.tracks and args.from_file is None:
                 parser.error("no track is given")
             limit_openmp_spinning()
-            return _separate_tracks(args)
+            _separate_tracks(args, console)
     except DownloadError:
         raise
     except (OptionError, ModelLoadingError) as exc:
         logger.debug("", exc_info=exc)
         fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
-    return 0, []
+    return console
 
 
 def limit_openmp_spinning() -> None:
@@ -278,8 +281,8 @@ def limit_openmp_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
-def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
-    """Find all tracks and separate them. Returns what `_run` does."""
+def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
+    """Find all tracks and separate them."""
     if args.json and args.out == PIPE:
         raise OptionError("--json and -o - both want standard output: choose one")
     if args.from_file == PIPE and PIPE in args.tracks:
@@ -290,48 +293,40 @@ def _separate_tracks(args: argparse.Namespace) -> tuple[int, list[Exception]]:
     label = model_label(model)
     folder = PIPE if args.out == PIPE else args.out / label
     output = Output(**{**values_of(Output, args), "folder": folder})
-    faults: list[tuple[Location, DemucsInferError]] = []
-    folders = Folders()
-
-    def report(name: Location, error: DemucsInferError) -> None:
-        faults.append((name, error))
-
-    from .batch.tracks import find_tracks, read_list
-
-    # The model may be a large download: look first whether it has work to do.
-    listed = () if args.from_file is None else read_list(args.from_file, report)
-    names = folders.noting(itertools.chain(args.tracks, listed))
-    tracks = list(find_tracks(names, leave_out=args.out, report=report))
-    if not tracks and not faults:
-        raise OptionError(f"{args.from_file}: names no track")
-    output.check_folder()
+    output.workspace()  # Raises an error if there can be none.
 
     from .batch.batch import TrackResult
+    from .batch.tracks import find_tracks, plan_jobs, read_list
 
-    count = len(tracks) + len(faults)
-    if output.is_pipe and count > 1:
-        raise OptionError(f"standard output takes one track, not {count}")
-    console = Console(count, quiet=args.quiet, json=args.json, pipe=output.is_pipe)
-    for name, fault in faults:
-        console.report(TrackResult(name, label, error=fault).as_json())
+    def report(name: Location, error: DemucsInferError) -> None:
+        console.report(TrackResult(name, label, error=error).as_json())
+
+    # The model may be a large download: look first whether it has work to do.
+    folders, seen = Folders(), set[int]()
+    listed = () if args.from_file is None else read_list(args.from_file, report)
+    names = folders.noting(itertools.chain(args.tracks, listed))
+    tracks = list(find_tracks(names, leave_out=args.out, report=report, seen=seen))
+    console.count = len(tracks) + len(console.failed)
+    if not console.count:
+        raise OptionError(f"{args.from_file}: names no track")
+    if output.is_pipe and console.count > 1:
+        raise OptionError(f"standard output takes one track, not {console.count}")
     if tracks:
-        _run_model(args, model, output, tracks, folders, console)
+        plan = partial(plan_jobs, tracks, output, folders=folders, seen=seen)
+        _run_model(args, model, output, plan, console)
     console.sum_up()
-    return console.failures, console.errors
 
 
 def _run_model(
     args: argparse.Namespace,
     model: str,
     output: Output,
-    tracks: Sequence[Location],
-    folders: Folders,
+    plan: Callable[..., list[TrackJob]],
     console: Console,
 ) -> None:
-    """Load the model and separate `tracks`, here or on a Ray cluster."""
+    """Load the model and separate the tracks of `plan`, here or on a Ray cluster."""
     from .api import Separator
     from .batch.batch import Batch, warn_of_full_disk
-    from .batch.tracks import plan_jobs
 
     options = {
         **values_of(SeparatorOptions, args),
@@ -344,7 +339,7 @@ def _run_model(
     separator = Separator(**options) if args.ray is None else Separator(**here, device="cpu")
     network: Any = separator.model
     output.check_stems(network.sources, separator.stems)
-    jobs = plan_jobs(tracks, output, separator.name, separator.stems, folders)
+    jobs = plan(separator.name, separator.stems)
     shown = output.folder.resolve() if isinstance(output.folder, Path) else output.folder
     console.introduce(len(network.models) if hasattr(network, "models") else None, shown)
     if args.ray is None:
@@ -363,15 +358,12 @@ def _run_model(
         del separator, network
         from .cluster import separate_on_ray
 
-        def report(result: dict[str, Any]) -> None:
-            error = result["error"] and DemucsInferError(result["error"])
-            console.report(result, error, elsewhere=True)
-
-        own = {"folders": folders, "output": output, "skip_existing": args.skip_existing}
+        own = {"folders": jobs[0].folders, "skip_existing": args.skip_existing}
         separate_on_ray(
             [full_text(job.track) for job in jobs],
+            output,
             {**options, **own},
-            report,
+            partial(console.report, elsewhere=True),
             address=args.ray,
             cpus_per_worker=args.cpus_per_worker,
             verbose=args.verbose,

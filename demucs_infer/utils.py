@@ -128,13 +128,17 @@ def check_architecture(options: Any, *counts: str) -> None:
     Values must have the types that the dataclass declares. `counts` are the options that are
     numbers of layers (of either sign).
     """
-    for name, kind in _declared(type(options)).items():
+    # Annotations are text here, and must be evaluated.
+    for name, kind in get_type_hints(type(options)).items():
         value = getattr(options, name)
+        if get_origin(kind) is ClassVar:
+            continue
         if not _fits(value, kind) and not (name == "segment" and _fits(value, Fraction)):
             wanted = options.__annotations__[name]
             raise OptionError(f"{name}={shortened(value)} must be {wanted}, and finite")
     sources = list(options.sources)
-    if len(set(sources)) != len(sources) or not all(map(_is_name, sources)) or not sources:
+    are_names = all(re.fullmatch(FILE_NAME, source) for source in sources)
+    if len(set(sources)) != len(sources) or not are_names or not sources:
         raise OptionError(f"sources={shortened(sources)} cannot be names of files")
     for name in POSITIVE:
         value = getattr(options, name, 1)
@@ -145,12 +149,6 @@ def check_architecture(options: Any, *counts: str) -> None:
         value = getattr(options, name, 0)
         if abs(value) > limit:
             raise OptionError(f"{name}={shortened(value)} is more than {limit}")
-
-
-def _declared(options: type[Any]) -> dict[str, Any]:
-    """Return the type of each option. Annotations are text here, and must be evaluated."""
-    kinds = get_type_hints(options)
-    return {name: kind for name, kind in kinds.items() if get_origin(kind) is not ClassVar}
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -175,10 +173,6 @@ def shortened(value: Any) -> str:
     """Return a value as text for a message, in one line of moderate length."""
     words = " ".join(_shorten.repr(value).split())
     return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}..."
-
-
-def _is_name(source: Any) -> bool:
-    return isinstance(source, str) and re.fullmatch(FILE_NAME, source) is not None
 
 
 @contextmanager

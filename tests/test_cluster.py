@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,27 @@ import pytest
 from demucs_infer.cluster import SeparateTracks
 from demucs_infer.errors import OptionError
 
-from .helpers import SOURCES, Command, assert_one_line, environment, run, separate, stems_of, wav
+from .helpers import (
+    SOURCES,
+    Command,
+    assert_one_line,
+    environment,
+    json_lines,
+    run,
+    separate,
+    stems_of,
+    wav,
+    write_track,
+)
 
 slow = pytest.mark.slow
 DOCUMENT = Path(__file__).parents[1] / "docs" / "batch.md"
 
 
-def write_tracks(folder: Path, count: int) -> Path:
+def write_tracks(folder: Path, count: int, seconds: float = 1) -> Path:
     folder.mkdir(parents=True)
     for number in range(count):
-        (folder / f"{number:02}.wav").write_bytes(wav(1 + number / 80, seed=number))
+        (folder / f"{number:02}.wav").write_bytes(wav(seconds + number / 80, seed=number))
     return folder
 
 
@@ -86,54 +98,82 @@ def test_missing_ray_is_named_with_its_package(
 
 # --- Ray ----------------------------------------------------------------------------------------
 
+# Ends a worker that reads a track of this name.
+KILLER = """
+import os, sys
+if "default_worker.py" in " ".join(sys.orig_argv):
+    def hook(event, arguments):
+        if event == "shutil.copyfile" and "deadly" in str(arguments[0]):
+            os._exit(1)
+    sys.addaudithook(hook)
+"""
+
 
 @pytest.fixture(scope="module")
-def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tracks in `in`, and their stems by the command without Ray in `plain`."""
-    pytest.importorskip("ray")
+def job(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with tracks in `in`, and their stems by the command without Ray in `plain`.
+
+    Meanwhile this process is connected to a Ray of two CPUs.
+    """
+    ray = pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("job")
-    write_tracks(folder / "in", 40)
-    alone = {**environment(), "OMP_NUM_THREADS": "1"}  # as a worker computes
-    result = run("-m", "demucs_infer", *options(repo), "in", "-o", "plain", cwd=folder, env=alone)
+    write_tracks(folder / "in", 12, 8)
+    (folder / "site").mkdir()
+    (folder / "site/sitecustomize.py").write_text(KILLER)
+    path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("DEMUCS_INFER_TEST", str(folder))
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(num_cpus=2, include_dashboard=False, logging_level=50, log_to_driver=False)
+        # In a process with as many threads as a worker.
+        result = run("-m", "demucs_infer", *options(repo), "in", "-o", "plain")
     assert result.returncode == 0, result.stderr
-    return folder
+    yield folder
+    ray.shutdown()
 
 
 def options(repo: Path) -> list[object]:
     return ["--repo", repo, "-n", "tiny", "--seed", 1, "-d", "cpu"]
 
 
-def on_ray(repo: Path, *more: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
-    """Start the command with a Ray of two CPUs and a worker on each."""
-    code = "import ray, functools, sys; ray.init = functools.partial(ray.init, num_cpus=2);"
-    code += "from demucs_infer.separate import command; command(sys.argv[1:])"
-    command = [*options(repo), *more, "--json", "--cpus-per-worker", 1, "--ray"]
+def on_ray(repo: Path, *more: object, cwd: Path) -> tuple[Any, list[dict[str, Any]], list[str]]:
+    """Run the command on the Ray of `job`. Return the status, the results and lines of errors."""
+    arguments = [*options(repo), *more, "--json", "--cpus-per-worker", 1, "--ray"]
+    result = separate(*arguments, cwd=cwd)
+    errors = [x for x in result.stderr.splitlines() if x.startswith("demucs-infer: ")]
+    return result.returncode, json_lines(result), errors
+
+
+def started(repo: Path, *more: object, cwd: Path) -> subprocess.Popen[str]:
+    """Start the command as a process."""
+    arguments = [*options(repo), "--json", "--cpus-per-worker", 1, *more]
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command)],
+        [sys.executable, "-m", "demucs_infer", *map(str, arguments)],
         cwd=cwd,
-        env={**environment(), "RAY_ADDRESS": "", **variables},
+        env={**environment(), "RAY_ADDRESS": "", "RAY_worker_niceness": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Wait for the process, and return the results and the lines of errors."""
-    output, messages = process.communicate()
-    errors = [x for x in messages.splitlines() if x.startswith("demucs-infer: ")]
-    return [json.loads(line) for line in output.splitlines()], errors
+def address() -> str:
+    """Return the address of the Ray of `job`."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
 
 
 @slow
 def test_stems_are_the_same_and_a_broken_file_is_one_line(job: Path, repo: Path) -> None:
     (job / "broken.wav").write_text("no music")
-    process = on_ray(repo, "in", "broken.wav", "-o", "ray", cwd=job)
-    results, errors = finish(process)
-    assert process.returncode == 1
-    assert len(errors) == 1
-    assert "broken.wav: " in errors[0]
-    assert len(results) == 41
+    status, results, (error,) = on_ray(repo, "in", "broken.wav", "-o", "ray", cwd=job)
+    assert (status, len(results)) == (1, 13)
+    assert "broken.wav: " in error
     assert [result["input"] for result in results if result["error"]] == ["broken.wav"]
     assert_same_stems(job / "ray", job / "plain")
 
@@ -143,31 +183,35 @@ def test_stems_are_the_same_and_a_broken_file_is_one_line(job: Path, repo: Path)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.usefixtures("hang_ups")
 def test_signal_ends_the_command_and_its_workers(job: Path, repo: Path, name: str) -> None:
-    """Ray installs its own handler, and its workers outlive the command for a moment."""
+    """On a Ray of the command, and on ours. Ray installs its own handler, and its workers outlive
+    the command for a moment."""
     folder, number = job / name, signal.Signals[name]
-    process = on_ray(repo, "in", "-o", folder, cwd=job)
+    for track in "abcd":
+        write_track(job / f"long/{track}.wav", 100)
+    where = ["--ray"] if name == "SIGTERM" else ["--ray", address()]
+    process = started(repo, "in/00.wav", "long", "-o", folder, *where, cwd=job)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["error"] is None
     process.send_signal(number)
-    results, errors = finish(process)
+    _, messages = process.communicate()
+    errors = [x for x in messages.splitlines() if x.startswith("demucs-infer: ")]
     message = f"demucs-infer: error: ended by {name}"
     assert (process.returncode, errors) == (128 + number, [message])
-    assert len(results) < 39
-    assert len(list((folder / "tiny").iterdir())) >= 1 + len(results)
+    assert 1 <= len(list((folder / "tiny").iterdir())) < 5
     assert not list((folder / "tiny").glob(".*"))
 
 
 @slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_worker_loses_no_track(job: Path, repo: Path) -> None:
-    process = on_ray(repo, "in", "-o", "killed", cwd=job, DEMUCS_INFER_TEST=str(job))
+    process = started(repo, "in", "-o", "killed", "--ray", address(), cwd=job)
     assert process.stdout is not None
-    first = json.loads(process.stdout.readline())
+    lines = [process.stdout.readline()]
     os.kill(min(workers(f"DEMUCS_INFER_TEST={job}")), signal.SIGKILL)
-    rest = list(map(json.loads, process.stdout))  # a few messages fit into the other pipe
-    _, errors = finish(process)
-    assert (process.returncode, errors) == (0, [])
-    assert len({result["input"] for result in [first, *rest]}) == 40
+    lines += process.stdout  # a few messages fit into the other pipe
+    _, messages = process.communicate()
+    assert (process.returncode, "demucs-infer: error" in messages) == (0, False)
+    assert len({json.loads(line)["input"] for line in lines}) == 12
     assert_same_stems(job / "killed", job / "plain")
 
 
@@ -184,56 +228,41 @@ def workers(variable: str) -> list[int]:
     return found
 
 
-KILLER = """
-import os, sys
-if "default_worker.py" in " ".join(sys.orig_argv):
-    def hook(event, arguments):
-        if event == "shutil.copyfile" and "deadly" in str(arguments[0]):
-            os._exit(1)
-    sys.addaudithook(hook)
-"""
-
-
 @slow
 def test_track_that_kills_its_workers_is_given_up(job: Path, repo: Path) -> None:
-    (job / "site").mkdir()
-    (job / "site/sitecustomize.py").write_text(KILLER)
     deadly = job / "deadly.wav"
     deadly.write_bytes((job / "in/00.wav").read_bytes())
-    names = [f"file://{deadly}", *(f"in/{number:02}.wav" for number in range(8))]
+    names = [f"file://{deadly}", "in/00.wav", "in/01.wav"]
     (job / "list.txt").write_text("\n".join(names))
-    path = os.pathsep.join([str(job / "site"), os.environ.get("PYTHONPATH", "")])
-    process = on_ray(repo, "--from-file", "list.txt", "-o", "given up", cwd=job, PYTHONPATH=path)
-    results, errors = finish(process)
-    assert process.returncode == 1
-    assert len(errors) == 1
-    assert f"file://{deadly}: its worker died 4 times" in errors[0]
+    status, results, (error,) = on_ray(repo, "--from-file", "list.txt", "-o", "given up", cwd=job)
+    assert status == 1
+    assert f"file://{deadly}: its worker died 4 times" in error
     assert sorted(result["input"] for result in results) == sorted(names)
-    assert len(stems_of(job / "given up")) == 32
+    assert len(list((job / "given up").rglob("*.wav"))) == 8
 
 
 @slow
-def test_missing_cluster_is_one_line(repo: Path, job: Path) -> None:
+def test_workers_that_cannot_start_and_a_missing_cluster_are_one_line(
+    job: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, (error,) = on_ray(repo, "in", "-o", "none", "-d", "cuda:77", cwd=job)
+    assert (status, "cuda:77" in error) == (1, True)
+    # As without a connection, which is kept.
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     result = separate(*options(repo), "in", "--ray", "127.0.0.1:1", cwd=job)
     assert_one_line(result, "--ray 127.0.0.1:1: no cluster answers")
 
 
 @slow
-def test_workers_that_cannot_start_are_one_line(job: Path, repo: Path) -> None:
-    process = on_ray(repo, "in", "-o", "none", "-d", "cuda:77", cwd=job)
-    _, errors = finish(process)
-    assert process.returncode == 1
-    assert len(errors) == 1
-    assert "cuda:77" in errors[0]
-
-
-@slow
-def test_example_of_the_documentation_runs(job: Path, repo: Path) -> None:
+def test_example_of_the_documentation_runs(
+    job: Path, repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     ours = block.replace('"model": "htdemucs"', f'"model": "tiny", "repo": {str(repo)!r}')
     assert ours != block
-    (job / "songs.txt").write_text("in/00.wav\nin/01.wav\nnone.wav\n")
-    result = run("-c", ours, cwd=job)
-    assert result.returncode == 0, result.stderr
-    assert "none.wav: no such file" in result.stdout
-    assert len(stems_of(job / "stems")) == 8
+    monkeypatch.chdir(job)
+    Path("songs.txt").write_text("in/00.wav\nin/01.wav\nnone.wav\n")
+    exec(ours, {})
+    assert "none.wav: no such file" in capsys.readouterr().out
+    assert len(list((job / "stems").rglob("*.wav"))) == 8

@@ -194,6 +194,9 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
         ("--filename ../../{stem}.{ext}", 2, ["outside"]),
         ("--filename {track}.{ext} --stems bass -o .", 2, ["replace"]),
         ("-o -", 2, ["one stem, not 4"]),
+        ("-o - --stems bass other.wav", 2, ["one track, not 2"]),
+        ("--ray -o -", 2, ["--ray", "standard output"]),
+        ("- --ray", 2, ["--ray", "standard input"]),
         ("-o - --stems bass --json", 2, ["--json"]),
         ("-o - --stems bass --player", 2, ["standard output"]),
     ],
@@ -201,12 +204,13 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
 def test_wrong_usage_is_one_line_and_changes_nothing(
     options: str, status: int, words: list[str], command: Command, tmp_path: Path
 ) -> None:
-    write_track(tmp_path / "tiny/a.wav")
+    for name in ("tiny/a.wav", "other.wav"):
+        write_track(tmp_path / name)
     (tmp_path / "bad.th").write_text("no weights")
     result = command("tiny/a.wav", *options.split())
     assert_one_line(result, *words)
     assert result.returncode == status
-    assert stems_of(tmp_path) == {"tiny/a.wav", "bad.th"}
+    assert stems_of(tmp_path) == {"tiny/a.wav", "other.wav", "bad.th"}
 
 
 def test_missing_encoder_is_reported_before_the_work(

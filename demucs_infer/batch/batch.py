@@ -30,8 +30,9 @@ from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
-from ..storage.locations import Location, full_text, local_copy
+from ..storage.locations import Location, check_target, full_text, local_copy
 from ..storage.spool import Spool, Workspace
+from ..utils import DummyPoolExecutor
 from ..write.encode import encoding_errors
 from ..write.metadata import read_cover
 from ..write.output import PIPE, PIPE_NAME, Output
@@ -39,10 +40,12 @@ from ..write.player import check_length
 from ..write.video import Video
 from ..write.writer import StemFile, Target, TrackWriter
 from .console import standard_input
+from .folders import Folders
 from .tracks import TrackJob, plan_jobs
 
 MEASURED = 20  # tracks whose headers are read
 CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
+HERE = DummyPoolExecutor()  # runs the model in the caller's thread
 
 
 @dataclass(frozen=True)
@@ -94,33 +97,22 @@ class _Stopped(Exception):
 class _Track:
     """A track that is decoded, then separated, then written.
 
-    `files` closes its spools when the stems are written. `title` is that of a progress bar, and
-    `encoded` the fraction of the stems' samples.
+    `files` removes its temporary files. `title` is that of a progress bar, and `encoded` the
+    fraction of the stems' samples.
     """
 
     job: TrackJob
     mixture: Mixture
     spool: Spool
-    target: Target
+    writer: TrackWriter
     seconds: float
     damage: Damage
     files: contextlib.ExitStack
     begin: float = 0.0
     title: str | None = None
     offsets: Sequence[int] = ()
-    writer: TrackWriter | None = None
     encoded: float = 0.0
     written: Future[None] | None = None
-
-
-def _result(future: Future[Any]) -> Any:
-    """Return the result of `future`.
-
-    Python does not notice a signal that arrives just before a wait without a timeout.
-    """
-    while not wait([future], 1).done:
-        pass
-    return future.result()
 
 
 class Batch:
@@ -129,8 +121,8 @@ class Batch:
     `separator` is a `Separator`, or has its `name`, `samplerate`, `audio_channels`, `stems`,
     `options`, `plan` and `blocks`. `announce` is called before a track is separated. It
     returns a title for the progress bar, or None if standard error is not a terminal. `report` is
-    called with each result, one at a time, from any thread. `call` calls a function with arguments
-    where the model may run: batches that share a model share a thread for it.
+    called with each result, one at a time, from any thread. The model runs in `model_pool`: batches
+    that share a model share a thread for it.
     """
 
     def __init__(
@@ -141,10 +133,10 @@ class Batch:
         *,
         announce: Callable[[Location], str | None] = lambda track: None,
         report: Callable[[TrackResult], None] = lambda result: None,
-        call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
+        model_pool: Executor = HERE,
     ) -> None:
         self.separator, self.output, self.space = separator, output, space
-        self._announce, self._report, self._call = announce, report, call
+        self._announce, self._report, self._model_pool = announce, report, model_pool
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -153,11 +145,6 @@ class Batch:
 
         With `skip_existing`, tracks whose files all exist are reported as skipped.
         """
-        if any(job.track == PIPE for job in jobs):
-            # Most formats need seeking, which a pipe does not have.
-            self._input = self.space.file()
-            with encoding_errors(self._input), self._input.open("wb") as file:
-                shutil.copyfileobj(standard_input(), file)
         wanted = (job for job in jobs if not (skip_existing and self._skipped(job)))
         reader, writer = worker_pool(1), worker_pool(1)
         behind: _Track | None = None
@@ -166,9 +153,13 @@ class Batch:
                 for job, decoded in self._read_ahead(reader, wanted):
                     track, title, begin = None, self._announce(job.track), time.monotonic()
                     try:
-                        track = _result(decoded)
+                        # Python does not notice a signal that arrives just before a wait without
+                        # a timeout.
+                        while not wait([decoded], 1).done:
+                            pass
+                        track = decoded.result()
                         track.title, track.begin = title, begin
-                        self._call(self._separate, track)
+                        self._model_pool.submit(self._separate, track).result()
                     except Exception as exc:
                         track = None
                         self._fail(job.track, exc)
@@ -211,14 +202,19 @@ class Batch:
     def _decode(self, job: TrackJob) -> _Track:
         separator, output, form = self.separator, self.output, self.output.file_format
         channels, model_rate = separator.audio_channels, separator.samplerate
-        job.check_targets()
+        for path in job.files:
+            if path != PIPE:
+                check_target(path)
         output.mention_leftovers(job.files)
         with contextlib.ExitStack() as stack:
             if job.track == PIPE:
-                file = AudioFile(self._input, name=PIPE_NAME)
+                # Most formats need seeking, which a pipe does not have.
+                copy = self.space.file()
+                with encoding_errors(copy), copy.open("wb") as content:
+                    shutil.copyfileobj(standard_input(), content)
             else:
-                path = stack.enter_context(local_copy(job.track, self.space.path))
-                file = AudioFile(path, name=str(job.track))
+                copy = stack.enter_context(local_copy(job.track, self.space.path))
+            file = AudioFile(copy, name=PIPE_NAME if job.track == PIPE else str(job.track))
             decoder = Decoder(file, model_rate, channels, separator.options)
             rate = form.samplerate(decoder.rate if output.keep_rate else model_rate)
             keeps_rate = rate == decoder.rate != model_rate
@@ -255,24 +251,21 @@ class Batch:
                 video,
                 original,
             )
-            mixture = Mixture(spool.read, moments)
-            return _Track(job, mixture, spool, target, seconds, decoder.damage, stack.pop_all())
+            writer = TrackWriter(job.paths, target, job.page)
+            stack.callback(writer.discard)
+            mixture, files = Mixture(spool.read, moments), stack.pop_all()
+            return _Track(job, mixture, spool, writer, seconds, decoder.damage, files)
 
     def _separate(self, track: _Track) -> None:
         separator, position = self.separator, 0
         with track.files as files, contextlib.closing(track.spool):
-            track.writer = writer = TrackWriter(track.job.paths, track.target, track.job.page)
             passes, names = separator.plan(track.mixture.length), separator.stems
             track.offsets = [task.offset for task in passes if task.offset is not None]
-            try:
-                for stems in separator.blocks(track.mixture, passes, track.title):
-                    start, position = position, position + stems.shape[-1]
-                    mixture = partial(track.mixture.samples, start, position)
-                    writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
-                    del stems  # The next window needs the memory.
-            except BaseException:
-                writer.discard()
-                raise
+            for stems in separator.blocks(track.mixture, passes, track.title):
+                start, position = position, position + stems.shape[-1]
+                mixture = partial(track.mixture.samples, start, position)
+                track.writer.write(self.output.pick(mixture, dict(zip(names, stems[0]))))
+                del stems  # The next window needs the memory.
             track.files = files.pop_all()
 
     def _finish(self, track: _Track) -> None:
@@ -282,14 +275,12 @@ class Batch:
             self._check_stop()
             track.encoded = fraction
 
-        assert track.writer is not None
-        with track.files:
-            try:
+        try:
+            with track.files:
                 stems = track.writer.finish(progress)
-            except Exception as exc:
-                track.writer.discard()
-                self._fail(track.job.track, exc)
-                return
+        except Exception as exc:
+            self._fail(track.job.track, exc)
+            return
         result = TrackResult(
             track.job.track,
             self.separator.name,
@@ -306,14 +297,13 @@ class Batch:
         """Wait until the stems of a track are there. On a terminal, show how far they are."""
         if track is None or track.written is None:
             return
-        if track.title is not None and not track.written.done():
-            form = "Encoding stems {percentage:3.0f} % {bar} {desc}"
-            options = {"dynamic_ncols": True, "leave": False, "disable": None}
-            with tqdm(total=1.0, desc=track.title, bar_format=form, **options) as bar:
-                while not wait([track.written], 0.2).done:
-                    bar.n = track.encoded
-                    bar.refresh()
-        _result(track.written)
+        form = "Encoding stems {percentage:3.0f} % {bar} {desc}"
+        options = {"dynamic_ncols": True, "leave": False, "disable": track.title is None}
+        with tqdm(total=1.0, desc=track.title, bar_format=form, **options) as bar:
+            while not wait([track.written], 0.2).done:
+                bar.n = track.encoded
+                bar.refresh()
+        track.written.result()
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -329,15 +319,25 @@ class Batch:
             self._report(result)
 
 
-def separate_file(separator: Any, track: Location, output: Output) -> TrackResult:
-    """Separate one track. Its error is raised."""
-    output.check_stems(separator.model.sources, separator.stems)
-    jobs = plan_jobs([track], output, separator.name, separator.stems)
+def separate_track(
+    separator: Any,
+    track: Location,
+    output: Output,
+    space: Workspace | None = None,
+    *,
+    folders: Folders | None = None,
+    skip_existing: bool = False,
+    model_pool: Executor = HERE,
+) -> TrackResult:
+    """Separate one track, and return its result or its error. `space` is a workspace in use.
+
+    Raises `OptionError` if the stems would replace the track or cannot be had.
+    """
+    jobs = plan_jobs([track], output, separator.name, separator.stems, folders)
     results: list[TrackResult] = []
-    with output.workspace() as space:
-        Batch(separator, output, space, report=results.append).run(jobs)
-    if results[0].error is not None:
-        raise results[0].error
+    with output.workspace() if space is None else contextlib.nullcontext(space) as opened:
+        batch = Batch(separator, output, opened, report=results.append, model_pool=model_pool)
+        batch.run(jobs, skip_existing=skip_existing)
     return results[0]
 
 

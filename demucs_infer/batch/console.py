@@ -7,7 +7,6 @@ record that cannot be written there is an error, but all stems are still made.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -81,24 +80,21 @@ class _Forgiving:
         self._lock = threading.RLock()  # a signal may interrupt its holder
 
     def write(self, text: str) -> int:
-        with self._lock:
-            self._write(text)
-        return len(text)
-
-    def _write(self, text: str) -> None:
         shown = text
-        if text.startswith("\r"):
-            self._bar = text
-        elif self._bar and len(text) > 1 and text.endswith("\n"):
-            if is_terminal(self._stream):
-                # A message replaces the bar. Its owner draws it again below, unless it is complete.
-                shown = f"{CLEAR_LINE}{text}{self._bar if '100%|' in self._bar else ''}"
-            else:
-                shown, self._bar = f"\n{text}", ""
-        elif text.endswith("\n"):
-            self._bar = ""
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
+            if text.startswith("\r"):
+                self._bar = text
+            elif self._bar and len(text) > 1 and text.endswith("\n"):
+                if is_terminal(self._stream):
+                    # A message replaces the bar. Its owner draws it again below, unless it is
+                    # complete.
+                    shown = f"{CLEAR_LINE}{text}{self._bar if '100%|' in self._bar else ''}"
+                else:
+                    shown, self._bar = f"\n{text}", ""
+            elif text.endswith("\n"):
+                self._bar = ""
             write(shown, self._stream)
+        return len(text)
 
     def flush(self) -> None:
         """Do nothing: `write` flushes."""
@@ -153,28 +149,25 @@ def clock(seconds: float) -> str:
 
 
 class Console:
-    """Reports the progress of `count` tracks on standard error, and as JSON if `json` is set.
+    """Reports the progress of tracks on standard error, and as JSON if `json` is set.
 
-    `pipe` says that a stem goes to standard output, which then has no lines for programs. `errors`
-    are those of tracks that exist, and of standard output.
+    Set `count` to their number before the first one is announced. `pipe` says that a stem goes to
+    standard output, which then has no lines for programs. `errors` are those of tracks that exist,
+    and of standard output.
     """
 
-    def __init__(
-        self, count: int, *, quiet: bool = False, json: bool = False, pipe: bool = False
-    ) -> None:
-        self.count, self.json = count, json
+    def __init__(self, *, quiet: bool = False, json: bool = False, pipe: bool = False) -> None:
+        self.quiet, self.json = quiet, json
         self.talks = not (quiet or json or pipe)  # on standard output, as the reference does
         self.output = sys.stdout  # Ray redirects `sys.stdout`.
         self.failed: list[str] = []
         self.errors: list[Exception] = []
-        self.done = self.skipped = self._begun = 0
+        self.count = self.done = self.skipped = self._begun = 0
         self.unwritten = False
         self._begin = time.monotonic()
 
     def introduce(self, models: int | None, folder: object) -> None:
         """Name the folder of the stems, and the number of models of a bag (None for no bag)."""
-        if not self.talks:
-            return
         if models is not None:
             self._tell(f"Selected model is a bag of {models} models. Each draws a bar per shift.")
         self._tell(f"Separated tracks will be stored in {folder}")
@@ -182,16 +175,17 @@ class Console:
     def _tell(self, line: str) -> None:
         """Write a line that programs look for. Nothing fails if nobody reads it."""
         with contextlib.suppress(DemucsInferError, BrokenPipeError):
-            put(printable(line), self.output)
+            if self.talks:
+                put(printable(line), self.output)
 
     def announce(self, track: object) -> str | None:
         """Announce that `track` begins. Returns a title for its bar if that is on a terminal."""
-        if self.talks:
-            self._tell(f"Separating track {track}")
-        else:
+        self._tell(f"Separating track {track}")
+        if not self.talks:
             logger.log(NOTICE, "Separating %s", bold(track))
         self._begun = max(self._begun, self.done) + 1
-        if not is_terminal(sys.stderr):  # Programs read the bars as the reference draws them.
+        # Programs read the bars as the reference draws them.
+        if self.quiet or not is_terminal(sys.stderr):
             return None
         name = printable(re.split(r"[/\\]", str(track))[-1])
         name = name if len(name) <= TITLE else f"{name[: TITLE - 1]}…"
@@ -208,12 +202,13 @@ class Console:
     ) -> None:
         """Take the result of a track, as `TrackResult.as_json` gives it, and an error to raise.
 
-        A track that was separated `elsewhere` has not been announced.
+        A track that was separated `elsewhere` has not been announced, and its error is only text.
         """
         self.done += 1
         self.skipped += result["skipped"]
         self.errors += [error] if error is not None else []
         if result["error"] is not None:
+            self.errors += [DemucsInferError(result["error"])] if elsewhere else []
             self.failed.append(result["input"])
             logger.error("%s", result["error"])
         elif not result["skipped"]:
@@ -221,10 +216,8 @@ class Console:
             paths += filter(None, [result["player"]])
             if "-" not in paths:
                 # The one file, or the innermost folder that holds all files.
-                parts = [re.split(r"(?<=[/\\])", path)[:-1] for path in paths]
-                levels = itertools.takewhile(lambda names: len({*names}) == 1, zip(*parts))
-                common = "".join(names[0] for names in levels)
-                place = paths[0] if len({*paths}) == 1 else common
+                common = os.path.commonprefix(paths)  # noqa: RUF071
+                place = common if len({*paths}) == 1 else re.sub(r"[^/\\]*$", "", common)
                 logger.log(NOTICE, "Stems in %s (%s)", bold(place), clock(result["elapsed"]))
             if elsewhere:
                 name = bold(result["input"])
@@ -236,11 +229,6 @@ class Console:
                 self.unwritten = True
                 self.errors.append(exc)
                 logger.error("%s", exc)
-
-    @property
-    def failures(self) -> int:
-        """The number of things that went wrong."""
-        return len(self.failed) + self.unwritten
 
     def sum_up(self) -> None:
         """Count the tracks, and name those that failed, perhaps hours ago."""

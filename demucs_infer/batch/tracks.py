@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import DemucsInferError, LoadAudioError, MissingDependencyError, OptionError
+from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
 from ..storage.locations import (
     Identities,
@@ -22,7 +22,6 @@ from ..storage.locations import (
     Named,
     Url,
     check,
-    check_target,
     exists,
     location,
     reading,
@@ -66,29 +65,27 @@ class TrackJob:
     @property
     def paths(self) -> Mapping[str, Location]:
         """The file of each stem."""
-        return self.output.paths(self.track, self.model, self.stems, self.folders.of)
+        return self.output.paths(self.track, self.model, self.stems, self._folder)
 
     @property
     def page(self) -> Location | None:
         """The page to listen with, if there is to be one."""
-        return self.output.page(self.track, self.model, self.folders.of)
+        return self.output.page(self.track, self.model, self._folder)
+
+    @property
+    def _folder(self) -> str:
+        # Looking a folder up takes long for a million tracks.
+        return self.folders.of(self.track) if "{folder" in self.output.filename else ""
 
     @property
     def files(self) -> Iterable[Location]:
         """All files of the track, each once."""
-        page = {} if self.page is None else {self.page: None}
-        return {**dict.fromkeys(self.paths.values()), **page}
+        return dict.fromkeys(filter(None, [*self.paths.values(), self.page]))
 
     @property
     def is_done(self) -> bool:
         """True if all of its files are there; they appear when they are whole."""
         return all(map(self.output.is_written, self.files))
-
-    def check_targets(self) -> None:
-        """Raise `SaveAudioError` if a stem cannot have its name, before it is made."""
-        for path in self.files:
-            if path != PIPE:
-                check_target(path)
 
 
 def _raise(name: Location, error: DemucsInferError) -> None:
@@ -101,20 +98,21 @@ def find_tracks(
     leave_out: Named | None = None,
     expand: bool = os.name == "nt",
     report: Report = _raise,
+    seen: set[int] | None = None,
 ) -> Iterator[Location]:
     """Yield the tracks that `names` stand for: files, all audio files below a folder, "-" once.
 
     With `expand`, a name without a file may be a pattern, for shells that leave that to programs;
     a URL may always be one. Hidden files, and those in the folder `leave_out`, are found only if
-    they are named themselves. A file that is named twice comes once.
+    they are named themselves. A file that is named twice comes once. Hashes of the identities of
+    all tracks are added to `seen`: of a million tracks, the names would be gigabytes.
 
     Missing files, folders without audio and other errors are told to `report`, which raises them by
     default. The other names go on.
     """
-    identities = Identities()
+    identities, seen = Identities(), set() if seen is None else seen
     apart = None if leave_out is None else identities.of(location(leave_out))
     search = _Search(apart, expand, report, identities)
-    seen: set[int] = set()  # hashes: of a million tracks, the names would be gigabytes
     for name in names:
         for track in search.tracks(location(name)):
             identity = hash(identities.of(track))
@@ -132,7 +130,7 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
     listed = location(source)
     try:
         with nullcontext(standard_input()) if listed == PIPE else reading(listed) as file:
-            buffered: Any = file if hasattr(file, "peek") else io.BufferedReader(cast(Any, file))
+            buffered = io.BufferedReader(cast(Any, file))
             head = buffered.peek(4)
             found = (name for mark, name in ENCODINGS.items() if head.startswith(mark))
             encoding = next(found, "utf-8-sig")
@@ -150,9 +148,8 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
                     yield location(name)
             # The file stays open: it may be standard input.
             text.detach()
-            if buffered is not file:
-                buffered.detach()
-    except (LoadAudioError, MissingDependencyError) as exc:
+            buffered.detach()
+    except DemucsInferError as exc:
         report(listed, exc)
     except OSError as exc:
         report(listed, _unreadable(listed, exc))
@@ -170,29 +167,28 @@ class _Search:
     def tracks(self, name: Location) -> Iterable[Location]:
         """Return the tracks that a name stands for. Errors are reported."""
         try:
-            _check_name(name)
+            check(name)
             return self._remote(name) if isinstance(name, Url) else self._local(name, self.expand)
-        except (LoadAudioError, MissingDependencyError) as exc:
+        except DemucsInferError as exc:
             self.report(name, exc)
         except OSError as exc:
             self.report(name, _unreadable(name, exc))
         return []
 
     def _local(self, name: Path, expand: bool) -> Iterable[Path]:
-        if name.is_dir():
-            return self._below(name)
-        if expand and name != PIPE and not name.exists() and glob.has_magic(str(name)):
-            matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
-            if found := [track for match in matches for track in self._local(match, False)]:
-                return found
+        if name == PIPE:
+            return [name]
         try:
-            if name != PIPE:
-                name.stat()
+            is_folder = stat.S_ISDIR(name.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError) as exc:
+            if expand and glob.has_magic(str(name)):
+                matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+                if found := [track for match in matches for track in self._local(match, False)]:
+                    return found
             raise LoadAudioError(f"{name}: no such file") from exc
         except OSError:  # The decoder tells the reason.
-            pass
-        return [name]
+            is_folder = False
+        return self._below(name) if is_folder else [name]
 
     def _remote(self, url: Url) -> Iterable[Location]:
         """Find the tracks of a URL. A store is not asked about a name that looks like a file's."""
@@ -209,15 +205,13 @@ class _Search:
             found = [track for match in url.find(True) for track in self._remote(match)]
         else:
             files = url.find(False)
-            found = [file for file in files if self._is_track_below(file, url)]
+            visible = [f for f in files if "/." not in f.text.removeprefix(url.text)]
+            left_out = f"{self.apart}/"
+            found = [f for f in visible if _is_audio(f.name) and not f.text.startswith(left_out)]
             if files and not found:
                 self.report(url, _without_audio(url, len(files)))
                 return []
         return found or [url]
-
-    def _is_track_below(self, file: Url, folder: Url) -> bool:
-        hidden = "/." in file.text.removeprefix(folder.text)
-        return _is_audio(file.name) and not hidden and not file.text.startswith(f"{self.apart}/")
 
     def _below(self, folder: Path) -> list[Path]:
         """Find all tracks below a folder, through links that stay in it. Enter each folder once."""
@@ -267,14 +261,6 @@ def _is_regular(path: Path) -> bool:
         return True
 
 
-def _check_name(name: Location) -> None:
-    """Raise `LoadAudioError` for a name that no file has, or a URL that may not be opened."""
-    try:
-        check(name)
-    except OptionError as exc:
-        raise LoadAudioError(str(exc)) from exc
-
-
 def _without_audio(folder: Location, others: int) -> LoadAudioError:
     passed = f"{others} other {'file' if others == 1 else 'files'} passed over"
     return LoadAudioError(f"{folder}: no audio files in {folder} ({passed}). Name a file itself")
@@ -289,35 +275,33 @@ def _is_audio(name: str) -> bool:
 
 
 def plan_jobs(
-    tracks: Iterable[Named],
+    tracks: Iterable[Location],
     output: Output,
     model: str,
     sources: Sequence[str],
     folders: Folders | None = None,
+    seen: set[int] | None = None,
 ) -> list[TrackJob]:
-    """The jobs for `tracks`, of whose stems none is in another's way.
+    """Return the jobs for `tracks`, of whose stems none is in another's way.
 
-    `folders` are those below which the tracks were found.
+    `folders` are those below which the tracks were found. `seen` has the hashes of their identities
+    if they come from `find_tracks`.
 
     Raises `OptionError` if two stems would be one file, or a stem would replace a track.
     """
-    names, folders = output.stems(sources), folders or Folders()
-    jobs = [TrackJob(location(track), output, model, names, folders) for track in tracks]
-    for job in jobs:
-        _check_name(job.track)
-    if output.is_pipe:
-        if len(jobs) > 1:
-            raise OptionError(f"standard output takes one track, not {len(jobs)}")
-        _ = [job.paths for job in jobs]  # one stem
-        return jobs
-    identities = Identities()
-    # Hashes: of a million tracks, the names would be gigabytes.
-    inputs = {hash(identities.of(job.track)) for job in jobs}
+    names, folders, identities = output.stems(sources), folders or Folders(), Identities()
+    jobs = [TrackJob(track, output, model, names, folders) for track in tracks]
+    if seen is None:
+        for job in jobs:
+            check(job.track)
+        seen = {hash(identities.of(job.track)) for job in jobs}
     taken: set[int] = set()
     for job in jobs:
         for path in job.files:
             identity = identities.of(path)
-            if hash(identity) in inputs:
+            if path == PIPE:
+                continue
+            if hash(identity) in seen:
                 raise OptionError(f"{path}, a stem, would replace a track: use another -o")
             if hash(identity) in taken:
                 other = next(j for j in jobs if identity in map(identities.of, j.files))

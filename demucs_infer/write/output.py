@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ..engine.options import STEMS
 from ..errors import LoadAudioError, OptionError, SaveAudioError
+from ..fields import check as check_options
 from ..fields import number, option
 from ..log import logger
 from ..storage.locations import (
     TEMPORARY,
     Location,
-    Named,
     Url,
     below,
     check,
@@ -52,7 +52,6 @@ DEFAULT_FILENAME = "{track}/{stem}.{ext}"
 TOGETHER_FILENAME = "{track}.{ext}"  # where one file holds all stems
 PAGE = "player"  # the name of a track's page to listen with, among its stems
 CLIP_MODE_NAMES = ("rescale", "rescale-all", "clamp", "tanh", "none")
-FolderOf = Callable[[Location], str]
 BITRATE = number(int, "a bit rate from 6 to 512", lambda n: 6 <= n <= 512)
 
 
@@ -169,20 +168,12 @@ class Output:
     _mentioned: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        known = ALL_FORMATS.get(self.format)
-        if self.as_float and known and 32 not in known.codecs:
+        check_options(self)
+        if self.as_float and 32 not in ALL_FORMATS[self.format].codecs:
             raise OptionError(f"float32 is for WAV, not for {self.format.upper()}")
         bits = 32 if self.as_float else self.bits_per_sample
         chosen = find_format(self.format, bits, self.bitrate, self.preset, self.codec)
         object.__setattr__(self, "file_format", chosen)
-        for name, choices in (
-            ("clip", (None, *CLIP_MODE_NAMES)),
-            ("other_method", OTHER_METHODS),
-            ("depth", (None, "auto")),
-        ):
-            if getattr(self, name) not in choices:
-                wanted = ", ".join(filter(None, choices))
-                raise OptionError(f"{name}={getattr(self, name)!r}: use {wanted}")
         if self.is_together and self.clip in ("clamp", "tanh"):
             raise OptionError(
                 f"clip={self.clip!r}: the streams of {self.format} sum to the mix, so they have one"
@@ -203,7 +194,7 @@ class Output:
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
         # The template makes sense, and the encoders are there.
-        self._file(self._template, Path("track.wav"), "model", lambda track: "folder", "stem")
+        self._file(self._template, Path("track.wav"), "model", "folder", "stem")
         chosen.check_encoder()
         if self.player:
             PAGE_FORMAT.check_encoder()
@@ -236,11 +227,17 @@ class Output:
     def workspace(self, patience: float = 0) -> Workspace:
         """Return a hidden folder for unfinished files: among the stems if these are local.
 
-        Raises `SaveAudioError` if the stems cannot be written to where they are wanted.
+        Raises `SaveAudioError` if files in the output folder cannot be made. Makes nothing before
+        it is entered.
         """
         from ..storage.spool import Workspace
 
         if isinstance(self._folder, Path) and not self.is_pipe:
+            folder = self._folder.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
+                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
             return Workspace(self._folder, patience)
         check_folder(self._folder)
         try:
@@ -249,16 +246,6 @@ class Output:
             raise SaveAudioError(
                 f"no folder for temporary files, set TMPDIR: {exc.strerror}"
             ) from exc
-
-    def check_folder(self) -> None:
-        """Raise `SaveAudioError` if files in the output folder cannot be made. Makes nothing."""
-        self.workspace()  # asks a store
-        if isinstance(self._folder, Path) and not self.is_pipe:
-            folder = self._folder.absolute()
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK):
-                reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
-                raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
 
     def _sums(self, sources: Sequence[str]) -> list[Stem]:
         """Return the stems that are written as sums of `sources`."""
@@ -317,29 +304,26 @@ class Output:
         return None if self.two_stems is None or self.other_method == "add" else [self.two_stems]
 
     def paths(
-        self, track: Named, model: str, stems: Sequence[str], folder_of: FolderOf = lambda track: ""
+        self, track: Location, model: str, stems: Sequence[str], folder: str = ""
     ) -> dict[str, Location]:
-        """Return the file of each stem of `track`, within the folder whatever the names are.
+        """Return the file of each stem of `track`, within our folder whatever the names are.
 
-        `folder_of` gives the track's folder below the one that was named.
+        `folder` is that of the track below the one that was named.
         """
-        track = location(track)
         if self.is_pipe:
             if len(stems) != 1 and not self.is_together:
                 raise OptionError(
                     f"standard output takes one stem, not {len(stems)}: choose with --stems"
                 )
             return dict.fromkeys(stems, PIPE)
-        paths = {stem: self._file(self._template, track, model, folder_of, stem) for stem in stems}
+        paths = {stem: self._file(self._template, track, model, folder, stem) for stem in stems}
         if len(set(paths.values())) < len(stems) and not self.is_together:
             raise OptionError(
                 f"the file name {self.filename!r} lacks {{stem}}: all stems would be one file"
             )
         return paths
 
-    def page(
-        self, track: Location, model: str, folder_of: FolderOf = lambda track: ""
-    ) -> Location | None:
+    def page(self, track: Location, model: str, folder: str = "") -> Location | None:
         """Return the page to listen to `track` with, if one is wanted.
 
         It is beside the stems, or in a folder that is called like their one file.
@@ -348,22 +332,14 @@ class Output:
             return None
         template = self._template
         if "{stem}" not in template:
-            folder = template.removesuffix(".{ext}")
-            template = folder + ("." if folder == template else "/") + "{stem}.{ext}"
-        return self._file(template, track, model, folder_of, PAGE, "html")
+            name = template.removesuffix(".{ext}")
+            template = name + ("." if name == template else "/") + "{stem}.{ext}"
+        return self._file(template, track, model, folder, PAGE, "html")
 
     def _file(
-        self,
-        template: str,
-        track: Location,
-        model: str,
-        folder_of: FolderOf,
-        stem: str,
-        ext: str | None = None,
+        self, template: str, track: Location, model: str, folder: str, stem: str, ext: str = ""
     ) -> Location:
         """Return the file in the output folder that a template means."""
-        # Looking a folder up takes long for a million tracks.
-        folder = folder_of(track) if "{folder" in template else ""
         values = {
             "track": _safe(self.track_name(track)),
             "trackext": _split(track)[1],

@@ -13,11 +13,10 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -115,38 +114,42 @@ class _Signal:
             self.spool.write(block)
 
 
-def _encode(
-    file: Path, target: Target, signals: Mapping[str, _Signal], advance: Callable[[int], None]
-) -> None:
-    """Encode one stem or several into `file`. `advance` counts the samples."""
-    names = list(signals)
-    tags = dict(target.tags)
-    if tags and not target.format.is_together:
-        tags["title"] = f"{tags['title']} ({names[0]})"
-    advance(0)
-    with file.open("w+b") as handle:
-        # Players show the names of streams.
-        arguments = (handle, target.format, target.rate, target.channels, names, tags, target.cover)
-        if target.video is not None:
-            sink: Encoder = VideoEncoder(target.video, *arguments)
-        else:
-            sink = encoder(*arguments)
-        clip = None if target.clip in RESCALING else target.clip
-        try:
-            for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals.values())):
-                scaled = (block / s.divisor for block, s in zip(blocks, signals.values()))
-                sink.write([prevent_clip(block, clip) for block in scaled])
-                advance(sum(block.shape[-1] for block in blocks))
-            sink.close()
-        finally:
-            sink.abandon()
+class _File:
+    """An unfinished file `path` of one stem, or of all stems of a track, by name."""
+
+    def __init__(self, target: Target, names: Sequence[str]) -> None:
+        self.target, self.path = target, target.space.file()
+        self.signals = {name: _Signal(target, name) for name in names}
+
+    def encode(self, advance: Callable[[int], None]) -> None:
+        """Encode the stems from their spools. `advance` counts the samples."""
+        target, names, signals = self.target, list(self.signals), self.signals.values()
+        tags = dict(target.tags)
+        if tags and not target.format.is_together:
+            tags["title"] = f"{tags['title']} ({names[0]})"
+        with self.path.open("w+b") as handle:
+            # Players show the names of streams.
+            of_streams = target.format, target.rate, target.channels, names, tags, target.cover
+            if target.video is not None:
+                sink: Encoder = VideoEncoder(target.video, handle, *of_streams)
+            else:
+                sink = encoder(handle, *of_streams)
+            clip = None if target.clip in RESCALING else target.clip
+            try:
+                for blocks in zip(*(signal.spool.blocks(BLOCK) for signal in signals)):
+                    scaled = (block / signal.divisor for block, signal in zip(blocks, signals))
+                    sink.write([prevent_clip(block, clip) for block in scaled])
+                    advance(sum(block.shape[-1] for block in blocks))
+                sink.close()
+            finally:
+                sink.abandon()
 
 
 class TrackWriter:
     """Takes the stems of a track block by block, and makes them appear together.
 
     `page` is that of its page to listen with, if there is to be one. Raises `SaveAudioError` if
-    something cannot be written. A caller that does not finish calls `discard`.
+    something cannot be written. `discard` removes the temporary files.
     """
 
     def __init__(
@@ -154,15 +157,19 @@ class TrackWriter:
     ) -> None:
         target.format.check_channels(target.channels)
         self.paths, self.target, self.page = paths, target, page
-        self._stems = {name: _Signal(target, name) for name in paths}
-        self._names, self._sounds = list(paths), dict[str, _Signal]()
+        self._stems, self._sounds = dict[Location, _File](), list[_File]()
+        for path in dict.fromkeys(paths.values()):
+            self._stems[path] = _File(target, [name for name in paths if paths[name] == path])
+        self._names = list(paths)
         if page is not None:
+            self._page = target.space.file()
             original = MIX if target.format.is_together else PAGE_MIX
             self._names = list(dict.fromkeys([original, *paths]))
             # The page shows the mix below the stems.
-            sounds = [*self._names[1:], original]
-            self._sounds = {name: _Signal(target.sounds, name) for name in sounds}
-        self._files: list[Path] = []
+            names = [*self._names[1:], original]
+            self._sounds = [_File(target.sounds, [name]) for name in names]
+        sounds = ((page, file) for file in self._sounds)
+        self._files: list[tuple[Any, _File]] = [*self._stems.items(), *sounds]
 
     def write(self, stems: Sequence[Tensor]) -> None:
         """Take a block of every stem, each `[C, n]`, in the order of the paths.
@@ -172,9 +179,9 @@ class TrackWriter:
         self._write(dict(zip(self._names, stems)))
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
-        for signals in (self._stems, self._sounds):
-            for name, signal in signals.items():
-                with encoding_errors(self.paths.get(name, self.page)):
+        for path, file in self._files:
+            with encoding_errors(path):
+                for name, signal in file.signals.items():
                     signal.write(blocks[name])
 
     def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
@@ -184,56 +191,43 @@ class TrackWriter:
         time. An exception that it raises ends the work.
         """
         self._write(dict.fromkeys(self._names))
-        for signals, mode in ((self._stems, self.target.clip), (self._sounds, "rescale-all")):
-            loudest = max((signal.peak for signal in signals.values()), default=0.0)
-            for signal in signals.values() if mode in RESCALING else ():
+        stems = {name: s for file in self._stems.values() for name, s in file.signals.items()}
+        sounds = [signal for file in self._sounds for signal in file.signals.values()]
+        for signals, mode in ((stems.values(), self.target.clip), (sounds, "rescale-all")):
+            loudest = max((signal.peak for signal in signals), default=0.0)
+            for signal in signals if mode in RESCALING else ():
                 signal.divisor = rescale_divisor(loudest if mode == "rescale-all" else signal.peak)
-        self._publish(self._encode(progress))
+        self._encode(progress, sum(signal.spool.length for signal in [*stems.values(), *sounds]))
+        files: dict[Location, Path] = {path: file.path for path, file in self._stems.items()}
+        if self.page is not None:
+            files[self.page] = self._page
+            tags, length = self.target.tags, max(signal.spool.length for signal in sounds)
+            about = tags["title"], tags.get("artist", ""), self.target.model
+            names = [name for file in self._sounds for name in file.signals]
+            page = Page(*about, self._sounds[0].target.rate, length, names[:-1])
+            with encoding_errors(self.page), self._page.open("wb") as target:
+                write_page(target, page, (file.path for file in self._sounds))
+        self._publish(files)
         self.discard()
         return {
             name: StemFile(self.paths[name], signal.peak, 1 / signal.divisor)
-            for name, signal in self._stems.items()
+            for name, signal in stems.items()
         }
 
-    def _file(self) -> Path:
-        self._files.append(self.target.space.file())
-        return self._files[-1]
-
-    def _encode(self, progress: Callable[[float], None]) -> dict[Location, Path]:
-        """Return the whole file for each path."""
-        whole = sum(s.spool.length for s in [*self._stems.values(), *self._sounds.values()])
+    def _encode(self, progress: Callable[[float], None], whole: int) -> None:
         lock, encoded = threading.Lock(), 0
 
         def advance(samples: int) -> None:
             nonlocal encoded
             with lock:
                 encoded += samples
-                progress(encoded / max(1, whole))
+                progress(encoded / whole)
 
-        files = {path: self._file() for path in dict.fromkeys(self.paths.values())}
-        jobs: list[tuple[Location, Callable[[], None]]] = []
-        for path, file in files.items():
-            signals = {name: s for name, s in self._stems.items() if self.paths[name] == path}
-            jobs.append((path, partial(_encode, file, self.target, signals, advance)))
-        if self.page is not None:
-            sounds = {name: self._file() for name in self._sounds}
-            for name, file in sounds.items():
-                signals = {name: self._sounds[name]}
-                encode = partial(_encode, file, self.target.sounds, signals, advance)
-                jobs.append((self.page, encode))
-        with worker_pool(min(len(jobs), os.cpu_count() or 1)) as pool:
-            futures = [(path, pool.submit(encode)) for path, encode in jobs]
+        with worker_pool(min(len(self._files), os.cpu_count() or 1)) as pool:
+            futures = [(path, pool.submit(file.encode, advance)) for path, file in self._files]
         for path, future in futures:
             with encoding_errors(path):
                 future.result()
-        if self.page is not None:
-            files[self.page] = self._file()
-            tags, rate = self.target.tags, self.target.sounds.rate
-            length = max(signal.spool.length for signal in self._sounds.values())
-            about = tags["title"], tags.get("artist", ""), self.target.model, rate, length
-            with encoding_errors(self.page), files[self.page].open("wb") as page:
-                write_page(page, Page(*about, list(sounds)[:-1]), sounds.values())
-        return files
 
     def _publish(self, files: Mapping[Location, Path]) -> None:
         """Let all files appear, or none: one that fails takes back those before it."""
@@ -241,7 +235,11 @@ class TrackWriter:
         try:
             for path, file in files.items():
                 with encoding_errors(path):
-                    published.append(_publish(file, path))
+                    if path == PIPE:
+                        with file.open("rb") as source, standard_output() as sink:
+                            shutil.copyfileobj(source, sink)
+                    else:
+                        published.append(publish(file, path))
         except BaseException:
             for undo in reversed(published):
                 with contextlib.suppress(OSError, SaveAudioError):
@@ -252,34 +250,18 @@ class TrackWriter:
 
     def discard(self) -> None:
         """Remove the temporary files."""
-        for signal in [*self._stems.values(), *self._sounds.values()]:
-            signal.spool.close()
-        for file in self._files:
-            file.unlink(missing_ok=True)
+        for _, file in self._files:
+            file.path.unlink(missing_ok=True)
+            for signal in file.signals.values():
+                signal.spool.close()
+        if self.page is not None:
+            self._page.unlink(missing_ok=True)
 
 
-def _publish(file: Path, path: Location) -> Undo:
-    """Give `file`, which is whole, its name, or copy it to a store or to standard output.
-
-    Return a function that takes that back.
-    """
-    if path == PIPE:
-        with file.open("rb") as source, standard_output() as sink:
-            shutil.copyfileobj(source, sink)
-        return lambda: None
-    undo = publish(file, path)
-    file.unlink(missing_ok=True)
-    return undo
-
-
-@contextlib.contextmanager
-def standard_output() -> Iterator[IO[bytes]]:
-    """Lend standard output for bytes, unbuffered, so that a failed write raises at once."""
+def standard_output() -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open standard output for bytes, apart from what its object holds if a write fails."""
     sys.stdout.flush()
     try:
-        copy = os.dup(sys.stdout.fileno())
+        return open(sys.stdout.fileno(), "wb", closefd=False)
     except (AttributeError, OSError):  # an object with a buffer
-        yield sys.stdout.buffer
-        return
-    with open(copy, "wb") as file:  # noqa: PTH123
-        yield file
+        return contextlib.nullcontext(sys.stdout.buffer)
