@@ -79,12 +79,12 @@ def main(opts: Sequence[str] | None = None) -> None:
     add_flags(parser, GraphOptions)
     args = parser.parse_args(opts)
     try:
-        _convert(args.checkpoint, args.target, args.config, values_of(GraphOptions, args))
+        convert(args.checkpoint, args.target, args.config, values_of(GraphOptions, args))
     except (DemucsInferError, OSError) as exc:
         fatal(exc)
 
 
-def _convert(checkpoint: Path, target: Path, config: Path | None, graph: dict[str, Any]) -> None:
+def convert(checkpoint: Path, target: Path, config: Path | None, graph: dict[str, Any]) -> None:
     if target.suffix not in SUFFIXES:
         raise OptionError(f"{target}: the name must end in {' or '.join(SUFFIXES)}")
     if target.suffix != ".onnx" and GraphOptions(**graph) != GraphOptions():
