@@ -85,6 +85,12 @@ def main(opts: Sequence[str] | None = None) -> None:
 
 
 def convert(checkpoint: Path, target: Path, config: Path | None, graph: dict[str, Any]) -> None:
+    """Convert the file `checkpoint` to the file `target`, safetensors or ONNX.
+
+    `config` is that of the training toolkit, and `graph` has the options of `export`. Raises
+    `OptionError` for another suffix, `ModelLoadingError` if the checkpoint cannot be read, and what
+    `export` does.
+    """
     if target.suffix not in SUFFIXES:
         raise OptionError(f"{target}: the name must end in {' or '.join(SUFFIXES)}")
     if target.suffix != ".onnx" and GraphOptions(**graph) != GraphOptions():
