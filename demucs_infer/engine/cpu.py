@@ -513,24 +513,6 @@ class FastBLSTM(BLSTM):
         return self.linear(y[0]).permute(1, 2, 0)
 
 
-class FastLocalState(LocalState):
-    """Scores as many queries at once as fit into a tile."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, decay, content = (
-            layer(x).unflatten(1, (self.heads, -1))
-            for layer in (self.query, self.key, self.query_decay, self.content)
-        )
-        count = max(1, TILE_BYTES // (len(x) * self.heads * x.shape[2] * x.element_size()))
-        parts = zip(
-            query.split(count, 3),
-            decay.split(count, 3),
-            torch.arange(x.shape[2], device=x.device).split(count),
-        )
-        mixed = [self.attend(part, key, content, gates, steps) for part, gates, steps in parts]
-        return x + self.proj(torch.cat(mixed, dim=3).flatten(1, 2))
-
-
 # Products of matrices by oneDNN, where `onednn_is_faster`.
 
 
@@ -713,7 +695,6 @@ LAYERS: dict[type, type] = {
     nn.GroupNorm: FastGroupNorm,
     nn.Sequential: FastSequential,
     BLSTM: FastBLSTM,
-    LocalState: FastLocalState,
     DConv: FastDConv,
     HEncLayer: FastHEncLayer,
     HDecLayer: FastHDecLayer,
@@ -725,7 +706,8 @@ PRODUCTS: dict[type, type] = {
     CrossLayer: FastCrossLayer,
 }
 KNOWN = {
-    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, ScaledEmbedding, SequenceGroupNorm,
+    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, LocalState, ScaledEmbedding,
+    SequenceGroupNorm,
     nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
     nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
 }  # fmt: skip
