@@ -119,23 +119,15 @@ class LocalState(nn.Module):
             layer(x).unflatten(1, (self.heads, -1))  # [B, H, C / H, T]
             for layer in (self.query, self.key, self.query_decay, self.content)
         )
-        mixed = self.attend(query, key, content, decay, torch.arange(x.shape[2], device=x.device))
-        return x + self.proj(mixed.flatten(1, 2))
-
-    def attend(
-        self, query: Tensor, key: Tensor, content: Tensor, decay: Tensor, steps: Tensor
-    ) -> Tensor:
-        """Mix `content` `[B, H, C / H, T]` for the queries at `steps` `[n]`.
-
-        `query` and `decay` hold these steps alone; the result is `[B, H, C / H, n]`.
-        """
-        scores = key.transpose(2, 3) @ query / math.sqrt(key.shape[2])  # [B, H, T, n]
-        distance = (torch.arange(key.shape[3], device=key.device)[:, None] - steps).abs()
+        scores = key.transpose(2, 3) @ query / math.sqrt(key.shape[2])  # [B, H, T, T]
+        steps = torch.arange(x.shape[2], device=x.device)
+        distance = (steps[:, None] - steps).abs()
         # Each query has ndecay gates, which open penalties of 1, 2, … per step of distance.
-        rates = torch.arange(1, self.ndecay + 1, device=key.device, dtype=key.dtype)
+        rates = torch.arange(1, self.ndecay + 1, device=x.device, dtype=x.dtype)
         penalty = torch.einsum("d,bhdt->bht", rates, decay.sigmoid() / 2) / math.sqrt(self.ndecay)
-        scores = scores - distance.to(key.dtype) * penalty[:, :, None]
-        return content @ scores.masked_fill(distance == 0, SELF_ATTENTION_SCORE).softmax(dim=2)
+        scores = scores - distance.to(x.dtype) * penalty[:, :, None]
+        weights = scores.masked_fill(distance == 0, SELF_ATTENTION_SCORE).softmax(dim=2)
+        return x + self.proj((content @ weights).flatten(1, 2))
 
 
 class DConv(nn.Module):
