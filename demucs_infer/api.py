@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .apply import Pass, check_segment, plan_passes, separate_blocks
 from .audio import AudioFile, convert_audio, save_audio
-from .batch.batch import TrackResult, separate_track
+from .batch.batch import separate_track
+from .batch.tracks import TrackResult
 from .engine.backends import Backend, backend_of
 from .engine.options import ModelOptions, SeparationOptions, SeparatorOptions
 from .errors import LoadAudioError, LoadModelError, ModelLoadingError, OptionError

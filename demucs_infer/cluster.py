@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from .api import Separator
-from .batch.batch import TrackResult, separate_track
+from .batch.batch import separate_track
 from .batch.console import ENDING, Ended
 from .batch.folders import Folders
+from .batch.tracks import TrackResult
 from .errors import DemucsInferError, MissingDependencyError, OptionError
 from .storage.locations import Location, location
 from .write.output import Output

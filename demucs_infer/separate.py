@@ -295,8 +295,7 @@ def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
     output = Output(**{**values_of(Output, args), "folder": folder})
     output.workspace()  # Raises an error if there can be none.
 
-    from .batch.batch import TrackResult
-    from .batch.tracks import find_tracks, plan_jobs, read_list
+    from .batch.tracks import TrackResult, find_tracks, plan_jobs, read_list
 
     def report(name: Location, error: DemucsInferError) -> None:
         console.report(TrackResult(name, label, error=error).as_json())

@@ -14,23 +14,22 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .. import __version__
 from ..engine.machine import kept_memory, worker_pool
 from ..errors import DemucsInferError, LoadAudioError
 from ..log import logger
 from ..read.decode import AudioFile
 from ..read.mixture import Decoder, Mixture, Moments
 from ..read.packets import Damage
-from ..storage.locations import Location, check_target, full_text, local_copy
+from ..storage.locations import Location, check_target, local_copy
 from ..storage.spool import Spool, Workspace
 from ..utils import DummyPoolExecutor
 from ..write.encode import encoding_errors
@@ -41,52 +40,11 @@ from ..write.video import Video
 from ..write.writer import StemFile, Target, TrackWriter
 from .console import standard_input
 from .folders import Folders
-from .tracks import TrackJob, plan_jobs
+from .tracks import TrackJob, TrackResult, plan_jobs
 
 MEASURED = 20  # tracks whose headers are read
 CLEAN_UP = 2  # seconds that an interrupted writer has to remove its files
 HERE = DummyPoolExecutor()  # runs the model in the caller's thread
-
-
-@dataclass(frozen=True)
-class TrackResult:
-    """The result of a track.
-
-    `seconds` is the duration of the audio and `elapsed` the time that the work took. `offsets` are
-    the samples that were drawn for the shifts, model by model. `damaged` describes the parts of the
-    track that could not be read, `error` is what made it fail, and `player` the page to listen
-    with.
-    """
-
-    input: Location
-    model: str
-    stems: Mapping[str, StemFile] = field(default_factory=dict)
-    seconds: float | None = None
-    elapsed: float | None = None
-    offsets: Sequence[int] = ()
-    skipped: bool = False
-    damaged: Damage | None = None
-    error: Exception | None = None
-    player: Location | None = None
-    version: str = __version__
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as plain values."""
-        message = None if self.error is None else str(self.error)
-        if self.error is not None and not isinstance(self.error, DemucsInferError):
-            message = f"{self.input}: {type(self.error).__name__}: {self.error}"
-        changed = {
-            "input": full_text(self.input),
-            "stems": {
-                name: {"path": full_text(stem.path), "peak": stem.peak, "gain": stem.gain}
-                for name, stem in self.stems.items()
-            },
-            "offsets": list(self.offsets),
-            "damaged": None if self.damaged is None else asdict(self.damaged),
-            "error": message,
-            "player": None if self.player is None else full_text(self.player),
-        }
-        return {**vars(self), **changed}
 
 
 class _Stopped(Exception):

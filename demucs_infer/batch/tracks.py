@@ -1,4 +1,7 @@
-"""Find tracks, and plan the files of their stems."""
+"""Find tracks, plan the files of their stems, and describe what became of them.
+
+Importing this needs no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from .. import __version__
 from ..errors import DemucsInferError, LoadAudioError, OptionError
 from ..log import logger
 from ..storage.locations import (
@@ -23,12 +27,17 @@ from ..storage.locations import (
     Url,
     check,
     exists,
+    full_text,
     location,
     reading,
 )
 from ..write.output import PIPE, Output
 from .console import standard_input
 from .folders import Folders
+
+if TYPE_CHECKING:
+    from ..read.packets import Damage
+    from ..write.writer import StemFile
 
 # Suffixes by which a track is found in a folder; a file that is named itself may have any.
 SUFFIXES = frozenset(
@@ -47,6 +56,47 @@ ENCODINGS = {  # by what a list begins with; the longer ones first, as they begi
 }
 
 Report = Callable[[Location, DemucsInferError], None]
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """The result of a track.
+
+    `seconds` is the duration of the audio and `elapsed` the time that the work took. `offsets` are
+    the samples that were drawn for the shifts, model by model. `damaged` describes the parts of the
+    track that could not be read, `error` is what made it fail, and `player` the page to listen
+    with.
+    """
+
+    input: Location
+    model: str
+    stems: Mapping[str, StemFile] = field(default_factory=dict)
+    seconds: float | None = None
+    elapsed: float | None = None
+    offsets: Sequence[int] = ()
+    skipped: bool = False
+    damaged: Damage | None = None
+    error: Exception | None = None
+    player: Location | None = None
+    version: str = __version__
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        message = None if self.error is None else str(self.error)
+        if self.error is not None and not isinstance(self.error, DemucsInferError):
+            message = f"{self.input}: {type(self.error).__name__}: {self.error}"
+        changed = {
+            "input": full_text(self.input),
+            "stems": {
+                name: {"path": full_text(stem.path), "peak": stem.peak, "gain": stem.gain}
+                for name, stem in self.stems.items()
+            },
+            "offsets": list(self.offsets),
+            "damaged": None if self.damaged is None else asdict(self.damaged),
+            "error": message,
+            "player": None if self.player is None else full_text(self.player),
+        }
+        return {**vars(self), **changed}
 
 
 @dataclass(frozen=True, slots=True)
