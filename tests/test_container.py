@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import soundfile
 import torch
 from mutagen import mp4
 
-from demucs_infer import boxes
 from demucs_infer.api import Separator
 from demucs_infer.audio import AudioFile, save_audio
 from demucs_infer.errors import OptionError
@@ -195,19 +192,3 @@ def test_matroska_file_goes_through_pipes(command: Command, song: Path, tmp_path
     assert result.returncode == 0, result.stderr
     (tmp_path / "out.mka").write_bytes(result.stdout.encode("utf-8", "surrogateescape"))
     assert len(AudioFile(tmp_path / "out.mka")) == 5
-
-
-def test_box_is_added_to_user_data_or_makes_it() -> None:
-    def box(name: bytes, content: bytes = b"") -> bytes:
-        return struct.pack(">I4s", 8 + len(content), name) + content
-
-    made = io.BytesIO(box(b"ftyp") + box(b"moov", box(b"mvhd")))
-    boxes.add(made, (b"moov", b"udta"), box(b"stem", b"{}"))
-    assert made.getvalue() == box(b"ftyp") + box(
-        b"moov", box(b"mvhd") + box(b"udta", box(b"stem", b"{}"))
-    )
-    grown = io.BytesIO(box(b"moov", box(b"udta", box(b"meta")) + box(b"free")))
-    boxes.add(grown, (b"moov", b"udta"), box(b"stem", b"{}"))
-    assert grown.getvalue() == box(
-        b"moov", box(b"udta", box(b"meta") + box(b"stem", b"{}")) + box(b"free")
-    )
