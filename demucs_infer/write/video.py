@@ -36,6 +36,7 @@ DEFAULT = 1  # another flag, of streams that players play
 MOST_EARLY = 32  # packets of a picture without a time to decode them
 MOST_CHAPTERS = 1000
 LONGEST = Fraction(10**6)  # seconds: later ends of chapters are damaged
+# Words of the warning, by FFmpeg's type of a stream.
 KINDS = {
     "audio": "sound",
     "video": "picture",
@@ -110,7 +111,7 @@ class Video:
                 f" {self.format.name.upper()}: use --format {' or '.join([*others, 'm4a'])}"
             )
         chosen, left_out, chapters = [picture], list[str](), container.chapters()
-        kept = ("subtitle", "attachment", "audio")[: 3 if keep_audio else 2]
+        kept = {"subtitle", "attachment"} | ({"audio"} if keep_audio else set())
         for stream in container.streams:
             is_cover = stream.metadata.get("mimetype", "").startswith("image/")
             is_chapters = stream.type == "data" and stream.name == "bin_data" and chapters
