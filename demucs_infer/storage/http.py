@@ -135,6 +135,8 @@ class Transfer:
 
     def send(self, session: Session, method: str, headers: dict[str, str], stop_at: str) -> None:
         """Send the request, and follow redirects without reading their bodies."""
+        import requests
+
         options: Any = {"timeout": self.limits.timeout, "stream": True}
         with self.failures():
             url, parts = self.url, urlsplit(self.url)
@@ -147,15 +149,17 @@ class Transfer:
                     return
                 response.close()
                 location = response.headers["Location"].encode("latin-1").decode(errors="replace")
-                before, url = url, urljoin(url, location)
-                if session.should_strip_auth(before, url):
+                # For requests a backslash ends the host, for urljoin it does not. `prepare` makes
+                # the URL that is requested.
+                url = requests.Request(method, urljoin(url, location)).prepare().url or ""
+                if session.should_strip_auth(response.url, url):
                     headers.pop("Authorization", None)
                     auth = None
         raise HostError(self.url, f"more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Turn exceptions of requests, whose texts contain the URL, into `HostError`."""
+        """Turn exceptions of requests into `HostError`, whose cause does not contain the URL."""
         import requests
         from urllib3.exceptions import HTTPError
 
