@@ -6,12 +6,14 @@ import logging
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,6 +350,30 @@ def test_an_answer_that_is_slow_is_shut_down(
     web.always = SLOW[slow]
     fails(door, f"{web.url}/file", tmp_path, "bytes came in 0 s")
     assert not web.gate.is_set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a server whose queue is full")
+def test_a_host_of_many_addresses_is_left(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits hold while one address after the other lets the client wait."""
+    server, clients, tried = socket.socket(), [socket.socket() for _ in range(3)], []
+    server.bind(("127.0.0.1", 0))
+    server.listen(0)
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex(server.getsockname())
+
+    def addresses(*args: object) -> Iterator[tuple]:
+        for _ in range(50):
+            tried.append(time.monotonic())
+            yield (socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    limits = Limits(attempts=1, timeout=0.1, span=0.2)
+    with pytest.raises(HostError, match="only 0 bytes came"):
+        Download("http://host.example/file.th", target, DIGEST, limits=limits).run()
+    for each in (server, *clients):
+        each.close()
+    assert sum(after - before >= limits.timeout for before, after in pairwise(tried)) < 25
 
 
 def test_credentials_go_to_their_own_host(

@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -110,6 +110,22 @@ class Transfer:
         if self._exceeded:
             raise OSError(self._exceeded)
         return connection
+
+    def limited(self, options: Iterable[Any]) -> Iterable[Any]:
+        """Return the options of a socket, which raise `OSError` once the time is over.
+
+        They are read before each attempt to connect. A host may have thousands of addresses, each
+        of which can take until the timeout.
+        """
+        transfer = self
+
+        class Options(list[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                if transfer._exceeded:
+                    raise OSError(transfer._exceeded)
+                return super().__iter__()
+
+        return Options(options)
 
     def run_timer(self) -> None:
         """Wait for the end of the transfer, or shut it down when a limit is exceeded."""
@@ -270,7 +286,10 @@ def _session(transfer: Transfer) -> Session:
             pool: Any = super().get_connection_with_tls_context(*args, **options)
 
             class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
+                socket_options: Any
+
                 def _new_conn(self) -> socket.socket:
+                    self.socket_options = transfer.limited(self.socket_options or ())
                     return transfer.watch(super()._new_conn())
 
             pool.ConnectionCls = Connection
