@@ -236,13 +236,16 @@ def test_a_full_disk_leaves_nothing(web: Web, target: Path) -> None:
     assert names(target) == set()
 
 
+@posix
 def test_files_that_cannot_be_written(web: Web, target: Path, tmp_path: Path) -> None:
-    """A part may be a link, which another user has made."""
+    """A part may be a link, and a target a pipe without an end, which another user has made."""
     (tmp_path / "folder.th").mkdir()
     target.parent.mkdir()
     (tmp_path / "victim").write_bytes(CONTENT[:HALF])
     target.with_name("file.th.part").symlink_to(tmp_path / "victim")
-    for path in (tmp_path / "victim" / "file.th", tmp_path / "folder.th", target):
+    os.mkfifo(tmp_path / "pipe.th")
+    names = "victim/file.th", "folder.th", "pipe.th"
+    for path in (*(tmp_path / name for name in names), target):
         with pytest.raises(DownloadError, match="cannot be written"):
             get(web, path)
     assert web.starts == []

@@ -370,6 +370,9 @@ class Download:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             with _file_lock(self.target):
                 if self.target.exists():
+                    if not self.target.is_file():
+                        # A named pipe or a device could be read without end.
+                        raise OSError("something else has this name")
                     with self.target.open("rb") as file:
                         difference = self._difference(file)
                     if not difference:
