@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from http.client import BadStatusLine, UnknownProtocol, responses
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -81,10 +82,20 @@ class HostError(DownloadError):
         super().__init__(text)
 
 
-def redact(url: str) -> str:
-    """Return a URL of the web for a message: without user, password, query and fragment."""
-    scheme, separator, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+def redact(url: str, *, has_query: bool = True) -> str:
+    """Return a URL for a message: without user, password, query and fragment.
+
+    Without `has_query`, question marks and the like are parts of its names.
+    """
+    scheme, separator, rest = url.partition("://")
+    host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    # A password should have no / ? #. If it has one, its start looks like a wrong port.
+    if not re.fullmatch(r"(\[.*\]|[^:]*)(:[0-9]+)?", host):
+        rest = rest.rpartition("@")[2]
+    if has_query:
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
+    path = re.sub("://[^/]*@", "://", path)
     return scheme + separator + host.rpartition("@")[2] + slash + path
 
 
@@ -187,16 +198,20 @@ class Transfer:
                 cause = inner
             text = " ".join((getattr(cause, "strerror", None) or str(cause)).split())[:200]
             facts: dict[str, Any] = {}
+            shown: BaseException | None = cause
             if self._exceeded:
                 text, facts = self._exceeded, {"temporary": True}
             elif isinstance(cause, ssl.SSLCertVerificationError):
                 text += " (REQUESTS_CA_BUNDLE can name a file of certificates)"
-            elif isinstance(exc, ValueError):
-                text = "the address or the answer is not valid HTTP"
             else:
-                answered = not isinstance(exc, requests.ConnectionError)
-                facts = {"temporary": True, "answered": answered}
-            raise HostError(self.url, text or type(cause).__name__, **facts) from exc
+                # These exceptions quote the URL, or the server, which may repeat it.
+                kinds = (ValueError, BadStatusLine, UnknownProtocol)
+                quotes = isinstance(cause, kinds) and not isinstance(cause, ConnectionError)
+                if quotes or isinstance(exc, ValueError):
+                    text, shown = "the address or the answer is not valid HTTP", None
+                answered = shown is None or not isinstance(exc, requests.ConnectionError)
+                facts = {"temporary": not isinstance(exc, ValueError), "answered": answered}
+            raise HostError(self.url, text or type(cause).__name__, **facts) from shown
 
     def header(self, name: str) -> str:
         """Return a header, or "" if there is none."""
@@ -218,7 +233,7 @@ class Transfer:
         if (temporary := status in TEMPORARY_STATUS) and len(self.header("Retry-After")) < 40:
             with suppress(InvalidHeader, ValueError, TypeError, OverflowError):
                 wait = Retry().get_retry_after(self.response.raw)
-        reason = f"the server answers {status} {self.response.reason or ''}".strip()[:200]
+        reason = f"the server answers {status} {responses.get(status, '')}".strip()
         raise HostError(self.url, reason, temporary=temporary, wait=wait, status=status)
 
     def blocks(self, most: int, start: int = 0, total: int | None = None) -> Iterator[bytes]:
