@@ -151,7 +151,7 @@ def clock(seconds: float) -> str:
 
 def _shown(name: str) -> str:
     """Return a path or URL for a message: without credentials and queries."""
-    return str(location(name))
+    return str(location(name)) if "://" in name else name
 
 
 class Console:
