@@ -47,7 +47,7 @@ USUAL = (
     "--name --out --stems --two-stems --format --mp3 --flac --device --shifts --segment"
     " --skip-existing --list-models"
 ).split()
-# Options of what runs the model. With --ray they are for the workers.
+# Options of the backend. With --ray they are for the workers.
 OF_ENGINE = ("device", "precision", "engine", "compile", "batch_size")
 
 DESCRIPTION = "Separate songs into stems: drums, bass, vocals and the rest."
@@ -255,7 +255,7 @@ def _run(opts: Sequence[str] | None) -> Console:
         elif args.download:
             download_models(args)
         else:
-            # What follows --ray is a track if it is not an address.
+            # The word behind --ray is a track if it is not an address.
             if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
                 args.tracks.insert(0, location(args.ray))
                 args.ray = ""

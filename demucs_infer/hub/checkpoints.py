@@ -1,4 +1,4 @@
-"""Files of models as plain values: checkpoints and bags, read without running what they name.
+"""Files of models as plain values: checkpoints and bags, read without running code that they name.
 
 A file is read once: the bytes that are hashed are the bytes that are parsed. A checkpoint is a
 `.th`, a PyTorch zip archive of a pickled dictionary, or a `.safetensors` with the same as JSON in
@@ -143,7 +143,7 @@ def _number(value: Any) -> float:
 def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a checkpoint file as a dictionary, with `klass` as a name and not as a class.
 
-    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
+    Raises `ModelLoadingError` if it is damaged or holds values that no checkpoint needs.
     """
     readers = {".th": read_pickled, ".safetensors": _read_safetensors}
     path = file.path if isinstance(file, Content) else Path(file)
@@ -188,7 +188,7 @@ def _read_with(
         text = f"refused, it holds {exc}, which is not part of a Demucs checkpoint"
         raise ModelLoadingError(f"{path}: {text}") from exc
     except Exception as exc:
-        # Damaged and hostile files bring about exceptions of all kinds.
+        # Damaged and hostile files raise exceptions of all kinds.
         reason = shortened(exc)
         raise ModelLoadingError(f"{path}: cannot be read as a checkpoint ({reason})") from exc
     if not isinstance(package, dict):

@@ -68,7 +68,7 @@ class Format:
 
     @property
     def is_lossy(self) -> bool:
-        """True if the encoder loses something."""
+        """True if the encoder is lossy."""
         return 0 in self.codecs
 
     @property
@@ -103,7 +103,7 @@ class Format:
         return self.bitrate * 125 + samplerate * channels * self.depth / 8 * share
 
     def arranged(self, stems: Sequence[str]) -> list[Stem]:
-        """Return the stems of a file in their order, as sums where it has no room for all."""
+        """Return the stems of a file in their order, as sums where it cannot hold all."""
         return [Stem(name, (name,)) for name in stems]
 
     def check_channels(self, channels: int) -> None:

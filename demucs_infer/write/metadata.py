@@ -112,7 +112,7 @@ class Metadata:
         """Add the cover to a container that is not yet written."""
 
     def finish(self, file: IO[bytes]) -> None:
-        """Add to a file what FFmpeg does not write."""
+        """Add the tags and the cover that FFmpeg does not write."""
 
 
 class Matroska(Metadata):
