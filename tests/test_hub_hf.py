@@ -172,7 +172,7 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
     ],
     ids=lambda value: value[:30],
 )
-def test_bags_of_strangers(bag: str, message: str, hub: Hub) -> None:
+def test_untrusted_bags(bag: str, message: str, hub: Hub) -> None:
     hub.files["someone/Demucs-mine/mine.yaml"] = bag.encode()
     hub.files["someone/Demucs-mine/pickled.th"] = b"PK"
     with pytest.raises(ModelLoadingError, match=message) as caught:

@@ -26,7 +26,7 @@ FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")
 SECONDS = 4
 
-# Name and options of FFmpeg; what this build of it cannot write is skipped.
+# Name and options of FFmpeg; formats that this build cannot write are skipped.
 HEALTHY = {
     "a.wav": "",
     "double.wav": "-c:a pcm_f64le -ac 6",
