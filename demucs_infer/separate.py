@@ -307,7 +307,7 @@ def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
     tracks = list(find_tracks(names, leave_out=args.out, report=report, seen=seen))
     console.count = len(tracks) + len(console.failed)
     if not console.count:
-        raise OptionError(f"{args.from_file}: names no track")
+        raise OptionError(f"{args.from_file}: lists no track")
     if output.is_pipe and console.count > 1:
         raise OptionError(f"standard output takes one track, not {console.count}")
     if tracks:

@@ -166,7 +166,7 @@ def test_wrong_content_is_not_loaded(hub: Hub) -> None:
         (f"models: [1{'0' * 5000}]", "not valid YAML"),
         (f"models: [1{':59' * 6000}]", "not valid YAML"),
         (f"models: ['aaaa']\nsegment: 1{':59' * 600}.5", "not"),
-        (f"models: [{'a, ' * 65}]", "may list 64"),
+        (f"models: [{'a, ' * 65}]", "the limit is 64"),
         ("models: [" * 3000, "not valid YAML"),
         ("#" * 300_000, "has 300000 bytes"),
     ],

@@ -117,7 +117,7 @@ def test_faults_that_pass(
         (answers.less_than_asked, f"{HALF} of {SIZE} bytes came", 5, True, {}),
         (answers.wrong, "SHA-256 is .* and should be", 1, False, {}),
         (answers.endless, "goes on after the expected", 1, False, {"most": 2 * SIZE}),
-        (answers.well, f"has {SIZE} bytes, and may have", 1, False, {"most": 100}),
+        (answers.well, f"has {SIZE} bytes, over the limit", 1, False, {"most": 100}),
         (MOVED, "redirects", 11, False, {}),
         (answers.trickle, r"only \d+ bytes came in", 2, True, {"limits": FASTER}),
         (answers.trickle, "came in", 1, True, {"limits": SHORTER}),

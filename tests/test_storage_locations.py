@@ -90,7 +90,7 @@ def test_a_list_on_standard_input(command: Command, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "none.wav: no such file" in result.stderr
     assert len(stems_of(tmp_path / "separated/tiny/a")) == 4
-    assert_one_line(command("--from-file", "-", input="# none\n"), "names no track")
+    assert_one_line(command("--from-file", "-", input="# none\n"), "lists no track")
     assert_one_line(command("--from-file", "-", "-", input="a.wav"), "standard input")
     assert_one_line(command("--from-file", "none.txt"), "none.txt: cannot be read")
 

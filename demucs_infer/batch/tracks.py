@@ -193,7 +193,7 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
                     rest = text.readline(MAX_LINE + 1)
                 if len(line) > MAX_LINE or "\0" in name:
                     fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
-                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
+                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}, not a name"))
                 elif name and not name.startswith("#"):
                     yield location(name)
             # The file stays open: it may be standard input.

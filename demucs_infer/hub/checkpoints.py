@@ -67,7 +67,7 @@ class Content:
             raise ModelLoadingError(f"{path}: cannot be read ({reason})") from exc
         if data is None or len(data) > limit:
             size = max(status.st_size, limit + 1)
-            raise ModelLoadingError(f"{path}: has {size} bytes, and a {kind} may have {limit}")
+            raise ModelLoadingError(f"{path}: has {size} bytes, over the limit of {limit}")
         return cls(path, data)
 
     def yaml(self) -> Any:
@@ -124,7 +124,7 @@ class Bag:
             if not isinstance(signatures, list):
                 raise TypeError("it does not list its models")
             if len(signatures) > MAX_MODELS:
-                raise TypeError(f"it lists {len(signatures)} models, and may list {MAX_MODELS}")
+                raise TypeError(f"it lists {len(signatures)} models, and the limit is {MAX_MODELS}")
             if not all(isinstance(signature, (str, int)) for signature in signatures):
                 raise TypeError("it lists models that are not signatures")
             rows = None if weights is None else [list(map(_number, row)) for row in weights]

@@ -124,7 +124,7 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: has no {missing}")
         rate = streams[stream]["sample_rate"]
         if rate not in SAMPLE_RATES:
-            raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not one of music")
+            raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not supported")
         return streams[stream]
 
     def read(

@@ -207,7 +207,7 @@ class Transfer:
         Raises `HostError` for a file of more than `most` bytes, and for a body that breaks off.
         """
         if total is not None and total > most:
-            raise HostError(self.url, f"has {total} bytes, and may have {most}", wrong=True)
+            raise HostError(self.url, f"has {total} bytes, over the limit of {most}", wrong=True)
         count, limit = start, most if total is None else total
         while True:
             with self.failures():

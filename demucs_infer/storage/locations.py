@@ -313,7 +313,7 @@ def _blocks(place: Location) -> Iterator[bytes]:
             yield block
             count += len(block)
             if count > MAX_TRACK:
-                raise LoadAudioError(f"{place}: goes on after {MAX_TRACK} bytes")
+                raise LoadAudioError(f"{place}: has over {MAX_TRACK} bytes, the limit")
 
 
 def check_folder(folder: Location) -> None:

@@ -267,7 +267,7 @@ class Flac(_Vorbis):
     def prepare(self) -> None:
         space = len(self._comments(b"", {})) + PADDING
         if len(self.cover) + space > LARGEST_BLOCK - 100:
-            logger.warning("a cover of %d bytes is left out: FLAC has less", len(self.cover))
+            logger.warning("a cover of %d bytes is left out: FLAC cannot hold it", len(self.cover))
             self.cover = b""
         self.names = {}
         self.options = {"metadata_header_padding": str(len(self._picture()) + space)}
