@@ -26,7 +26,7 @@ from .batch.console import Console, Ended, put, streams_and_signals
 from .batch.folders import Folders
 from .catalog import add_catalog_flags, download_models, print_models
 from .engine.options import SeparationOptions, SeparatorOptions
-from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
+from .errors import DemucsInferError, DeviceError, DownloadError, ModelLoadingError, OptionError
 from .fields import POSITIVE, add_flags, option, values_of
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
@@ -209,8 +209,7 @@ def command(opts: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # The reader of --list-models has seen enough.
         raise SystemExit(EXIT_FAILED) from None
     except DemucsInferError as exc:
-        logger.debug("", exc_info=exc)
-        fatal(exc)
+        _fail(exc)
     except Ended as exc:
         _end(int(exc.code or 0))
     except KeyboardInterrupt:
@@ -263,12 +262,16 @@ def _run(opts: Sequence[str] | None) -> Console:
                 parser.error("no track is given")
             limit_openmp_spinning()
             _separate_tracks(args, console)
-    except DownloadError:
+    except (DeviceError, DownloadError):
         raise
     except (OptionError, ModelLoadingError) as exc:
-        logger.debug("", exc_info=exc)
-        fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
+        _fail(exc)
     return console
+
+
+def _fail(exc: DemucsInferError) -> NoReturn:
+    logger.debug("", exc_info=exc)
+    fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
 
 
 def limit_openmp_spinning() -> None:
