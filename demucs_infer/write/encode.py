@@ -277,5 +277,7 @@ def encoding_errors(path: object) -> Iterator[None]:
     """Raise `SaveAudioError` for what the system, FFmpeg or libsndfile objects to."""
     try:
         yield
+    except SaveAudioError:
+        raise
     except (*AV_ERRORS, RuntimeError) as exc:
         raise SaveAudioError(f"{path}: cannot be written ({reason(exc)})") from exc
