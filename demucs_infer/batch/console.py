@@ -191,7 +191,7 @@ class Console:
         name = name if len(name) <= TITLE else f"{name[: TITLE - 1]}…"
         if self.count == 1:
             return name
-        left, separated = "", self.done - self.skipped
+        left, separated = "", self.done - self.skipped - len(self.failed)
         if separated:
             spent = time.monotonic() - self._begin
             left = f", {clock(spent / separated * (self.count - self.done))} left"
