@@ -98,10 +98,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = ""
-        if unknown := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
-            known = [name for action in self._actions for name in action.option_strings]
-            if near := difflib.get_close_matches(unknown[1], known, n=1):
-                hint = f". Did you mean {near[0]}?"
+        if unknown := re.search(r"unrecognized arguments: .*?(?<!\S)-+([\w-]+)", message):
+            # The dashes before all names would make short ones alike.
+            names = (name for action in self._actions for name in action.option_strings)
+            known = [name[2:] for name in names if name.startswith("--")]
+            if near := difflib.get_close_matches(unknown[1].lower(), known, n=1, cutoff=0.65):
+                hint = f". Did you mean --{near[0]}?"
         fatal(f"{message}{hint} (see demucs-infer --help)", status=EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
