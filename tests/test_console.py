@@ -281,6 +281,13 @@ def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
             finally:
                 os.kill(os.getpid(), signal.SIGHUP)  # while it clears up
         assert ended.value.code == 143
+        with pytest.raises(KeyboardInterrupt), streams_and_signals():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                cleared_up = True
+        assert cleared_up
         assert capsys.readouterr().err == "demucs-infer: error: ended by SIGTERM\n"
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

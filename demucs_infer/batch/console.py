@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from ..log import NOTICE, bold, decoded, is_terminal, logger, printable, show_er
 
 # Signals that end the process as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+GRACE = 5  # seconds after a signal in which others are ignored
 MAX_NAMED = 1000  # failed tracks that are named at the end
 TITLE = 30  # characters of a track's name beside its bar
 CLEAR_LINE = "\r\033[K"
@@ -39,6 +41,8 @@ class Ended(SystemExit):
 def streams_and_signals() -> Iterator[None]:
     """Run the block with usable standard streams. Raises `Ended` when a signal of `ENDING` comes.
 
+    Ctrl-C raises `KeyboardInterrupt`. Further signals do not interrupt the clean-up.
+
     A closed standard stream becomes the null device. Otherwise the next file that is opened would
     get its number, and output of libraries would go into that file. Signals that are ignored
     (nohup) or that the caller handles keep their handlers.
@@ -48,14 +52,18 @@ def streams_and_signals() -> Iterator[None]:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    before = {}
+    before, usual = {}, (signal.SIG_DFL, signal.default_int_handler)
     if threading.current_thread() is threading.main_thread():
-        before = {n: old for n in ENDING if (old := signal.getsignal(n)) is signal.SIG_DFL}
+        numbers = (*ENDING, signal.SIGINT)
+        before = {n: old for n in numbers if (old := signal.getsignal(n)) in usual}
+    ended = -math.inf
 
     def end(number: int, frame: object) -> None:
-        for each in before:  # A second signal does not interrupt the clean-up.
-            signal.signal(each, signal.SIG_IGN)
-        raise Ended(number)
+        nonlocal ended
+        # Further signals do not interrupt the clean-up. Later ones may: an exception can get lost.
+        if (now := time.monotonic()) > ended + GRACE:
+            ended = now
+            raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
     forgiving: Any = _Forgiving(sys.stderr)
     try:
