@@ -118,8 +118,8 @@ def put(text: str, stream: Any) -> None:
     """
     try:
         write(printable(text, keep="\n\t") + "\n", stream)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as exc:
+        raise BrokenPipeError("standard output: its reader has gone") from exc
     except OSError as exc:
         raise DemucsInferError(
             f"standard output: cannot be written to ({exc.strerror or exc})"
