@@ -28,10 +28,12 @@ from .catalog import add_catalog_flags, download_models, print_models
 from .engine.options import SeparationOptions, SeparatorOptions
 from .errors import DemucsInferError, DeviceError, DownloadError, ModelLoadingError, OptionError
 from .fields import POSITIVE, add_flags, option, values_of
+from .hub.registry import bags
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location
 from .write.output import PIPE, WHERE, Output
+from .write.stems import parse_stems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -299,6 +301,10 @@ def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
     folder = PIPE if args.out == PIPE else args.out / label
     output = Output(**{**values_of(Output, args), "folder": folder})
     output.workspace()  # Raises an error if there can be none.
+    # The sources of published bags are known before their download.
+    if args.repo is None and (bag := bags().get(model)):
+        stems = parse_stems(args.stems or output.two_stems, bag["sources"])
+        output.stems([stem.name for stem in stems])
 
     from .batch.tracks import TrackResult, find_tracks, plan_jobs, read_list
 
