@@ -61,7 +61,7 @@ def get(web: Web, target: Path, digest: str = DIGEST, **options: object) -> None
 
 
 def names(target: Path) -> set[str]:
-    """What is in the folder of `target`."""
+    """The files in the folder of `target`."""
     return {path.name for path in target.parent.iterdir()}
 
 
@@ -72,7 +72,7 @@ def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> Non
         if time.monotonic() > deadline or any(process.poll() for process in processes):
             for process in processes:
                 process.kill()
-            pytest.fail("what was waited for did not happen")
+            pytest.fail("the expected event did not happen")
         time.sleep(0.01)
 
 
@@ -117,7 +117,7 @@ def test_faults_that_pass(
         (answers.less_than_asked, f"{HALF} of {SIZE} bytes came", 5, True, {}),
         (answers.wrong, "SHA-256 is .* and should be", 1, False, {}),
         (answers.endless, "goes on after the expected", 1, False, {"most": 2 * SIZE}),
-        (answers.well, f"has {SIZE} bytes, and may have", 1, False, {"most": 100}),
+        (answers.well, f"has {SIZE} bytes, over the limit", 1, False, {"most": 100}),
         (MOVED, "redirects", 11, False, {}),
         (answers.trickle, r"only \d+ bytes came in", 2, True, {"limits": FASTER}),
         (answers.trickle, "came in", 1, True, {"limits": SHORTER}),
@@ -390,7 +390,7 @@ def test_no_message_has_credentials_or_a_query(
     url = url.replace("//", "//user:secret@")
     with caplog.at_level(logging.INFO), pytest.raises((DownloadError, LoadAudioError)) as caught:
         door(url, tmp_path)
-        raise LoadAudioError("127.0.0.1")  # what a list holds, or a track, does not matter here
+        raise LoadAudioError("127.0.0.1")  # the content does not matter here
     assert "127.0.0.1" in str(caught.value)
     if answer is None:
         assert str(caught.value).startswith("No connection to 127.0.0.1:1 (")

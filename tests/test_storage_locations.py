@@ -90,7 +90,7 @@ def test_a_list_on_standard_input(command: Command, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "none.wav: no such file" in result.stderr
     assert len(stems_of(tmp_path / "separated/tiny/a")) == 4
-    assert_one_line(command("--from-file", "-", input="# none\n"), "names no track")
+    assert_one_line(command("--from-file", "-", input="# none\n"), "lists no track")
     assert_one_line(command("--from-file", "-", "-", input="a.wav"), "standard input")
     assert_one_line(command("--from-file", "none.txt"), "none.txt: cannot be read")
 
@@ -122,7 +122,7 @@ def test_in_python(separator: Separator, memory: fsspec.AbstractFileSystem, tmp_
 def test_a_stem_appears_whole_or_not_at_all(
     memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that breaks off leaves what was there before, and nothing beside it."""
+    """An upload that breaks off leaves the previous file, and nothing beside it."""
     memory.pipe("/out/a.wav", b"before")
     (tmp_path / "stem").write_bytes(b"whole")
     put = type(memory).put_file
@@ -145,7 +145,7 @@ def test_a_stem_appears_whole_or_not_at_all(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
 def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
-    """What was written is whole, and is not made again."""
+    """A written file is whole, and is not made again."""
     names = "abcd"
     for name in names:
         bucket.pipe(f"bucket/in/{name}.wav", wav(20, ord(name)))

@@ -245,7 +245,7 @@ class Console:
         failed = len(self.failed)
         separated = self.count - failed - self.skipped
         parts = {"separated": separated, "already there": self.skipped, "failed": failed}
-        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        text = ", ".join(f"{number} {state}" for state, number in parts.items() if number)
         logger.log(NOTICE, "%d tracks: %s", self.count, text)
         for track in self.failed[:MAX_NAMED]:
             logger.log(NOTICE, "    failed: %s", track)

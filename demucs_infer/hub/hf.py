@@ -125,7 +125,7 @@ def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Pa
 
 
 def known_digest(path: Path) -> str:
-    """Return the SHA-256 under which the cache keeps a file, or "" if its name does not tell it."""
+    """Return the SHA-256 in the name of a cached file, or "" if there is none."""
     with suppress(OSError):
         target = path.readlink()
         if target.parent.name == "blobs" and DIGEST.fullmatch(target.name):

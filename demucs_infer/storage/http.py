@@ -207,7 +207,7 @@ class Transfer:
         Raises `HostError` for a file of more than `most` bytes, and for a body that breaks off.
         """
         if total is not None and total > most:
-            raise HostError(self.url, f"has {total} bytes, and may have {most}", wrong=True)
+            raise HostError(self.url, f"has {total} bytes, over the limit of {most}", wrong=True)
         count, limit = start, most if total is None else total
         while True:
             with self.failures():
@@ -321,10 +321,10 @@ def _file_lock(target: Path) -> Iterator[None]:
 class Download:
     """The download of a file that is renamed to `target` once it is whole and right.
 
-    Of several processes one downloads and the others wait. What came before a connection or the
-    process broke stays in `TARGET.part`, and only the rest is requested. The content is verified by
-    `sha256`, in hex or its leading digits, or else by `length`. It may have `most` bytes (default:
-    `length`, or `MAX_MODEL`). `headers` are for the URL's own host.
+    Of several processes one downloads and the others wait. The bytes of an attempt that broke stay
+    in `TARGET.part`, and only the rest is requested. The content is verified by `sha256`, in hex or
+    its leading digits, or else by `length`. It may have `most` bytes (default: `length`, or
+    `MAX_MODEL`). `headers` are for the URL's own host.
     """
 
     url: str
@@ -406,7 +406,7 @@ class Download:
                     part.unlink(missing_ok=True)
 
     def _attempt(self, part: Path, limits: Limits) -> None:
-        """Request once what the part lacks, and verify the whole."""
+        """Request the rest of the part once, and verify the whole."""
         with open(part, "a+b", opener=_without_links) as file:
             start = file.seek(0, os.SEEK_END)
             try:
@@ -419,7 +419,7 @@ class Download:
             except HostError as exc:
                 if exc.wrong:
                     file.truncate(0)
-                    # What came in an earlier attempt may be at fault.
+                    # The bytes of an earlier attempt may be at fault.
                     exc.temporary |= start > 0
                 raise
 
@@ -446,7 +446,7 @@ class Download:
             with tqdm(desc=name, initial=first, total=total, disable=None, **options) as bar:
                 for block in answer.blocks(self.most or self.length or MAX_MODEL, first, total):
                     file.write(block)
-                    # A process that is killed keeps what has come.
+                    # A process that is killed keeps the bytes that have come.
                     file.flush()
                     bar.update(len(block))
         return total

@@ -116,7 +116,7 @@ class CompiledCache:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Path, int | None]]:
-    """Open a folder: yield what to put before names, and its descriptor.
+    """Open a folder: yield the prefix of its files' names, and its descriptor.
 
     Windows has no such descriptors, and caches are in the user's home.
     Raises `OSError` if another user may write to the folder or exchange it.

@@ -1,4 +1,4 @@
-"""Attacks through what strangers send: addresses, names and lists of tracks."""
+"""Attacks through URLs, names and lists of tracks."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs devices and named pipes")
 def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not what is waited for without end, and nothing that lies elsewhere."""
+    """Named pipes, devices and links out of the folder are left out."""
     (tmp_path / "music/deep").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
     for name in ("music/a.wav", "music/deep/b.wav", "secret/c.wav", "secret/d.wav"):
