@@ -93,8 +93,7 @@ def test_models_of_a_folder_are_listed(repo: Path, tmp_path: Path) -> None:
     text = separate("--list-models", "--repo", folder).stdout
     assert max(map(len, text.splitlines())) <= 100
     line = line_of("broken", text)
-    assert "not on disk" in line
-    assert "size unknown" in line
+    assert "not on disk" in line and "size unknown" in line
 
 
 def test_download_prints_paths_and_replaces_damaged_files(

@@ -197,8 +197,7 @@ def test_main_raises_errors_of_tracks_and_reports_missing_ones(
         tiny = ["--repo", str(repo), "-n", "tiny"]
         names = [error(*tiny, "text.wav"), error(*tiny, "none.wav"), error(*tiny)]
         names += [error("--repo", str(repo), "-n", "tinny", "track.wav")]
-        names += [error(*tiny, "--two-stems", "voice", "track.wav")]
-        names += [error(*tiny, "-d", "gpu", "track.wav")]
+        names += [error(*tiny, *w, "track.wav") for w in (["--two-stems", "voice"], ["-d", "gpu"])]
         with monkeypatch.context() as patch:
             model: Any = importlib.import_module(f"{library.name}.htdemucs").HTDemucs
             forward = model.forward
