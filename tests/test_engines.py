@@ -338,7 +338,14 @@ def test_a_folder_that_another_user_exchanges(tmp_path: Path) -> None:
     CompiledCache(tmp_path / "evil").store("a", b"evil")
     for path in (tmp_path / "evil", *(tmp_path / "evil").iterdir()):
         os.chown(path, 65534, 65534)
+    tmp_path.chmod(0o711)
+    os.chown(tmp_path, 65534, 65534)
+    assert cache.load("a") is None
     os.chown(tmp_path, 0, 0)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    assert cache.load("a") is None
+    os.seteuid(0)
     done = threading.Event()
 
     def exchange() -> None:

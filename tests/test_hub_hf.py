@@ -113,6 +113,11 @@ def test_a_bag_is_fetched_into_the_hubs_cache(
         "someone/Demucs-mine", "aaaa.safetensors", cache_dir=tmp_path / "hub"
     )
     assert Path(found).read_bytes() == weights
+    # A reference that takes no space on the disk, and would take terabytes of memory.
+    with (folder.parents[1] / "refs" / "main").open("r+b") as file:
+        file.truncate(2**43)
+    with pytest.raises(DownloadError, match="503"):
+        get_model("hf://someone/mine")
 
 
 def test_a_revision(hub: Hub) -> None:

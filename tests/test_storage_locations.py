@@ -36,6 +36,19 @@ def test_names_of_urls(text: str, name: str, folder: str, suffix: str) -> None:
     assert (url.name, parent_name(url), Path(url.name).suffix) == (name, folder, suffix)
 
 
+CREDENTIALS = """https://user:secret@host/in/a.wav?secret#secret https://user:se?secret@host/in/a.wav
+    http://user:#secret@[::1]:80/in/a.wav sftp://user:se/secret@host/in/a.wav az://in/a?sig=secret
+    sftp://user:secret@in/a.wav s3://in/a.wav::https://user:secret@host/a.wav?secret
+    zip://a.wav::sftp://user:secret@in/a.wav ftp://user:secret@host/in/a.wav?secret"""
+
+
+@pytest.mark.parametrize("text", CREDENTIALS.split())
+def test_no_text_of_a_url_has_credentials(text: str) -> None:
+    url = location(text)
+    assert "secret" not in f"{url} {url!r} {parent_name(url)}"
+    assert "in" in str(url)
+
+
 @pytest.mark.parametrize("text", ["a.wav", "C://a.wav", "c:\\a.wav", "a/s3:/b", "/s3://b", "1://a"])
 def test_what_is_a_path(text: str) -> None:
     assert location(text) == Path(text)
@@ -102,6 +115,15 @@ def test_from_the_web(command: Command, tmp_path: Path) -> None:
     expected = {f"tiny/söng/{name}.wav" for name in SOURCES}
     assert stems_of(tmp_path / "out") == expected
     assert not list((tmp_path / "out/tiny").glob(".*"))
+
+
+def test_credentials_are_not_shown(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(0.1))
+    tracks = "a.wav", "http://user:secret@127.0.0.1:1/b.wav?secret", "az://c/c.wav?sig=secret"
+    result = command(*tracks, "-v", "-o", "memory://user:secret@out")
+    assert result.stderr.count("failed: ") == 2
+    assert "Stems in memory://out/tiny/a/" in result.stderr
+    assert "secret" not in result.stdout + result.stderr
 
 
 def test_in_python(separator: Separator, memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ SUFFIXES = frozenset(
 )
 
 
+MAX_LEVELS = 100  # of folders in each other
 MAX_LINE = 2**16  # characters of a line in a list: longer ones are not names
 ENCODINGS = {  # by the mark at the start of a list; longer ones first, as they begin alike
     codecs.BOM_UTF32_LE: "utf-32",
@@ -232,7 +233,8 @@ class _Search:
             is_folder = stat.S_ISDIR(name.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError) as exc:
             if expand and glob.has_magic(str(name)):
-                matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+                names = sorted(glob.glob(str(name), recursive=True))  # noqa: PTH207
+                matches = [path for path in map(Path, names) if _is_regular(path) or path.is_dir()]
                 if found := [track for match in matches for track in self._local(match, False)]:
                     return found
             raise LoadAudioError(f"{name}: no such file") from exc
@@ -277,6 +279,9 @@ class _Search:
             return True
 
         for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
+            if folders and parent.count(os.sep) - str(folder).count(os.sep) >= MAX_LEVELS:
+                logger.warning("%s: its folders are skipped, after %d levels", parent, MAX_LEVELS)
+                folders.clear()
             visible = [name for name in sorted(folders) if not name.startswith(".")]
             folders[:] = [name for name in visible if is_entered(Path(parent, name))]
             for name in sorted(files):

@@ -65,8 +65,12 @@ class Url:
     text: str
 
     def __str__(self) -> str:
-        # In the names of stores, question marks are characters like others.
-        return http.redact(self.text) if self.is_web else http.redact(self.root) + self.path
+        # In the names of these stores, question marks are characters like others.
+        plain = self.scheme in PROTOCOLS - WEB - AZURE and not CHAIN.search(self.rest)
+        return http.redact(f"{self.scheme}://{self.rest}", has_query=not plain)
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
 
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.text}/{name}")
@@ -100,7 +104,7 @@ class Url:
     def names(self) -> list[str]:
         """The names of the folders above the file, and of the file."""
         if not self.is_web:
-            return self.rest.split("/")
+            return str(self).partition("://")[2].split("/")
         parts = re.split("[?#]", self.path, maxsplit=1)[0].split("/")
         return [re.sub("[/\0]", "_", unquote(part)) for part in parts]
 

@@ -358,7 +358,7 @@ class Output:
         if template.startswith("{folder") and not folder:
             relative = relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
-        if TEMPORARY in relative.lower():
+        if TEMPORARY in relative.casefold():
             pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
             relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
         return below(self._folder, relative)
