@@ -21,6 +21,7 @@ from .pretrained import find_model, open_repo
 from .repo import RemoteRepo
 
 WIDTH = 100  # columns of the listing
+LONGEST_NAME = 30  # columns of a model's name, unless it is longer
 # The sections of the listing, by group and kind. Those of SIGNATURES need --verbose.
 NOT_OURS = "of the community (not by the authors of Demucs)"
 TITLES = {
@@ -92,12 +93,19 @@ class Entry:
         """
         size = "size unknown" if self.size is None else f"{round(self.size / MEGABYTE)} MB"
         here = "on disk" if self.on_disk else "not on disk"
-        start = f"    {self.name:{name_width}}  {here:11}  {size:>12}  "
+        facts = f"  {here:11}  {size:>12}  "
         text = ": ".join(filter(None, (", ".join(self.stems or ()), self.description)))
         origins = {f"{f.source}, licence: {f.licence}" for f in self.files if f.source}
         text += f" ({'; '.join(sorted(origins))})" if origins else ""
-        indent = " " * len(start)
-        lines = textwrap.wrap(start + text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        text = f"    {self.name:{name_width}}{facts}{text}"
+        indent = " " * (4 + name_width + len(facts))
+        lines = textwrap.wrap(
+            text,
+            WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         if verbose and self.on_disk:
             lines += sorted({f"{indent}in {file.path.parent}" for file in self.files})
         return "\n".join(line.rstrip() for line in lines)
@@ -180,7 +188,7 @@ def print_models(args: argparse.Namespace) -> None:
         if key in SIGNATURES and not args.verbose:
             hidden += len(section)
         elif section:
-            width = max(len(entry.name) for entry in section)
+            width = min(LONGEST_NAME, max(len(entry.name) for entry in section))
             lines = [f"{title}:", *(entry.described(width, args.verbose) for entry in section)]
             put("\n".join(lines), sys.stdout)
     if hidden:

@@ -7,6 +7,7 @@ DemucsInferError
 │   ├── LoadAudioError                    a track that cannot be read
 │   └── SaveAudioError (OSError)          a stem that cannot be written
 ├── OptionError (ValueError)              a value that makes no sense where it was given
+│   └── DeviceError (RuntimeError)        a device that this machine does not have
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
@@ -45,6 +46,10 @@ class SaveAudioError(AudioError, OSError):
 
 class OptionError(DemucsInferError, ValueError):
     """An option has a value that is out of range, unknown, or not supported."""
+
+
+class DeviceError(OptionError, RuntimeError):
+    """A device cannot be used. Programs catch it as PyTorch's error, and retry on the CPU."""
 
 
 class MissingDependencyError(DemucsInferError, ImportError):

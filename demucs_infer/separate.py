@@ -26,12 +26,14 @@ from .batch.console import Console, Ended, put, streams_and_signals
 from .batch.folders import Folders
 from .catalog import add_catalog_flags, download_models, print_models
 from .engine.options import SeparationOptions, SeparatorOptions
-from .errors import DemucsInferError, DownloadError, ModelLoadingError, OptionError
+from .errors import DemucsInferError, DeviceError, DownloadError, ModelLoadingError, OptionError
 from .fields import POSITIVE, add_flags, option, values_of
+from .hub.registry import bags
 from .log import NOTICE, fatal, log_to_stderr, logger, show_error
 from .pretrained import DEFAULT_MODEL, add_model_flags, model_label
 from .storage.locations import Location, full_text, location
 from .write.output import PIPE, WHERE, Output
+from .write.stems import parse_stems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,10 +100,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = ""
-        if unknown := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
-            known = [name for action in self._actions for name in action.option_strings]
-            if near := difflib.get_close_matches(unknown[1], known, n=1):
-                hint = f". Did you mean {near[0]}?"
+        if unknown := re.search(r"unrecognized arguments: .*?(?<!\S)-+([\w-]+)", message):
+            # The dashes before all names would make short ones alike.
+            names = (name for action in self._actions for name in action.option_strings)
+            known = [name[2:] for name in names if name.startswith("--")]
+            if near := difflib.get_close_matches(unknown[1].lower(), known, n=1, cutoff=0.65):
+                hint = f". Did you mean --{near[0]}?"
         fatal(f"{message}{hint} (see demucs-infer --help)", status=EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -209,8 +213,7 @@ def command(opts: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # The reader of --list-models has seen enough.
         raise SystemExit(EXIT_FAILED) from None
     except DemucsInferError as exc:
-        logger.debug("", exc_info=exc)
-        fatal(exc)
+        _fail(exc)
     except Ended as exc:
         _end(int(exc.code or 0))
     except KeyboardInterrupt:
@@ -263,12 +266,16 @@ def _run(opts: Sequence[str] | None) -> Console:
                 parser.error("no track is given")
             limit_openmp_spinning()
             _separate_tracks(args, console)
-    except DownloadError:
+    except (DeviceError, DownloadError):
         raise
     except (OptionError, ModelLoadingError) as exc:
-        logger.debug("", exc_info=exc)
-        fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
+        _fail(exc)
     return console
+
+
+def _fail(exc: DemucsInferError) -> NoReturn:
+    logger.debug("", exc_info=exc)
+    fatal(exc, status=EXIT_USAGE if isinstance(exc, OptionError) else EXIT_FAILED)
 
 
 def limit_openmp_spinning() -> None:
@@ -294,6 +301,10 @@ def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
     folder = PIPE if args.out == PIPE else args.out / label
     output = Output(**{**values_of(Output, args), "folder": folder})
     output.workspace()  # Raises an error if there can be none.
+    # The sources of published bags are known before their download.
+    if args.repo is None and (bag := bags().get(model)):
+        stems = parse_stems(args.stems or output.two_stems, bag["sources"])
+        output.stems([stem.name for stem in stems])
 
     from .batch.tracks import TrackResult, find_tracks, plan_jobs, read_list
 

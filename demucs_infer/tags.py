@@ -14,8 +14,8 @@ from .log import decoded
 MAX_TAG, MAX_TAGS = 10_000, 100  # characters of a tag, and number of tags
 # Tags that describe the file and its level. They would be wrong for stems.
 OF_THE_FILE = re.compile(
-    r"encoder.*|encoded_by|encoding.*|tsse|tool|.*_brands?|minor_version|creation_time|handler_name"
-    r"|name|vendor_id|language|bps|duration|tlen|length|md5|acoustid_fingerprint"
+    r"encoder.*|encoded_by|encoding.*|tsse?|tool|.*_brands?|minor_version|creation_time|handler_name"
+    r"|name|vendor_id|language|bps|duration|tlen?|length|md5|acoustid_fingerprint"
     r"|(.*[-:_])?itun(norm|smpb|pgap|es_cddb.*)"
     r"|replaygain.*|r128_.*|mp3gain_.*|loudness.*|waveformatextensible_channel_mask"
     r"|id3v2_priv.*|serato.*|traktor.*"
@@ -35,36 +35,36 @@ class Names(NamedTuple):
 
 # The columns: our name, which is FFmpeg's if it has one; the frame of ID3v2.4; the Vorbis comment;
 # the item of MP4 (-: FFmpeg writes it; four lower-case letters: an atom; others: a free-form name);
-# the tag of Matroska; further names that files use.
+# the tag of Matroska; further names that files use, with the frame of ID3v2.2.
 _TABLE = """
 title         TIT2 TITLE           -            TITLE
 artist        TPE1 ARTIST          -            ARTIST
 album         TALB ALBUM           -            ALBUM
 album_artist  TPE2 ALBUMARTIST     -            ALBUM_ARTIST
-composer      TCOM COMPOSER        -            COMPOSER
+composer      TCOM COMPOSER        -            COMPOSER        TCM
 track         TRCK TRACKNUMBER     -            PART_NUMBER
-disc          TPOS DISCNUMBER      -            DISC
+disc          TPOS DISCNUMBER      -            DISC            TPA
 date          TDRC DATE            -            DATE
 genre         TCON GENRE           -            GENRE
 comment       COMM COMMENT         -            COMMENT
 description   TDES DESCRIPTION     -            DESCRIPTION
 lyrics        USLT LYRICS          -            LYRICS          unsyncedlyrics
-copyright     TCOP COPYRIGHT       -            COPYRIGHT
-grouping      TIT1 GROUPING        -            GROUPING
+copyright     TCOP COPYRIGHT       -            COPYRIGHT       TCR
+grouping      TIT1 GROUPING        -            GROUPING        TT1
 compilation   TCMP COMPILATION     -            COMPILATION     itunescompilation
-bpm           TBPM BPM             tmpo         BPM             tempo
-initialkey    TKEY INITIALKEY      initialkey   INITIAL_KEY     key
-publisher     TPUB LABEL           LABEL        LABEL           organization
-isrc          TSRC ISRC            ISRC         ISRC
-subtitle      TIT3 SUBTITLE        SUBTITLE     SUBTITLE
-remixer       TPE4 REMIXER         REMIXER      REMIXED_BY      mixartist
+bpm           TBPM BPM             tmpo         BPM             TBP tempo
+initialkey    TKEY INITIALKEY      initialkey   INITIAL_KEY     TKE key
+publisher     TPUB LABEL           LABEL        LABEL           TPB organization
+isrc          TSRC ISRC            ISRC         ISRC            TRC
+subtitle      TIT3 SUBTITLE        SUBTITLE     SUBTITLE        TT3
+remixer       TPE4 REMIXER         REMIXER      REMIXED_BY      TP4 mixartist
 performer     TPE3 PERFORMER       PERFORMER    PERFORMER
-lyricist      TEXT LYRICIST        LYRICIST     LYRICIST
+lyricist      TEXT LYRICIST        LYRICIST     LYRICIST        TXT
 mood          TMOO MOOD            MOOD         MOOD
-media         TMED MEDIA           MEDIA        ORIGINAL_MEDIA_TYPE
-title-sort    TSOT TITLESORT       sonm         TITLE-SORT      sort_name
-artist-sort   TSOP ARTISTSORT      soar         ARTIST-SORT     sort_artist
-album-sort    TSOA ALBUMSORT       soal         ALBUM-SORT      sort_album
+media         TMED MEDIA           MEDIA        ORIGINAL_MEDIA_TYPE TMT
+title-sort    TSOT TITLESORT       sonm         TITLE-SORT      TST sort_name
+artist-sort   TSOP ARTISTSORT      soar         ARTIST-SORT     TSP sort_artist
+album-sort    TSOA ALBUMSORT       soal         ALBUM-SORT      TSA sort_album
 """
 TAGS: dict[str, Names] = {}
 _KNOWN_AS: dict[str, str] = {}
@@ -75,7 +75,8 @@ del _KNOWN_AS["-"]
 # Of a stream that is copied.
 STREAM_TAGS = ("language", "title", "handler_name", "filename", "mimetype")
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,4}")
-LYRICS = re.compile(r"(?i)lyrics-[a-z]{3}")  # FFmpeg's name, with a language
+# FFmpeg's name, with a description and a language.
+LYRICS = re.compile(r"(?is)lyrics-(.*-)?([a-z]{3})?")
 
 
 def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -79,6 +79,7 @@ def test_json_describes_models_and_their_files(
 def test_models_of_a_folder_are_listed(repo: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(repo, tmp_path / "models"))
     (folder / "broken.yaml").write_text("models: [tiny, absent]")
+    (folder / f"{'long' * 20}.yaml").write_text("models: [tiny]")
     content = json.loads(separate("--list-models", "--json", "--repo", folder).stdout)
     models = {model["name"]: model for model in content["models"]}
     size = (repo / "tiny.th").stat().st_size
@@ -86,11 +87,13 @@ def test_models_of_a_folder_are_listed(repo: Path, tmp_path: Path) -> None:
         "pair": (size, True),
         "tiny": (size, True),
         "broken": (None, False),
+        "long" * 20: (size, True),
     }
     assert models["tiny"]["stems"] is None
-    line = line_of("broken", separate("--list-models", "--repo", folder).stdout)
-    assert "not on disk" in line
-    assert "size unknown" in line
+    text = separate("--list-models", "--repo", folder).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    line = line_of("broken", text)
+    assert "not on disk" in line and "size unknown" in line
 
 
 def test_download_prints_paths_and_replaces_damaged_files(

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import tqdm
 
-from demucs_infer.batch.console import Ended, json_text, streams_and_signals
+from demucs_infer.batch.console import Ended, streams_and_signals
 
 from .helpers import SOURCES, Command, assert_one_line, environment, run, stems_of, write_track
 
@@ -103,7 +103,7 @@ def check_errors(result: subprocess.CompletedProcess[str], status: int, count: i
     assert (result.returncode, len(errors)) == (status, count), result.stderr
     for error in errors:
         assert error.startswith("demucs-infer: error: ")
-        assert re.search("standard|No space left|Broken pipe", error)
+        assert re.search("standard|No space left", error)
 
 
 @needs_linux
@@ -176,12 +176,6 @@ def test_names_of_any_bytes(settings: dict[str, str], words: list[str], song: Pa
         for path in (song / "separated/tiny").glob("*/bass.flac")
     }
     assert titles == {"caf\ufffd (bass)", "\N{MUSICAL NOTE} (bass)", "a[2J\nb (bass)"}
-
-
-def test_json_can_be_read_by_every_program() -> None:
-    content = {"a": ["caf\udce9", 1, None, True], "b": {"c": Path("x\udcff")}}
-    expected = {"a": [r"caf\xe9", 1, None, True], "b": {"c": r"x\xff"}}
-    assert json.loads(json_text(content)) == expected
 
 
 # --- signals ------------------------------------------------------------------------------------
@@ -280,6 +274,7 @@ def test_signals_in_a_program_end_the_command_and_keep_its_handlers(
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
                 os.kill(os.getpid(), signal.SIGHUP)  # while it clears up
+                signal.raise_signal(signal.SIGINT)
         assert ended.value.code == 143
         assert capsys.readouterr().err == "demucs-infer: error: ended by SIGTERM\n"
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

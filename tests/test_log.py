@@ -11,7 +11,6 @@ from demucs_infer.errors import LoadAudioError, SaveAudioError
 from demucs_infer.log import (
     NOTICE,
     bold,
-    decoded,
     fatal,
     log_to_stderr,
     logger,
@@ -41,10 +40,6 @@ def test_printable_text_has_no_control_characters(text: object, expected: str) -
     assert printable(text) == expected
     assert printable(expected) == expected
     printable(text).encode()
-
-
-def test_decoded_text_replaces_what_is_not_utf_8() -> None:
-    assert decoded("caf\udce9 \udcc3\udca9", "replace") == "caf\ufffd é"
 
 
 def test_messages_errors_and_the_log_are_harmless(

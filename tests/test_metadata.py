@@ -126,6 +126,8 @@ def test_covers_of_other_kinds_travel_or_are_mentioned(
     song.tags.delall("APIC")
     kind = {b"R": "webp", b"G": "gif", b"B": "bmp"}[magic[:1]]
     cover = magic.ljust(200, b"x")
+    # A picture that would fit is not the cover.
+    song.tags.add(id3.APIC(mime="image/png", type=4, data=BACK))
     song.tags.add(id3.APIC(mime=f"image/{kind}", type=3, data=cover))
     song.save()
     for format in ("flac", "m4a"):

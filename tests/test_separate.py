@@ -59,9 +59,11 @@ def test_tracks_and_folders_are_looked_for_before_the_model(tmp_path: Path) -> N
     assert (both.returncode, both.stderr.count("error:")) == (1, 2)
     (tmp_path / "file").touch()
     write_track(tmp_path / "a.wav")
-    result = separate(*model, "-o", "file", "a.wav", cwd=tmp_path)
-    assert_one_line(result, "file", "cannot be written to")
-    assert_one_line(separate("--twostems", "vocals", "a.wav", cwd=tmp_path), "--two-stems")
+    assert_one_line(separate(*model, "-o", "file", "a.wav", cwd=tmp_path), "file", "cannot be")
+    for wrong in ("--two-stems voice", "--stems vocals,voice", "--format mka --stems mix=voice"):
+        assert_one_line(separate(*model, *wrong.split(), "a.wav", cwd=tmp_path), "'voice'", "bass")
+    for wrong, said in (("--twostems", "--two-stems?"), ("-mp3", "--mp3?"), ("--model", "l (see")):
+        assert_one_line(separate(wrong, "a.wav", cwd=tmp_path), said)
     assert_one_line(separate("-n", "demo", "-d", "gpu", "a.wav", cwd=tmp_path), "'gpu'", "cpu")
 
 

@@ -36,6 +36,10 @@ WRONG = {"comment": "", "date": " \x00 ", "": "nameless", "lyrics": "x" * (MAX_T
 def test_tags_of_one_file_or_of_harmful_content_are_dropped() -> None:
     assert clean_tags({**OF_THE_FILE, **WRONG, **MUSIC}) == MUSIC
     assert clean_tags({"TITLE": "caf\udce9\x1b[1m\0\x9b"}) == {"title": "caf\ufffd[1m"}
+    for name in ("lyrics-eng", "Lyrics-my note-XXX", "lyrics-"):  # as FFmpeg calls them
+        assert clean_tags({"lyrics": "b", name: "a"}) == {"lyrics": "a"}
+    old = {"TBP": "128", "TKE": "8A", "TPB": "c", "TRC": "d", "TT3": "e", "TP4": "f"}  # ID3v2.2
+    assert list(clean_tags(old)) == "bpm initialkey publisher isrc subtitle remixer".split()
     assert len(clean_tags({str(n): "x" for n in range(MAX_TAGS + 1)})) == MAX_TAGS
 
 

@@ -101,5 +101,6 @@ def test_bars_on_a_terminal_have_a_title(
     assert first == "a.wav (1 of 3)"
     # The first track is written by now, which tells how long the last one will take.
     assert re.fullmatch(r"c\.wav \(3 of 3, \d+\.\d s left\)", last)
+    assert titles("none.wav", tracks[0]) == ["a.wav (2 of 2)"]
     # Programs read the bars of a pipe, which have no title in the reference.
     assert not re.search(r": +0%\|", command(tracks[0]).stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from ..storage.locations import location
 
 # Signals that end the process as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+GRACE = 5  # seconds after a signal in which others are ignored
 MAX_NAMED = 1000  # failed tracks that are named at the end
 TITLE = 30  # characters of a track's name beside its bar
 CLEAR_LINE = "\r\033[K"
@@ -40,6 +42,8 @@ class Ended(SystemExit):
 def streams_and_signals() -> Iterator[None]:
     """Run the block with usable standard streams. Raises `Ended` when a signal of `ENDING` comes.
 
+    Ctrl-C raises `KeyboardInterrupt`. Further signals do not interrupt the clean-up.
+
     A closed standard stream becomes the null device. Otherwise the next file that is opened would
     get its number, and output of libraries would go into that file. Signals that are ignored
     (nohup) or that the caller handles keep their handlers.
@@ -49,14 +53,18 @@ def streams_and_signals() -> Iterator[None]:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    before = {}
+    before, usual = {}, (signal.SIG_DFL, signal.default_int_handler)
     if threading.current_thread() is threading.main_thread():
-        before = {n: old for n in ENDING if (old := signal.getsignal(n)) is signal.SIG_DFL}
+        numbers = (*ENDING, signal.SIGINT)
+        before = {n: old for n in numbers if (old := signal.getsignal(n)) in usual}
+    ended = -math.inf
 
     def end(number: int, frame: object) -> None:
-        for each in before:  # A second signal does not interrupt the clean-up.
-            signal.signal(each, signal.SIG_IGN)
-        raise Ended(number)
+        nonlocal ended
+        # Further signals do not interrupt the clean-up. Later ones may: an exception can get lost.
+        if (now := time.monotonic()) > ended + GRACE:
+            ended = now
+            raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
     forgiving: Any = _Forgiving(sys.stderr)
     try:
@@ -111,8 +119,8 @@ def put(text: str, stream: Any) -> None:
     """
     try:
         write(printable(text, keep="\n\t") + "\n", stream)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as exc:
+        raise BrokenPipeError("standard output: its reader has gone") from exc
     except OSError as exc:
         raise DemucsInferError(
             f"standard output: cannot be written to ({exc.strerror or exc})"
@@ -197,7 +205,7 @@ class Console:
         name = name if len(name) <= TITLE else f"{name[: TITLE - 1]}…"
         if self.count == 1:
             return name
-        left, separated = "", self.done - self.skipped
+        left, separated = "", self.done - self.skipped - len(self.failed)
         if separated:
             spent = time.monotonic() - self._begin
             left = f", {clock(spent / separated * (self.count - self.done))} left"

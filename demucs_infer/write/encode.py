@@ -278,5 +278,7 @@ def encoding_errors(path: object) -> Iterator[None]:
     """Turn errors of the system, FFmpeg and libsndfile into `SaveAudioError`."""
     try:
         yield
+    except SaveAudioError:
+        raise
     except (*AV_ERRORS, RuntimeError) as exc:
         raise SaveAudioError(f"{path}: cannot be written ({reason(exc)})") from exc

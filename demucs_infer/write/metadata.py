@@ -13,6 +13,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import IO, TYPE_CHECKING, Any
 
 from .. import boxes
@@ -62,7 +63,7 @@ def read_cover(audio: AudioFile, kinds: Sequence[str]) -> bytes | None:
     """
     if not kinds:
         return None
-    found: list[bytes] = []
+    found: list[tuple[bool, bytes]] = []
     with audio._open() as container:
         for stream in container.streams:
             name, data = stream.metadata.get("filename", ""), b""
@@ -72,12 +73,15 @@ def read_cover(audio: AudioFile, kinds: Sequence[str]) -> bytes | None:
                 data = bytes(getattr(stream, "data", None) or b"")
             front = stream.metadata.get("comment") == "Cover (front)" or name.startswith("cover.")
             if data:
-                found.insert(0 if front else len(found), data)
-    fit = [data for data in found if cover_type(data) in kinds and len(data) <= LARGEST_COVER]
-    if found and not fit:
-        kind = cover_type(found[0]) or "of an unknown kind"
-        logger.warning("%s: the cover is left out (%s): convert it", audio.name, kind)
-    return fit[0] if fit else None
+                found.append((front, data))
+    # The first picture, unless another one is said to be the front cover.
+    _, cover = max(found, key=itemgetter(0), default=(False, b""))
+    kind = cover_type(cover)
+    if cover and (kind not in kinds or len(cover) > LARGEST_COVER):
+        about = f"{kind or 'of an unknown kind'}, {len(cover)} bytes"
+        logger.warning("%s: the cover is left out (%s): convert it", audio.name, about)
+        return None
+    return cover or None
 
 
 def disposition(stream: Any) -> int:

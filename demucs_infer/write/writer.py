@@ -179,10 +179,9 @@ class TrackWriter:
         self._write(dict(zip(self._names, stems)))
 
     def _write(self, blocks: Mapping[str, Tensor | None]) -> None:
-        for path, file in self._files:
-            with encoding_errors(path):
-                for name, signal in file.signals.items():
-                    signal.write(blocks[name])
+        for _, file in self._files:
+            for name, signal in file.signals.items():
+                signal.write(blocks[name])
 
     def finish(self, progress: Callable[[float], None]) -> dict[str, StemFile]:
         """Encode the stems and let their files appear.

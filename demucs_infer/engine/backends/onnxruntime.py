@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import DemucsInferError, MissingDependencyError, OptionError
+from ...errors import DemucsInferError, DeviceError, MissingDependencyError, OptionError
 from ...log import logger
 from ..model import Model, Network, cast
 from ..options import GRAPH_PRECISIONS, SeparationOptions
@@ -66,7 +66,7 @@ class Backend(CompilingBackend):
             known = {_short(provider): provider for provider in self._available}
             self.provider = known.get(ALIASES.get(wanted, wanted))
             if self.provider is None:
-                raise OptionError(
+                raise DeviceError(
                     f"this ONNX Runtime has no provider {name!r}, but {', '.join(known)}: others"
                     " come with other packages of it"
                 )

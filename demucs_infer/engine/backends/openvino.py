@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import MissingDependencyError, OptionError
+from ...errors import DeviceError, MissingDependencyError, OptionError
 from ...log import logger
 from ..machine import ONEDNN, limit_on_bfloat16
 from ..model import Model, Network
@@ -45,7 +45,7 @@ class Backend(CompilingBackend):
         self.openvino: Any = openvino
         devices = self.openvino.Core().available_devices
         if self.target.split(".")[0] not in {name.split(".")[0] for name in devices}:
-            raise OptionError(
+            raise DeviceError(
                 f"OpenVINO has no device {self.target!r} here, but {', '.join(devices)}"
             )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat import cuda_has_bfloat16
-from ...errors import OptionError
+from ...errors import DeviceError, OptionError
 from ..machine import why_no_bfloat16
 from ..model import Model, Network, cast
 from ..options import SeparationOptions
@@ -63,7 +63,7 @@ class Backend(Base):
 
 
 def _usable(device: str) -> torch.device:
-    """Return a device of PyTorch. Raises `OptionError` if it cannot be used."""
+    """Return a device of PyTorch. Raises `DeviceError` if it cannot be used."""
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
@@ -71,7 +71,7 @@ def _usable(device: str) -> torch.device:
         reason = re.sub(r"^Expected one of .*", "unknown", str(exc).splitlines()[0])[:100]
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
-        raise OptionError(
+        raise DeviceError(
             f"the device {device!r} cannot be used ({reason}). This machine has {', '.join(here)}"
         ) from exc
 
