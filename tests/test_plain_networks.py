@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,20 @@ def test_one_replaced_step_is_used(name: str) -> None:
         assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
 
 
+def test_replaced_steps_see_all_sources_and_any_spectrum() -> None:
+    theirs, ours = pair(HTDemucs, **TINY)
+    for model in (theirs, ours):
+        spec, magnitude, mask = model._spec, model._magnitude, model._mask
+        model._spec = lambda x, spec=spec: torch.view_as_real(spec(x)).unbind(-1)
+        model._magnitude = lambda z, magnitude=magnitude: magnitude(torch.complex(*z))
+    with torch.no_grad():
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
+        for model in (theirs, ours):
+            model._mask = lambda z, m, mask=mask: mask(z, m - m.mean(1, keepdim=True))
+        some = apply_model(ours, MIX, shifts=0, split=False, stems=ours.sources[1:])
+        assert_close(some, theirs(MIX)[:, 1:])
+
+
 def test_an_inverse_by_scale_and_without_a_length() -> None:
     theirs, ours = pair(HTDemucs, **TINY)
     z = theirs._spec(MIX)
@@ -237,35 +252,95 @@ def test_hooks_see_each_layer_whole(
     assert runs[2] == runs[0]
 
 
-@pytest.mark.parametrize(
-    "layer", ["encoder.0", "encoder.0.dconv.layers.0.4", "decoder.2", "tdecoder.1.conv_tr"]
-)
-def test_a_hook_changes_the_stems(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "TILE_BYTES", 2**13)
-    theirs, ours = pair(HTDemucs, **TINY)
-    for model in (theirs, ours):
-        model.get_submodule(layer).register_forward_hook(
-            lambda _, args, output: (
-                (0.5 * output[0], output[1]) if isinstance(output, tuple) else 0.5 * output
-            )
-        )
-    with torch.no_grad():
-        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
+def halved(output: Any) -> Any:
+    return (0.5 * output[0], output[1]) if isinstance(output, tuple) else 0.5 * output
 
 
-def test_a_replaced_layer_is_used() -> None:
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda _, args, output: halved(output))
+    return layer
+
+
+def wrapped(layer: nn.Module) -> nn.Module:
     class Halved(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.layer = layer
 
         def forward(self, *args: Any) -> Any:
-            return 0.5 * self.layer(*args)
+            return halved(self.layer(*args))
 
+    return Halved()
+
+
+def other(kind: Any, *args: Any, **options: Any) -> Callable[[Any], nn.Module]:
+    return lambda old: kind(old.in_channels, old.out_channels, *args, **options)
+
+
+def of_lower_rank(kind: Any) -> Callable[[Any], nn.Module]:
+    return lambda old: nn.Sequential(kind(old.in_channels, 4, 1), kind(4, old.out_channels, 1))
+
+
+def with_other_activation(layer: Any) -> nn.Module:
+    layer.activation = F.silu
+    return layer
+
+
+CHANGES: list[dict[str, Callable[[Any], Any]]] = [
+    dict.fromkeys(["encoder.0.dconv.layers.0.4", "decoder.2", "tdecoder.1.conv_tr"], hooked),
+    dict.fromkeys(["encoder.0", "encoder.1.rewrite", "tdecoder.0"], hooked),
+    dict.fromkeys(["encoder.1", "tencoder.0.conv"], wrapped),
+    {"encoder.0.rewrite": of_lower_rank(nn.Conv2d), "tdecoder.1.rewrite": of_lower_rank(nn.Conv1d)},
+    {
+        "encoder.0.conv": other(nn.Conv2d, (12, 1), (4, 1), (4, 0), groups=2),
+        "tencoder.0.rewrite": other(nn.Conv1d, 1, groups=2),
+        "decoder.2.rewrite": other(nn.Conv2d, 3, padding=2, dilation=2),
+        "tdecoder.1.rewrite": other(nn.Conv1d, 3, padding="same", padding_mode="circular"),
+    },
+    {
+        "encoder.0.norm1": lambda old: nn.GroupNorm(2, 8),
+        "decoder.2.norm2": lambda old: nn.GroupNorm(2, 16),
+        "tencoder.0.dconv.layers.0.4": lambda old: nn.GroupNorm(2, 16, affine=False),
+    },
+    {
+        "encoder.0.dconv": lambda old: None,
+        "tencoder.0.dconv.layers.1": lambda old: nn.Identity(),
+        "tencoder.1.dconv.layers.0.6": lambda old: nn.Identity(),
+    },
+    {"decoder.2": lambda old: old.compile(backend="eager") or old},
+    dict.fromkeys(
+        ["crosstransformer.layers.0", "crosstransformer.layers_t.1"], with_other_activation
+    ),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_changed_layers_are_run_as_they_are(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TILE_BYTES", 2**13)
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: True)
     theirs, ours = pair(HTDemucs, **TINY)
     for model in (theirs, ours):
-        model.encoder[1] = Halved(model.encoder[1])
-        model.tencoder[0].conv = Halved(model.tencoder[0].conv)
+        torch.manual_seed(0)
+        for name, changed in change.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, changed(model.get_submodule(name)))
+    with torch.no_grad():
+        assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
+
+
+def test_changes_to_all_layers_of_a_class_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(HTDemucs, **TINY)
+    forward = nn.GroupNorm.forward
+    for place, name, value in (
+        (nn.GroupNorm, "forward", lambda self, x: 0.5 * forward(self, x)),
+        (nn.modules.module, "_global_forward_hooks", OrderedDict()),
+    ):
+        monkeypatch.setattr(place, name, value)
+        with torch.no_grad():
+            assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
+    nn.modules.module.register_module_forward_hook(
+        lambda layer, args, output: halved(output) if isinstance(layer, nn.Conv1d) else None
+    )
     with torch.no_grad():
         assert_close(apply_model(ours, MIX, shifts=0, split=False), theirs(MIX))
 
