@@ -644,7 +644,8 @@ class FastHybridUNet(HybridUNet):
         last: Any = self.decoder[-1]
         original = all(getattr(kind, name) is step for name, step in STEPS.items())
         whole = self.wiener_iters > 0 and not self.cac
-        fast = isinstance(last, (FastHDecLayer, FastMultiWrap)) and not _has_norms(last)
+        fast = isinstance(last, (FastHDecLayer, FastMultiWrap))
+        fast &= not any(_has_norms(part) for part in last.modules() if isinstance(part, HDecLayer))
         if original and not vars(self).keys() & STEPS and fast and not whole:
             self.in_parts = last.deferred = True
 
