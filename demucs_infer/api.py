@@ -217,7 +217,7 @@ class Separator:
         return self._separate(origin)
 
     def separate_audio_file(self, file: AudioInput, **options: Any) -> Separation:
-        """Separate an audio file, and return what `separate_tensor` does.
+        """Separate an audio file, and return the result of `separate_tensor`.
 
         `file` is a path, a URL, or a binary file object that can seek, read from its beginning.
         `options` are those of `update_parameter`, for this call: `start=30, duration=10`.

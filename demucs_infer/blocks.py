@@ -335,7 +335,7 @@ class HDecLayer(nn.Module):
         return y if self.dconv is None else dconv_per_bin(self.dconv, y)
 
     def upsampled(self, y: Tensor, length: int) -> Tensor:
-        """Run the transposed convolution and what follows it."""
+        """Run the transposed convolution, the norm and the activation."""
         z = self.norm2(self.conv_tr(y))
         size = z.shape[2] - 2 * self.pad if self.freq else length
         z = z[:, :, self.pad : self.pad + size]
@@ -348,7 +348,7 @@ class MultiWrap(nn.Module):
     `split_ratios` are the shares of the spectrum at which a band ends.
 
     An encoder's bands end where a whole number of strides fits, and overlap by
-    `kernel_size - stride` bins, so that their outputs join to what one layer would give:
+    `kernel_size - stride` bins, so that their outputs join to those of one layer:
 
         bins    |pad|----- band 0 -----|
                              |------- band 1 -------|pad|
@@ -407,7 +407,7 @@ class MultiWrap(nn.Module):
         return torch.cat(bands, dim=2)
 
     def upsampled(self, y: Tensor, length: int = 0) -> Tensor:
-        """Run the transposed convolutions of a decoder's bands and join what they give."""
+        """Run the transposed convolutions of a decoder's bands and join their outputs."""
         bands = (
             layer.upsampled(y[:, :, start:stop], length)
             for layer, (start, stop) in zip(self.layers, self._edges(y.shape[2]))

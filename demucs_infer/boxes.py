@@ -1,4 +1,4 @@
-"""MP4 files as trees of boxes: read them, and add what FFmpeg does not write.
+"""MP4 files as trees of boxes: read them, and add those that FFmpeg does not write.
 
     ftyp  mdat ──────────  moov ─┬─ mvhd          a box is its size (4 bytes, or 1 and then 8 bytes
                                  ├─ trak …        behind the name), its name (4 bytes), and its
@@ -118,10 +118,10 @@ def set_languages(file: IO[bytes], languages: Sequence[str]) -> None:
 
 
 def skip_priming(file: IO[bytes], samples: int) -> None:
-    """Leave out what the encoder put before the first sample, in tracks of sound that start late.
+    """Leave out the encoder's delay before the first sample, in tracks of sound that start late.
 
-    FFmpeg lets such a track start `samples` earlier, with what a decoder makes of the encoder's
-    delay. Two edits of a track, in units that are samples:
+    FFmpeg lets such a track start `samples` earlier, with the decoded delay. Two edits of a track,
+    in units that are samples:
 
         nothing, for n               nothing, for n + samples
         the media from 0 on    ──▶   the media from `samples` on

@@ -176,8 +176,9 @@ def separate_on_ray(
         with contextlib.suppress(DemucsInferError):
             remove_workspaces(DYING)
     for track in waiting:
-        error = DemucsInferError(f"{track}: its worker died {DEATHS} times: given up")
-        report(TrackResult(location(track), str(options["model"]), error=error).as_json())
+        place = location(track)
+        error = DemucsInferError(f"{place}: its worker died {DEATHS} times: given up")
+        report(TrackResult(place, str(options["model"]), error=error).as_json())
 
 
 def _workers(ray: Any, device: str | None, cpus: int | None) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ SUFFIXES = (".safetensors", ".onnx")
 
 SPECTRAL_RECIPE = """\
 Input: `mix` [1, channels, samples], float32, at `samplerate`.
-Pad it by 3/2 hop on the left and 3/2 hop plus what makes a whole number of hops on the right
+Pad it by 3/2 hop on the left and 3/2 hop plus the rest of a whole number of hops on the right
 (hop = nfft / 4), with a reflection, or with zeros if `zero_padded`. Take the STFT with a periodic
 Hann window of nfft samples, frames centred, divided by the square root of nfft. Drop the top bin
 and two frames at each end. If `complex_as_channels`, real and imaginary part of each channel are
@@ -88,8 +88,8 @@ def convert(checkpoint: Path, target: Path, config: Path | None, graph: dict[str
     """Convert the file `checkpoint` to the file `target`, safetensors or ONNX.
 
     `config` is that of the training toolkit, and `graph` has the options of `export`. Raises
-    `OptionError` for another suffix, `ModelLoadingError` if the checkpoint cannot be read, and what
-    `export` does.
+    `OptionError` for another suffix, `ModelLoadingError` if the checkpoint cannot be read, and
+    the errors of `export`.
     """
     if target.suffix not in SUFFIXES:
         raise OptionError(f"{target}: the name must end in {' or '.join(SUFFIXES)}")

@@ -14,25 +14,25 @@ from .log import printable
 
 
 class DemucsInferError(Exception):
-    """Base class of the package's exceptions; its text is one line that says what to do."""
+    """Base class of the package's exceptions; its text is one line, with a remedy."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ModelLoadingError(DemucsInferError, RuntimeError):
-    """A model cannot be found, read, or built from what its checkpoint says."""
+    """A model cannot be found, read, or built from its checkpoint."""
 
 
 LoadModelError = ModelLoadingError  # the name under which `Separator` documents it
 
 
 class DownloadError(ModelLoadingError):
-    """A checkpoint cannot be fetched, or what came is not what was published."""
+    """A checkpoint cannot be fetched, or differs from the published one."""
 
 
 class AudioError(DemucsInferError):
-    """Base class of what goes wrong with an audio file."""
+    """Base class of errors with an audio file."""
 
 
 class LoadAudioError(AudioError):

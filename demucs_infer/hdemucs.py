@@ -311,7 +311,7 @@ class HybridUNet(nn.Module):
 
 
 class HDemucs(HybridUNet):
-    """Hybrid Demucs: at the bottom the decoders start from zeros, and see only what is skipped.
+    """Hybrid Demucs: its decoders start from zeros, and see the skip connections alone.
 
     Takes the options of `HDemucsOptions`. Callable on `[B, C, T]` at `samplerate`, of any length;
     returns `[B, S, C, T]`.

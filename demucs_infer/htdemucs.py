@@ -185,7 +185,7 @@ class HTDemucs(HybridUNet):
         return training_length
 
     def consume_random(self, draw: Any = random) -> None:
-        """Draw from `draw` what the reference draws for a window (a shift of 0, out of 0 to 0).
+        """Make the reference's draw for a window (a shift of 0, out of 0 to 0) from `draw`.
 
         The same seed then gives the same offsets to the passes that follow.
         """

@@ -1,6 +1,6 @@
 """The package's logger, and text that is safe to show on a terminal.
 
-Names of files and tags come from strangers: they must not move the cursor. The logger's filter and
+Names of files and tags are not trusted: they must not move the cursor. The logger's filter and
 the package's exceptions pass them through `printable`.
 """
 
@@ -39,7 +39,7 @@ def decoded(text: str, errors: str = "backslashreplace") -> str:
 
 def printable(text: object, keep: str = "") -> str:
     """Return `text` with its control characters escaped, except those in `keep`."""
-    # Most texts have nothing to escape, which this tells at once.
+    # Fast path: most texts have nothing to escape.
     if isinstance(text, _Styled) or (isinstance(text, str) and text.isprintable()):
         return text
     return _CONTROL.sub(
@@ -75,7 +75,7 @@ def write(text: str, stream: Any) -> None:
     except ValueError as exc:
         raise OSError(str(exc)) from exc
     except OSError:
-        # Drop what the stream still holds. Python would flush it again at exit, and exit with 120.
+        # Drop the stream's buffer. Python would flush it again at exit, and exit with 120.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())

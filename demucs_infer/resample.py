@@ -123,7 +123,7 @@ def resampled_length(length: int, from_samplerate: int, to_samplerate: int) -> i
 
 
 class Resampler:
-    """Resample a stream of blocks `[*, n]`; together they give what resampling the whole gives.
+    """Resample a stream of blocks `[*, n]`; their outputs join to that of the whole stream.
 
     `length` is the number of samples to return in all (default: `resampled_length` of the input).
     """
@@ -170,7 +170,7 @@ class Resampler:
         return self._filters(inside.reshape(-1, inside.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def _limited(self, y: Tensor) -> Tensor:
-        """`y` without what is beyond the length that is wanted."""
+        """Cut `y` to the length that is wanted."""
         if self._length is not None:
             y = y[..., : max(0, self._length - self._given)]
         self._given += y.shape[-1]

@@ -47,7 +47,7 @@ USUAL = (
     "--name --out --stems --two-stems --format --mp3 --flac --device --shifts --segment"
     " --skip-existing --list-models"
 ).split()
-# Options of what runs the model. With --ray they are for the workers.
+# Options of the backend. With --ray they are for the workers.
 OF_ENGINE = ("device", "precision", "engine", "compile", "batch_size")
 
 DESCRIPTION = "Separate songs into stems: drums, bass, vocals and the rest."
@@ -255,7 +255,7 @@ def _run(opts: Sequence[str] | None) -> Console:
         elif args.download:
             download_models(args)
         else:
-            # What follows --ray is a track if it is not an address.
+            # The word behind --ray is a track if it is not an address.
             if args.ray and not re.fullmatch(r"auto|local|ray://.+|[^/\\]+:\d+", args.ray):
                 args.tracks.insert(0, location(args.ray))
                 args.ray = ""
@@ -307,7 +307,7 @@ def _separate_tracks(args: argparse.Namespace, console: Console) -> None:
     tracks = list(find_tracks(names, leave_out=args.out, report=report, seen=seen))
     console.count = len(tracks) + len(console.failed)
     if not console.count:
-        raise OptionError(f"{args.from_file}: names no track")
+        raise OptionError(f"{args.from_file}: lists no track")
     if output.is_pipe and console.count > 1:
         raise OptionError(f"standard output takes one track, not {console.count}")
     if tracks:

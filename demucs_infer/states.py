@@ -104,7 +104,7 @@ def build_model(package: Mapping[str, Any], label: str, strict: bool = False) ->
             f"{label}: does not describe a model that is supported: {exc}"
         ) from exc
     except Exception as exc:
-        # Damaged and hostile descriptions bring about exceptions of all kinds.
+        # Damaged and hostile descriptions raise exceptions of all kinds.
         reason = shortened(exc)
         raise ModelLoadingError(f"{label}: does not describe a model ({reason})") from exc
 
@@ -115,7 +115,7 @@ def _build(package: Mapping[str, Any], strict: bool) -> nn.Module:
     quantized = bool(state.get(QUANTIZED))
     if quantized:
         _import_diffq()
-    weights, values = _room(state, quantized)
+    weights, values = _most_weights(state, quantized)
     # Without memory: the weights are about to be replaced, and any size may be asked for.
     with _Budget(weights, values), torch.device("meta"), Uninitialized():
         model = model_class(*package.get("args", ()), **kwargs)
@@ -167,8 +167,8 @@ def _check_window(model: nn.Module) -> None:
         )
 
 
-def _room(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:
-    """Return the number of weights that can be in `state`, and of their values.
+def _most_weights(state: Mapping[str, Any], quantized: bool) -> tuple[int, int]:
+    """Return the number of weights in `state`, and of their values, both at most.
 
     Raises `ModelLoadingError` for weights that are views of each other: a small file should not
     become a large model.
@@ -290,13 +290,13 @@ def set_state(
 
 
 def copy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the weights of `state` into memory of their own, on the CPU."""
+    """Copy the weights of `state`, on the CPU."""
     return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
 
 @contextmanager
 def swap_state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give `model` the weights that `state` has for as long as the block runs."""
+    """Give `model` the weights of `state` while the block runs."""
     before = copy_state(model.state_dict())
     model.load_state_dict(state, strict=False)
     try:
@@ -306,7 +306,7 @@ def swap_state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def get_quantizer(model: nn.Module, args: Any, optimizer: Any = None) -> Any:
-    """Make diffq's quantizer of `model` as the options of a training say, or None if they do not.
+    """Make diffq's quantizer of `model` for the options of a training, or None if they want none.
 
     `args` has `diffq` (a penalty, or 0), `qat` (bits, or 0), `min_size` (megabytes) and, for
     `diffq`, `group_size`. Raises `MissingDependencyError` without diffq.
@@ -369,8 +369,8 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _check_quantized(quantizer: Any, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
     """Raise `ModelLoadingError` for tensors that do not fit.
 
-    diffq fills as many as there are, repeats one that is too small, and ignores the width of packed
-    blocks.
+    diffq would fill as many tensors as a file has, repeat one that is too small, and ignore the
+    width of packed blocks.
     """
     for kind in ("others", "float16"):
         expected = {names[id(p)]: p for p in getattr(quantizer, f"_{kind}")}

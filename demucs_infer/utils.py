@@ -1,4 +1,4 @@
-"""Small helpers that every floor above may use."""
+"""Small helpers for all other modules."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def center_trim(tensor: Tensor, reference: Tensor | int) -> Tensor:
 
 
 def unfold(a: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Frames of `a` `[*, T]`, as `[*, F, kernel_size]` with `F = ceil(T / stride)`.
+    """Return frames of `a` `[*, T]`, as `[*, F, kernel_size]` with `F = ceil(T / stride)`.
 
-    The end is padded with zeros so that every sample is the start of no frame that is cut.
+    The end is padded with zeros, so that no frame is cut.
     """
     *_, length = a.shape
     frames = -(-length // stride)

@@ -105,7 +105,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fast_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like `repo` with a network of two layers, for tests of what is around it."""
+    """A folder like `repo` with a network of two layers, for tests of the code around it."""
     folder = tmp_path_factory.mktemp("fast")
     save_package(folder / "tiny.th", fast_model())
     (folder / "pair.yaml").write_text("models: [tiny, tiny]\n")

@@ -15,13 +15,13 @@ TOKEN = "hf_token"
 
 @dataclass
 class Hub(web.Web):
-    """Files by `NAMESPACE/REPOSITORY/FILE`, revisions by name, and what was asked."""
+    """Files by `NAMESPACE/REPOSITORY/FILE`, revisions by name, and a record of requests."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     private: set[str] = field(default_factory=set)  # repositories that want the token
     renamed: dict[str, str] = field(default_factory=dict)  # repositories, to their new names
-    wrong: bool = False  # content is not what is announced
+    wrong: bool = False  # the content differs from the announced one
     breaks: list[int] = field(default_factory=list)  # bytes after which the next bodies break off
     failing: int = 0  # status of all answers, if any
     asked: list[str] = field(default_factory=list)

@@ -193,7 +193,7 @@ def test_unusable_provider_is_skipped_or_an_error_if_named(monkeypatch: pytest.M
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_close(on_engine(ours, SeparationOptions(engine="onnxruntime"))(mix), ours(mix))
-        with pytest.raises(OptionError, match="cuda: what it needs is not on this machine"):
+        with pytest.raises(OptionError, match="cuda: its libraries are not on this machine"):
             on_engine(ours, SeparationOptions(device="onnxruntime:cuda"))(mix)
 
 
@@ -311,7 +311,7 @@ def test_what_others_may_write_is_not_used(
     if path in ("", "cache"):
         cache.store("b", b"network")
         assert not (cache.folder / "b").exists()
-    if not path:  # where each can remove only what is theirs
+    if not path:  # where each user can remove only their own files
         (tmp_path / "home").chmod(0o1777)
         assert cache.load("a") == b"network"
 
@@ -338,7 +338,14 @@ def test_a_folder_that_another_user_exchanges(tmp_path: Path) -> None:
     CompiledCache(tmp_path / "evil").store("a", b"evil")
     for path in (tmp_path / "evil", *(tmp_path / "evil").iterdir()):
         os.chown(path, 65534, 65534)
+    tmp_path.chmod(0o711)
+    os.chown(tmp_path, 65534, 65534)
+    assert cache.load("a") is None
     os.chown(tmp_path, 0, 0)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    assert cache.load("a") is None
+    os.seteuid(0)
     done = threading.Event()
 
     def exchange() -> None:

@@ -118,7 +118,7 @@ def test_a_pickle_is_no_larger_than_a_checkpoint_needs(tmp_path: Path) -> None:
 
 
 def test_tensors_within_their_storage(tmp_path: Path) -> None:
-    """The same places that are refused above, with what a checkpoint has."""
+    """The places of the attacks above, with the values of a checkpoint."""
     values = torch.arange(4.0)
     for size, stride, expected in (
         (b"K\4\x85", b"K\1\x85", values),
@@ -235,7 +235,7 @@ def test_weights_that_are_not_finite(
 
 
 def test_weights_alone(package: dict, tmp_path: Path) -> None:
-    """What a training keeps beside the weights is left out, and nothing of it is made."""
+    """Objects that a training keeps beside the weights are left out, and never built."""
 
     class Training:
         pass
@@ -266,7 +266,7 @@ def joined(header: bytes, body: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
-# Changes of the metadata, or of what the header says about the weight `BIAS`.
+# Changes of the metadata, or of the header's entry of the weight `BIAS`.
 BIAS, ONE = "decoder.0.conv_tr.bias", '{"_type": "fraction", "numerator": 1, "denominator": 0}'
 SAME = json.dumps({"_dict": [[str(number), {"_tensor": BIAS}] for number in range(9999)]})
 HEADERS: dict[str, Callable[[dict, dict], object]] = {

@@ -1,4 +1,4 @@
-"""Programs that build, change, wrap and export networks: each does with ours what `demucs` does."""
+"""Programs that build, change, wrap and export networks: ours behave like those of `demucs`."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_an_inverse_by_scale_and_without_a_length() -> None:
     assert_close(ours._ispec(small, length, scale=1), theirs._ispec(small, length, scale=1))
 
 
-# --- what PyTorch does with modules ---------------------------------------------------------------
+# --- PyTorch's operations on modules --------------------------------------------------------------
 
 
 def test_hooks_see_each_layer_whole(

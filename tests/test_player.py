@@ -1,4 +1,4 @@
-"""The page to listen with: its file, and what a browser makes of it."""
+"""The page to listen with: its file, and its behaviour in a browser."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_keys_move_and_space_plays(driver: Any, long_page: Path) -> None:
     assert position(Keys.PAGE_UP, Keys.ARROW_UP) == 35
     assert position(Keys.ARROW_DOWN, Keys.PAGE_DOWN) == 0
     assert listener.find("#seek").get_attribute("value") == "0"
-    # Space neither presses what was clicked before, nor does it scroll the page.
+    # Space neither presses the element of the last click, nor does it scroll the page.
     for selector in ("#seek", ".mute", ".solo", "#loop-start", "#slower", "summary", "#play"):
         listener.find(selector).click()
         *before, playing = listener.run("return [player.levels, player.speed, player.playing]")

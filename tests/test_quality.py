@@ -1,6 +1,6 @@
 """The quality of the stems of songs that no training heard, through the command line.
 
-The floors are a little below what the demonstration reaches, so that every fault between the file
+The floors are a little below the figures of the demonstration, so that every fault between the file
 and the stems shows: a shift, a gain, or stems or channels that are exchanged.
 """
 

@@ -26,7 +26,7 @@ FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs the command ffmpeg")
 SECONDS = 4
 
-# Name and options of FFmpeg; what this build of it cannot write is skipped.
+# Name and options of FFmpeg; formats that this build cannot write are skipped.
 HEALTHY = {
     "a.wav": "",
     "double.wav": "-c:a pcm_f64le -ac 6",
@@ -233,7 +233,7 @@ def test_zeroed_packets_become_silence_or_an_error_if_they_are_most(
     assert damage.places == 1
     middle = start + int(0.4 * (stop - start))
     path.write_bytes(data[:middle] + bytes(stop - middle) + data[stop:])
-    with pytest.raises(LoadAudioError, match=r"\d+ of its \d+ packets cannot be decoded"):
+    with pytest.raises(LoadAudioError, match=r"\d+ of its \d+ packets are damaged"):
         decoded(path)
 
 

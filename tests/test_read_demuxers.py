@@ -22,7 +22,7 @@ DASH = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="
 <AdaptationSet contentType="audio" mimeType="audio/mp4"><Representation id="0" bandwidth="9999"
  mimeType="audio/mp4" codecs="mp4a.40.2"><BaseURL>{}</BaseURL></Representation></AdaptationSet>
 </Period></MPD>"""
-# What an attacker sends, with a place for the file that is somebody else's.
+# Files of an attacker, with a place for the name of another user's file.
 LISTS = {
     "hls": HLS + "#EXT-X-ENDLIST\n",
     "hls, a key": HLS.replace("#EXTINF:2,", '#EXT-X-KEY:METHOD=AES-128,URI="{0}"\n#EXTINF:2,'),

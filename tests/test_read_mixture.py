@@ -72,6 +72,6 @@ def test_implausible_samples_are_an_error(value: float, reason: str, tmp_path: P
 def test_track_is_not_read_beyond_the_maximum_duration(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1, 100 * CHUNK)[0].numpy(), 8000)
     decoder = Decoder(AudioFile(tmp_path / "a.wav"), 8000, 2, SeparationOptions(max_duration=20))
-    with pytest.raises(LoadAudioError, match=r"a\.wav: is longer than 20 s"):
+    with pytest.raises(LoadAudioError, match=r"a\.wav: is longer than the limit of 20 s"):
         list(decoder.chunks())
     assert decoder.length < 20 * 8000 + 2 * CHUNK

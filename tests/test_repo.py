@@ -387,7 +387,7 @@ def test_a_bag_loads_each_model_once(folder: Path, monkeypatch: pytest.MonkeyPat
     assert len(get_model("many", folder).models) == 64
     assert loaded == ["tiny"]
     (folder / "many.yaml").write_text(f"models: [{', '.join(['tiny'] * 10_000)}]")
-    with pytest.raises(ModelLoadingError, match="may list 64"):
+    with pytest.raises(ModelLoadingError, match="the limit is 64"):
         get_model("many", folder)
 
 

@@ -1,4 +1,4 @@
-"""Options of the command line, what it says, and the files that it makes of a track."""
+"""Options of the command line, its messages, and the files that it makes of a track."""
 
 from __future__ import annotations
 

@@ -6,12 +6,15 @@ import logging
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,7 +64,7 @@ def get(web: Web, target: Path, digest: str = DIGEST, **options: object) -> None
 
 
 def names(target: Path) -> set[str]:
-    """What is in the folder of `target`."""
+    """The files in the folder of `target`."""
     return {path.name for path in target.parent.iterdir()}
 
 
@@ -72,7 +75,7 @@ def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> Non
         if time.monotonic() > deadline or any(process.poll() for process in processes):
             for process in processes:
                 process.kill()
-            pytest.fail("what was waited for did not happen")
+            pytest.fail("the expected event did not happen")
         time.sleep(0.01)
 
 
@@ -117,7 +120,7 @@ def test_faults_that_pass(
         (answers.less_than_asked, f"{HALF} of {SIZE} bytes came", 5, True, {}),
         (answers.wrong, "SHA-256 is .* and should be", 1, False, {}),
         (answers.endless, "goes on after the expected", 1, False, {"most": 2 * SIZE}),
-        (answers.well, f"has {SIZE} bytes, and may have", 1, False, {"most": 100}),
+        (answers.well, f"has {SIZE} bytes, over the limit", 1, False, {"most": 100}),
         (MOVED, "redirects", 11, False, {}),
         (answers.trickle, r"only \d+ bytes came in", 2, True, {"limits": FASTER}),
         (answers.trickle, "came in", 1, True, {"limits": SHORTER}),
@@ -234,13 +237,16 @@ def test_a_full_disk_leaves_nothing(web: Web, target: Path) -> None:
     assert names(target) == set()
 
 
+@posix
 def test_files_that_cannot_be_written(web: Web, target: Path, tmp_path: Path) -> None:
-    """A part may be a link, which another user has made."""
+    """A part may be a link, and a target a pipe without an end, which another user has made."""
     (tmp_path / "folder.th").mkdir()
     target.parent.mkdir()
     (tmp_path / "victim").write_bytes(CONTENT[:HALF])
     target.with_name("file.th.part").symlink_to(tmp_path / "victim")
-    for path in (tmp_path / "victim" / "file.th", tmp_path / "folder.th", target):
+    os.mkfifo(tmp_path / "pipe.th")
+    names = "victim/file.th", "folder.th", "pipe.th"
+    for path in (*(tmp_path / name for name in names), target):
         with pytest.raises(DownloadError, match="cannot be written"):
             get(web, path)
     assert web.starts == []
@@ -350,6 +356,30 @@ def test_an_answer_that_is_slow_is_shut_down(
     assert not web.gate.is_set()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a server whose queue is full")
+def test_a_host_of_many_addresses_is_left(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits hold while one address after the other lets the client wait."""
+    server, clients, tried = socket.socket(), [socket.socket() for _ in range(3)], []
+    server.bind(("127.0.0.1", 0))
+    server.listen(0)
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex(server.getsockname())
+
+    def addresses(*args: object) -> Iterator[tuple]:
+        for _ in range(50):
+            tried.append(time.monotonic())
+            yield (socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    limits = Limits(attempts=1, timeout=0.1, span=0.2)
+    with pytest.raises(HostError, match="only 0 bytes came"):
+        Download("http://host.example/file.th", target, DIGEST, limits=limits).run()
+    for each in (server, *clients):
+        each.close()
+    assert sum(after - before >= limits.timeout for before, after in pairwise(tried)) < 25
+
+
 def test_credentials_go_to_their_own_host(
     door: Callable, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,14 +390,17 @@ def test_credentials_go_to_their_own_host(
     with serving() as other:
         other.content = web.content
         elsewhere = other.url.replace("127.0.0.1", "localhost") + "/file"
+        # Some parsers of URLs take the second host for the one that is meant.
+        confusing = elsewhere.replace("/file", web.url.replace("http://", "\\@"))
         web.answers = [answers.well, answers.to("/again"), answers.well, answers.to(elsewhere)]
+        web.answers += [answers.to(confusing)]
         own = web.url.replace("//", "//user:word%21@") + "/file"
         token = web.url.replace("//", "//token@") + "/file"
-        for number, url in enumerate((f"{web.url}/file", own, own, token)):
+        for number, url in enumerate((f"{web.url}/file", own, own, own, token)):
             (tmp_path / str(number)).mkdir()
             door(url, tmp_path / str(number))
-    assert web.secrets == ["", *["Basic dXNlcjp3b3JkIQ=="] * 3, "Basic dG9rZW46"]
-    assert other.secrets == [""]
+    assert web.secrets == ["", *["Basic dXNlcjp3b3JkIQ=="] * 4, "Basic dG9rZW46"]
+    assert other.secrets == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +411,9 @@ def test_credentials_go_to_their_own_host(
         answers.to("https://[/?token=secret"),
         answers.to("http://user:secret@127.0.0.1:1/?token=secret"),
         answers.to("ftp://user:secret@host/?token=secret"),
+        answers.raw(b"HTTP/1.1 404 token=secret"),
+        answers.raw(b"HTTP/token=secret 404 Not Found"),
+        answers.raw(b"token=secret"),
         breaks_at(HALF),
         None,
     ],
@@ -388,14 +424,13 @@ def test_no_message_has_credentials_or_a_query(
     web.always = answer
     url = f"{web.url}/file?token=secret#secret" if answer else "http://127.0.0.1:1/file?x=secret"
     url = url.replace("//", "//user:secret@")
-    with caplog.at_level(logging.INFO), pytest.raises((DownloadError, LoadAudioError)) as caught:
+    with caplog.at_level(logging.DEBUG), pytest.raises((DownloadError, LoadAudioError)) as caught:
         door(url, tmp_path)
-        raise LoadAudioError("127.0.0.1")  # what a list holds, or a track, does not matter here
+        raise LoadAudioError("127.0.0.1")  # the content does not matter here
     assert "127.0.0.1" in str(caught.value)
     if answer is None:
         assert str(caught.value).startswith("No connection to 127.0.0.1:1 (")
-    assert "secret" not in str(caught.value) + caplog.text
-    assert "secret" not in str(Url(url))
+    assert "secret" not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,19 @@ def test_names_of_urls(text: str, name: str, folder: str, suffix: str) -> None:
     assert (url.name, parent_name(url), Path(url.name).suffix) == (name, folder, suffix)
 
 
+CREDENTIALS = """https://user:secret@host/in/a.wav?secret#secret https://user:se?secret@host/in/a.wav
+    http://user:#secret@[::1]:80/in/a.wav sftp://user:se/secret@host/in/a.wav az://in/a?sig=secret
+    sftp://user:secret@in/a.wav s3://in/a.wav::https://user:secret@host/a.wav?secret
+    zip://a.wav::sftp://user:secret@in/a.wav ftp://user:secret@host/in/a.wav?secret"""
+
+
+@pytest.mark.parametrize("text", CREDENTIALS.split())
+def test_no_text_of_a_url_has_credentials(text: str) -> None:
+    url = location(text)
+    assert "secret" not in f"{url} {url!r} {parent_name(url)}"
+    assert "in" in str(url)
+
+
 @pytest.mark.parametrize("text", ["a.wav", "C://a.wav", "c:\\a.wav", "a/s3:/b", "/s3://b", "1://a"])
 def test_what_is_a_path(text: str) -> None:
     assert location(text) == Path(text)
@@ -90,7 +103,7 @@ def test_a_list_on_standard_input(command: Command, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "none.wav: no such file" in result.stderr
     assert len(stems_of(tmp_path / "separated/tiny/a")) == 4
-    assert_one_line(command("--from-file", "-", input="# none\n"), "names no track")
+    assert_one_line(command("--from-file", "-", input="# none\n"), "lists no track")
     assert_one_line(command("--from-file", "-", "-", input="a.wav"), "standard input")
     assert_one_line(command("--from-file", "none.txt"), "none.txt: cannot be read")
 
@@ -102,6 +115,15 @@ def test_from_the_web(command: Command, tmp_path: Path) -> None:
     expected = {f"tiny/söng/{name}.wav" for name in SOURCES}
     assert stems_of(tmp_path / "out") == expected
     assert not list((tmp_path / "out/tiny").glob(".*"))
+
+
+def test_credentials_are_not_shown(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(0.1))
+    tracks = "a.wav", "http://user:secret@127.0.0.1:1/b.wav?secret", "az://c/c.wav?sig=secret"
+    result = command(*tracks, "-v", "-o", "memory://user:secret@out")
+    assert result.stderr.count("failed: ") == 2
+    assert "Stems in memory://out/tiny/a/" in result.stderr
+    assert "secret" not in result.stdout + result.stderr
 
 
 def test_in_python(separator: Separator, memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
@@ -122,7 +144,7 @@ def test_in_python(separator: Separator, memory: fsspec.AbstractFileSystem, tmp_
 def test_a_stem_appears_whole_or_not_at_all(
     memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that breaks off leaves what was there before, and nothing beside it."""
+    """An upload that breaks off leaves the previous file, and nothing beside it."""
     memory.pipe("/out/a.wav", b"before")
     (tmp_path / "stem").write_bytes(b"whole")
     put = type(memory).put_file
@@ -145,7 +167,7 @@ def test_a_stem_appears_whole_or_not_at_all(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
 def test_killed_and_begun_again(bucket: s3fs.S3FileSystem, repo: Path) -> None:
-    """What was written is whole, and is not made again."""
+    """A written file is whole, and is not made again."""
     names = "abcd"
     for name in names:
         bucket.pipe(f"bucket/in/{name}.wav", wav(20, ord(name)))

@@ -110,11 +110,11 @@ def test_only_folders_with_our_lock_are_removed(tmp_path: Path) -> None:
 
 
 def test_names_of_tracks_are_not_those_of_workspaces() -> None:
-    for track in (".demucs-infer-song.wav", ".Demucs-Infer-x"):
+    for track in (".demucs-infer-song.wav", ".Demucs-Infer-x", ".demuc\u017f-infer-x"):
         for template in ("{track}/{stem}", "x/{track}/lock", "{track}", ".//{track}"):
             output = Output("out", template, two_stems="drums", other_method="none")
             paths = output.paths(Path(track), "m", ["drums"])
-            assert all("_.demucs-infer-" in str(path).lower() for path in paths.values())
+            assert all("_.demucs-infer-" in str(path).casefold() for path in paths.values())
         output = Output("memory://out", "{parent}/{stem}")
         (path,) = output.paths(Path(track, "a.wav"), "m", ["drums"]).values()
-        assert str(path).lower().startswith("memory://out/_.demucs-infer-")
+        assert str(path).casefold().startswith("memory://out/_.demucs-infer-")

@@ -96,7 +96,7 @@ def split(path: Path, out: Path, **options: Any) -> Path:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Return what FFmpeg's command tells of a film."""
+    """Return ffprobe's description of a film."""
     found = probe(path, "-show_streams", "-show_chapters", "-show_format")
     streams = [s for s in found["streams"] if not s["disposition"]["attached_pic"]]
     kinds: dict[str, list[Any]] = {"video": [], "audio": [], "subtitle": []}

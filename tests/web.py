@@ -21,7 +21,7 @@ Answer = Callable[["Handler", bytes, int], None]
 
 @dataclass
 class Web:
-    """What the server has, how it answers the next requests (then well), and what it was asked."""
+    """The files of the server, its answers to the next requests, and a record of requests."""
 
     url: str = ""
     content: bytes = CONTENT

@@ -1,1 +1,1 @@
-"""Many tracks: find them, separate each, and report what became of it."""
+"""Many tracks: find them, separate each, and report the results."""

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ..errors import DemucsInferError, LoadAudioError
 from ..log import NOTICE, bold, decoded, is_terminal, logger, printable, show_error, write
+from ..storage.locations import location
 
 # Signals that end the process as Ctrl-C does.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -148,6 +149,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _shown(name: str) -> str:
+    """Return a path or URL for a message: without credentials and queries."""
+    return str(location(name)) if "://" in name else name
+
+
 class Console:
     """Reports the progress of tracks on standard error, and as JSON if `json` is set.
 
@@ -209,18 +215,18 @@ class Console:
         self.errors += [error] if error is not None else []
         if result["error"] is not None:
             self.errors += [DemucsInferError(result["error"])] if elsewhere else []
-            self.failed.append(result["input"])
+            self.failed.append(_shown(result["input"]))
             logger.error("%s", result["error"])
         elif not result["skipped"]:
             paths = [stem["path"] for stem in result["stems"].values()]
-            paths += filter(None, [result["player"]])
+            paths = list(map(_shown, [*paths, *filter(None, [result["player"]])]))
             if "-" not in paths:
                 # The one file, or the innermost folder that holds all files.
                 common = os.path.commonprefix(paths)  # noqa: RUF071
                 place = common if len({*paths}) == 1 else re.sub(r"[^/\\]*$", "", common)
                 logger.log(NOTICE, "Stems in %s (%s)", bold(place), clock(result["elapsed"]))
             if elsewhere:
-                name = bold(result["input"])
+                name = bold(_shown(result["input"]))
                 logger.log(NOTICE, "Separated %s (%d of %d)", name, self.done, self.count)
         if self.json and not self.unwritten:
             try:
@@ -237,7 +243,7 @@ class Console:
         failed = len(self.failed)
         separated = self.count - failed - self.skipped
         parts = {"separated": separated, "already there": self.skipped, "failed": failed}
-        text = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        text = ", ".join(f"{number} {state}" for state, number in parts.items() if number)
         logger.log(NOTICE, "%d tracks: %s", self.count, text)
         for track in self.failed[:MAX_NAMED]:
             logger.log(NOTICE, "    failed: %s", track)

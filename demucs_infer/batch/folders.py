@@ -34,7 +34,7 @@ class Folders:
             yield name
 
     def of(self, track: object) -> str:
-        """Return the folder of `track` below what was named, with slashes, or "" for the latter."""
+        """Return the folder of `track` below a named folder, with slashes, or "" for none."""
         *parents, _ = _parts(str(track))
         for count in range(len(parents), 0, -1):
             if _joined(str(track), parents[:count]) in self._named:

@@ -1,4 +1,4 @@
-"""Find tracks, plan the files of their stems, and describe what became of them.
+"""Find tracks, plan the files of their stems, and describe the results.
 
 Importing this needs no PyTorch.
 """
@@ -47,11 +47,12 @@ SUFFIXES = frozenset(
 )
 
 
+MAX_LEVELS = 100  # of folders in each other
 MAX_LINE = 2**16  # characters of a line in a list: longer ones are not names
-ENCODINGS = {  # by what a list begins with; the longer ones first, as they begin alike
+ENCODINGS = {  # by the mark at the start of a list; longer ones first, as they begin alike
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",  # what PowerShell writes
+    codecs.BOM_UTF16_LE: "utf-16",  # PowerShell writes this one
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
@@ -64,7 +65,7 @@ class TrackResult:
 
     `seconds` is the duration of the audio and `elapsed` the time that the work took. `offsets` are
     the samples that were drawn for the shifts, model by model. `damaged` describes the parts of the
-    track that could not be read, `error` is what made it fail, and `player` the page to listen
+    track that could not be read, `error` made it fail, and `player` the page to listen
     with.
     """
 
@@ -174,7 +175,7 @@ def find_tracks(
 def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
     """Yield the paths and URLs in a text file, or "-" for standard input: one a line.
 
-    Lines that begin with `#` are comments. The text is UTF-8, or what its byte-order mark says.
+    Lines that begin with `#` are comments. The text is UTF-8, unless its byte-order mark differs.
     Errors of the file and of lines that are not names are told to `report`.
     """
     listed = location(source)
@@ -193,7 +194,7 @@ def read_list(source: Named, report: Report = _raise) -> Iterator[Location]:
                     rest = text.readline(MAX_LINE + 1)
                 if len(line) > MAX_LINE or "\0" in name:
                     fault = "is too long" if len(line) > MAX_LINE else "has a NUL"
-                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}: no name"))
+                    report(listed, LoadAudioError(f"{listed}: line {number} {fault}, not a name"))
                 elif name and not name.startswith("#"):
                     yield location(name)
             # The file stays open: it may be standard input.
@@ -232,7 +233,8 @@ class _Search:
             is_folder = stat.S_ISDIR(name.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError) as exc:
             if expand and glob.has_magic(str(name)):
-                matches = map(Path, sorted(glob.glob(str(name), recursive=True)))  # noqa: PTH207
+                names = sorted(glob.glob(str(name), recursive=True))  # noqa: PTH207
+                matches = [path for path in map(Path, names) if _is_regular(path) or path.is_dir()]
                 if found := [track for match in matches for track in self._local(match, False)]:
                     return found
             raise LoadAudioError(f"{name}: no such file") from exc
@@ -277,6 +279,9 @@ class _Search:
             return True
 
         for parent, folders, files in os.walk(folder, onerror=faults.append, followlinks=True):
+            if folders and parent.count(os.sep) - str(folder).count(os.sep) >= MAX_LEVELS:
+                logger.warning("%s: its folders are skipped, after %d levels", parent, MAX_LEVELS)
+                folders.clear()
             visible = [name for name in sorted(folders) if not name.startswith(".")]
             folders[:] = [name for name in visible if is_entered(Path(parent, name))]
             for name in sorted(files):
@@ -332,7 +337,7 @@ def plan_jobs(
     folders: Folders | None = None,
     seen: set[int] | None = None,
 ) -> list[TrackJob]:
-    """Return the jobs for `tracks`, of whose stems none is in another's way.
+    """Return the jobs for `tracks`, whose stems do not collide.
 
     `folders` are those below which the tracks were found. `seen` has the hashes of their identities
     if they come from `find_tracks`.

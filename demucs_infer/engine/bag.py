@@ -17,7 +17,7 @@ class BagOfModels(nn.Module):
     """Models whose results are averaged.
 
     `weights` has a row per model with a number per source (default: all 1). `segment` (seconds)
-    replaces the segment of the models, but never exceeds what one of them can take; the models
+    replaces the segment of the models, but never exceeds the longest that they take; the models
     themselves are not changed. Raises `ModelLoadingError` if the models do not fit together.
     """
 
@@ -90,7 +90,7 @@ def as_bag(model: nn.Module) -> BagOfModels:
 
 
 def check_segment(model: nn.Module, segment: float | None) -> None:
-    """Raise `OptionError` if `segment` (seconds) is longer than what `model` can take at once."""
+    """Raise `OptionError` if `segment` (seconds) is too long for `model` to take at once."""
     longest = as_bag(model).max_segment
     if segment is not None and segment > longest:
         raise OptionError(

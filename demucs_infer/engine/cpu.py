@@ -133,8 +133,8 @@ def fast_layer(layer: nn.Module, table: Mapping[type, type] | None = None) -> nn
 def channels_last(x: Tensor) -> Tensor:
     """Return `x` `[B, C, F, T]` or `[B, C, T]` with its channels side by side in memory.
 
-    Convolutions, norms and gates then read what they need in one piece, residual branches see each
-    bin as a row without a copy, and the transformer its tokens. Results are laid out like `x`.
+    Convolutions, norms and gates then read contiguous memory, residual branches see each bin as a
+    row without a copy, and the transformer its tokens. Results are laid out like `x`.
     """
     image = x if x.dim() == 4 else x.unsqueeze(2)
     image = image.contiguous(memory_format=torch.channels_last)
@@ -206,7 +206,7 @@ def in_tiles(
     They are `[B, C, F, T]` with bins as rows, or `[B, C, T]` with steps. `widest` is the number of
     channels of the largest intermediate result; None is for a layer that needs all rows at once.
     `count` is the number of rows of the result, if it is not `reach.count`. No intermediate result
-    is kept whole, and each layer finds in the cache what the one before has left there.
+    is kept whole, and each layer finds the result of the one before it in the cache.
     """
     x = inputs[0]
     count = reach.count(x.shape[2]) if count is None else count
@@ -309,7 +309,7 @@ class FastHDecLayer(HDecLayer):
         return (y if self.deferred else self.upsampled(y, length)), y
 
     def rewritten(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """Return what goes into the transposed convolution."""
+        """Return the input of the transposed convolution."""
         if self.freq and x.dim() == 3:
             x = x.unflatten(1, (self.chin, -1))
         if self.empty:
@@ -392,7 +392,7 @@ class FastConvTranspose1d(nn.ConvTranspose1d):
     """A convolution whose channels are the steps between those of `x` (arXiv:1609.05158).
 
     oneDNN compiles a transposed convolution for each length: 20 ms to 2 s on an EPYC with AVX2, for
-    what then takes 7 ms. Without it, later windows of htdemucs take 1.07 to 1.09 times the
+    a run of 7 ms. Without it, later windows of htdemucs take 1.07 to 1.09 times the
     processor time.
     """
 
@@ -504,7 +504,7 @@ def _plus_gated_norm(x: Tensor, hidden: Tensor, layer: Any, norm: Any, gain: Ten
     """Return `x` `[B, C, T]` plus the end of a residual branch, from its `hidden` `[B, H, T]` on.
 
     There `layer` maps each step h to z = W h + b of 2 C channels; a norm of one group, a GLU and
-    a gain follow. The mean m and the covariance V of h tell what the norm needs:
+    a gain follow. The mean m and the covariance V of h give the norm's moments:
 
         mean z = mean(W m + b)          variance z = mean(diag(W V W')) + variance(W m + b)
 
@@ -616,7 +616,7 @@ class FastCrossLayer(CrossLayer):
     feed_forward = FastSelfLayer.feed_forward  # type: ignore[assignment]
 
 
-# Models, and what is swapped for what.
+# Models, and the tables of fast classes.
 
 
 class FastDemucs(Demucs):

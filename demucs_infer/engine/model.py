@@ -37,7 +37,7 @@ class Member:
     - `audio_channels` (without it, any number),
     - `max_segment`, the longest window in seconds,
     - `valid_length(length)`, the samples at which a window of `length` is best run,
-    - `consume_random(draw)`, which draws what the reference draws for each window,
+    - `consume_random(draw)`, which makes the reference's draws for each window,
     - a parameter `stems` of `forward`, the indices of the sources that are wanted.
 
     `runs` is the module itself, or a copy of it with fast layers.

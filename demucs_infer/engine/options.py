@@ -24,8 +24,8 @@ ENGINES = {"torch": "pytorch", "openvino": "openvino", "onnxruntime": "onnxrunti
 PRECISIONS = ("float32", "bfloat16", "float16")
 GRAPH_PRECISIONS = ("float32", "float16")  # of a network in ONNX
 # Titles in --help.
-HOW, RUNS, STEMS = "how to separate", "what runs the model", "which stems"
-READ = "which tracks are accepted"
+HOW, RUNS, STEMS = "separation", "device and engine", "stems"
+READ = "limits for tracks"
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -161,7 +161,7 @@ class SeparationOptions:
     )
     batch_size: int | None = option(
         None,
-        "windows in one batch (default: on a GPU what its memory holds, else 1)",
+        "windows in one batch (default: as many as fit into a GPU's memory, else 1)",
         type=POSITIVE,
     )
     max_duration: float | None = option(

@@ -67,7 +67,7 @@ class OverlapAdd:
     def add(self, start: int, x: Tensor, share: Tensor | None = None) -> None:
         """Add `x` `[..., n]`, times `share` if it is given, at sample `start` of the track.
 
-        No sample may be left out between what was added before and `start`.
+        No sample may be left out between the windows added before and `start`.
         """
         share = x.new_ones(1) if share is None else share
         share = share.expand(*share.shape[:-1], x.shape[-1])

@@ -127,7 +127,7 @@ def separate(
                 block = total.take(min(step.complete, source.length))
                 if not block.isfinite().all():
                     raise DemucsInferError(
-                        "the model gives values that are not finite (NaN or Inf)"
+                        "the model gives values that are not finite (NaN or Inf): try another model"
                     )
                 yield block
                 del block

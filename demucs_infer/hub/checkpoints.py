@@ -1,4 +1,4 @@
-"""Files of models as plain values: checkpoints and bags, read without running what they name.
+"""Files of models as plain values: checkpoints and bags, read without running code that they name.
 
 A file is read once: the bytes that are hashed are the bytes that are parsed. A checkpoint is a
 `.th`, a PyTorch zip archive of a pickled dictionary, or a `.safetensors` with the same as JSON in
@@ -67,7 +67,7 @@ class Content:
             raise ModelLoadingError(f"{path}: cannot be read ({reason})") from exc
         if data is None or len(data) > limit:
             size = max(status.st_size, limit + 1)
-            raise ModelLoadingError(f"{path}: has {size} bytes, and a {kind} may have {limit}")
+            raise ModelLoadingError(f"{path}: has {size} bytes, over the limit of {limit}")
         return cls(path, data)
 
     def yaml(self) -> Any:
@@ -124,7 +124,7 @@ class Bag:
             if not isinstance(signatures, list):
                 raise TypeError("it does not list its models")
             if len(signatures) > MAX_MODELS:
-                raise TypeError(f"it lists {len(signatures)} models, and may list {MAX_MODELS}")
+                raise TypeError(f"it lists {len(signatures)} models, and the limit is {MAX_MODELS}")
             if not all(isinstance(signature, (str, int)) for signature in signatures):
                 raise TypeError("it lists models that are not signatures")
             rows = None if weights is None else [list(map(_number, row)) for row in weights]
@@ -143,7 +143,7 @@ def _number(value: Any) -> float:
 def read_package(file: str | os.PathLike[str] | Content) -> dict[str, Any]:
     """Read a checkpoint file as a dictionary, with `klass` as a name and not as a class.
 
-    Raises `ModelLoadingError` if it is damaged or holds what no checkpoint needs.
+    Raises `ModelLoadingError` if it is damaged or holds values that no checkpoint needs.
     """
     readers = {".th": read_pickled, ".safetensors": _read_safetensors}
     path = file.path if isinstance(file, Content) else Path(file)
@@ -188,7 +188,7 @@ def _read_with(
         text = f"refused, it holds {exc}, which is not part of a Demucs checkpoint"
         raise ModelLoadingError(f"{path}: {text}") from exc
     except Exception as exc:
-        # Damaged and hostile files bring about exceptions of all kinds.
+        # Damaged and hostile files raise exceptions of all kinds.
         reason = shortened(exc)
         raise ModelLoadingError(f"{path}: cannot be read as a checkpoint ({reason})") from exc
     if not isinstance(package, dict):

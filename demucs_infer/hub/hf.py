@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import DownloadError, ModelLoadingError
 from ..storage import http
-from .checkpoints import MAX_YAML
+from .checkpoints import MAX_YAML, Content
 
 SCHEME = "hf://"
 DEFAULT_NAMESPACE = "adefossez"
@@ -28,6 +28,7 @@ SUFFIX = ".safetensors"
 PART = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 COMMIT, DIGEST = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SHA256_DIGITS = 64
+MAX_REFERENCE = 1000  # bytes
 COMMIT_HEADER = "X-Repo-Commit"
 ERRORS = {
     "GatedRepo": "the repository is for users with access: set HF_TOKEN to the token of one",
@@ -113,10 +114,12 @@ def is_offline() -> bool:
 def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Path | None:
     """Find a file in the hub's cache, of the model's revision or of the newest that has it."""
     # The cache may be unreadable, or hold a reference that is not text.
-    with suppress(OSError, ValueError, DownloadError):
+    with suppress(OSError, ValueError, ModelLoadingError):
         root = model.folder()
         reference, snapshots = root / "refs" / model.revision, root / "snapshots"
-        names = [reference.read_text(encoding="utf-8").strip()] if reference.is_file() else []
+        names = []
+        if reference.is_file():
+            names = [Content.read(reference, "reference", MAX_REFERENCE).data.decode().strip()]
         folders = [snapshots / name for name in filter(PART.fullmatch, [*names, model.revision])]
         if any_revision:
             folders += sorted(snapshots.glob("*/"), key=lambda path: -path.stat().st_mtime)
@@ -125,7 +128,7 @@ def cached_file(model: HubModel, file: str, *, any_revision: bool = False) -> Pa
 
 
 def known_digest(path: Path) -> str:
-    """Return the SHA-256 under which the cache keeps a file, or "" if its name does not tell it."""
+    """Return the SHA-256 in the name of a cached file, or "" if there is none."""
     with suppress(OSError):
         target = path.readlink()
         if target.parent.name == "blobs" and DIGEST.fullmatch(target.name):

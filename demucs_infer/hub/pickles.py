@@ -84,7 +84,7 @@ def check_size(value: Any, known: dict[int, int] | None = None, depth: int = 0) 
     if not isinstance(value, (Mapping, list, tuple)):
         return 1
     if depth > MAX_DEPTH:
-        raise Refused(f"containers in each other, more than {MAX_DEPTH} deep")
+        raise Refused(f"containers nested more than {MAX_DEPTH} deep")
     if id(value) not in known:
         items = value.values() if isinstance(value, Mapping) else value
         known[id(value)] = 1 + sum(check_size(item, known, depth + 1) for item in items)
@@ -106,7 +106,7 @@ def make_fraction(*terms: Any) -> Fraction:
 
 def _make_dict(*args: Any) -> OrderedDict[Any, Any]:
     if args:
-        raise Refused("a dictionary that is made of something")
+        raise Refused("a dictionary with initial values")
     return OrderedDict()
 
 
@@ -250,7 +250,7 @@ def read_pickled(data: bytes, skip: bool = False) -> Any:
         names = {entry.filename for entry in entries}
         # Of two entries of one name, each reader would take another.
         if len(names) < len(entries):
-            raise Refused("entries of one name")
+            raise Refused("two entries of one name")
         roots = [name[: -len("/data.pkl")] for name in names if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise Refused("an archive that PyTorch did not write")

@@ -1,8 +1,8 @@
-"""The registry of models: which there are, the hosts that have them, and where they are cached.
+"""The registry of models: their names, the hosts that have them, and the cache.
 
-`remote/` has `files.txt` and `NAME.yaml`, in demucs's formats, and `registry.yml` for what those
-cannot hold. Reading them needs neither PyTorch nor a network. They are part of the package, so that
-a test checks them, and not each start.
+`remote/` has `files.txt` and `NAME.yaml`, in demucs's formats, and `registry.yml` for facts that
+those cannot hold. Reading them needs neither PyTorch nor a network. A test checks them, as they are
+part of the package.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class AudioFile:
             raise LoadAudioError(f"{self.name}: has no {missing}")
         rate = streams[stream]["sample_rate"]
         if rate not in SAMPLE_RATES:
-            raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not one of music")
+            raise LoadAudioError(f"{self.name}: its sample rate of {rate} Hz is not supported")
         return streams[stream]
 
     def read(
@@ -187,14 +187,11 @@ class AudioFile:
                     if last is not None and position >= last:
                         break
         except AV_ERRORS as exc:
-            raise LoadAudioError(f"{self.name}: cannot be decoded ({reason(exc)})") from exc
+            raise self._undecodable(reason(exc)) from exc
 
         converter, packets = decoder.converter, decoder.good + decoder.bad
         if decoder.good < decoder.bad:
-            raise LoadAudioError(
-                f"{self.name}: cannot be decoded as audio ({decoder.bad} of its {packets} packets"
-                " cannot be decoded)"
-            )
+            raise self._undecodable(f"{decoder.bad} of its {packets} packets are damaged")
         if not converter.samples:
             raise LoadAudioError(f"{self.name}: has no audio samples")
         if not converter.reaches(0):
@@ -215,6 +212,10 @@ class AudioFile:
                         seconds = 8 * link.missing / stream.codec_context.bit_rate
                         decoder.damage.add_missing(seconds)
         yield from decoder.converter.flush()
+
+    def _undecodable(self, reason: str) -> LoadAudioError:
+        message = f"{self.name}: cannot be decoded as audio ({reason})"
+        return LoadAudioError(f"{message}. Convert it to WAV, or name an audio file")
 
     @contextmanager
     def _open(self, pictures: Sequence[str] = ()) -> Iterator[Any]:
@@ -252,8 +253,7 @@ class AudioFile:
         try:
             container = open_container(link, pictures)
         except AV_ERRORS as exc:
-            message = f"{self.name}: cannot be decoded as audio ({reason(exc)})"
-            raise LoadAudioError(message) from exc
+            raise self._undecodable(reason(exc)) from exc
         with container:
             channels = max((getattr(s, "channels", 0) for s in container.streams.audio), default=0)
             if channels > MAX_CHANNELS:

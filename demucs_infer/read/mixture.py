@@ -141,7 +141,7 @@ class Decoder:
             if reason:
                 raise LoadAudioError(f"{name}: has samples that are {reason}")
             if longest is not None and self.length > longest * self.rate:
-                raise LoadAudioError(f"{name}: is longer than {longest:g} s, the limit here")
+                raise LoadAudioError(f"{name}: is longer than the limit of {longest:g} s")
             converted = convert_audio_channels(chunk, self.channels)
             if tap is not None:
                 tap(converted)

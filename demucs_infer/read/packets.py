@@ -149,7 +149,7 @@ class Clock:
         self._is_kept = not TIMESTAMPED.isdisjoint(container.format.name.split(","))
         restarts = container.format.flags & av.format.Flags.ts_discont.value
         self._most = MAX_DISCONTINUITY if restarts else float("inf")
-        # All in seconds: the end of the last frame, and the lengths of what has been decoded.
+        # All in seconds: the end of the last frame, and the lengths that have been decoded.
         self._end: float | None = None
         self._silence = self._sound = self._longest_frame = 0.0
 

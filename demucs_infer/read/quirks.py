@@ -1,4 +1,4 @@
-"""Open files in FFmpeg: what it may read, and work-arounds for what it gets wrong.
+"""Open files in FFmpeg, within limits and with work-arounds for its errors.
 
 A playlist, an image sequence or a session description makes FFmpeg open other files or the
 network. Two measures prevent that, and each suffices alone:
@@ -107,7 +107,7 @@ class Link:
 def open_container(link: Link, pictures: Sequence[str] = ()) -> Any:
     """Open a link as PyAV's container. `pictures` are codecs that may be opened besides sound.
 
-    Raises what PyAV raises.
+    Raises the errors of PyAV.
     """
     link.seek(0)
     options = {

@@ -15,10 +15,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from http.client import BadStatusLine, UnknownProtocol, responses
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -81,10 +82,20 @@ class HostError(DownloadError):
         super().__init__(text)
 
 
-def redact(url: str) -> str:
-    """Return a URL of the web for a message: without user, password, query and fragment."""
-    scheme, separator, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+def redact(url: str, *, has_query: bool = True) -> str:
+    """Return a URL for a message: without user, password, query and fragment.
+
+    Without `has_query`, question marks and the like are parts of its names.
+    """
+    scheme, separator, rest = url.partition("://")
+    host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    # A password should have no / ? #. If it has one, its start looks like a wrong port.
+    if not re.fullmatch(r"(\[.*\]|[^:]*)(:[0-9]+)?", host):
+        rest = rest.rpartition("@")[2]
+    if has_query:
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
+    path = re.sub("://[^/]*@", "://", path)
     return scheme + separator + host.rpartition("@")[2] + slash + path
 
 
@@ -111,6 +122,22 @@ class Transfer:
             raise OSError(self._exceeded)
         return connection
 
+    def limited(self, options: Iterable[Any]) -> Iterable[Any]:
+        """Return the options of a socket, which raise `OSError` once the time is over.
+
+        They are read before each attempt to connect. A host may have thousands of addresses, each
+        of which can take until the timeout.
+        """
+        transfer = self
+
+        class Options(list[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                if transfer._exceeded:
+                    raise OSError(transfer._exceeded)
+                return super().__iter__()
+
+        return Options(options)
+
     def run_timer(self) -> None:
         """Wait for the end of the transfer, or shut it down when a limit is exceeded."""
         limits, deadline = self.limits, time.monotonic() + self.limits.longest
@@ -135,6 +162,8 @@ class Transfer:
 
     def send(self, session: Session, method: str, headers: dict[str, str], stop_at: str) -> None:
         """Send the request, and follow redirects without reading their bodies."""
+        import requests
+
         options: Any = {"timeout": self.limits.timeout, "stream": True}
         with self.failures():
             url, parts = self.url, urlsplit(self.url)
@@ -147,15 +176,17 @@ class Transfer:
                     return
                 response.close()
                 location = response.headers["Location"].encode("latin-1").decode(errors="replace")
-                before, url = url, urljoin(url, location)
-                if session.should_strip_auth(before, url):
+                # For requests a backslash ends the host, for urljoin it does not. `prepare` makes
+                # the URL that is requested.
+                url = requests.Request(method, urljoin(url, location)).prepare().url or ""
+                if session.should_strip_auth(response.url, url):
                     headers.pop("Authorization", None)
                     auth = None
         raise HostError(self.url, f"more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Turn exceptions of requests, whose texts contain the URL, into `HostError`."""
+        """Turn exceptions of requests into `HostError`, whose cause does not contain the URL."""
         import requests
         from urllib3.exceptions import HTTPError
 
@@ -167,16 +198,20 @@ class Transfer:
                 cause = inner
             text = " ".join((getattr(cause, "strerror", None) or str(cause)).split())[:200]
             facts: dict[str, Any] = {}
+            shown: BaseException | None = cause
             if self._exceeded:
                 text, facts = self._exceeded, {"temporary": True}
             elif isinstance(cause, ssl.SSLCertVerificationError):
                 text += " (REQUESTS_CA_BUNDLE can name a file of certificates)"
-            elif isinstance(exc, ValueError):
-                text = "the address or the answer is not valid HTTP"
             else:
-                answered = not isinstance(exc, requests.ConnectionError)
-                facts = {"temporary": True, "answered": answered}
-            raise HostError(self.url, text or type(cause).__name__, **facts) from exc
+                # These exceptions quote the URL, or the server, which may repeat it.
+                kinds = (ValueError, BadStatusLine, UnknownProtocol)
+                quotes = isinstance(cause, kinds) and not isinstance(cause, ConnectionError)
+                if quotes or isinstance(exc, ValueError):
+                    text, shown = "the address or the answer is not valid HTTP", None
+                answered = shown is None or not isinstance(exc, requests.ConnectionError)
+                facts = {"temporary": not isinstance(exc, ValueError), "answered": answered}
+            raise HostError(self.url, text or type(cause).__name__, **facts) from shown
 
     def header(self, name: str) -> str:
         """Return a header, or "" if there is none."""
@@ -198,7 +233,7 @@ class Transfer:
         if (temporary := status in TEMPORARY_STATUS) and len(self.header("Retry-After")) < 40:
             with suppress(InvalidHeader, ValueError, TypeError, OverflowError):
                 wait = Retry().get_retry_after(self.response.raw)
-        reason = f"the server answers {status} {self.response.reason or ''}".strip()[:200]
+        reason = f"the server answers {status} {responses.get(status, '')}".strip()
         raise HostError(self.url, reason, temporary=temporary, wait=wait, status=status)
 
     def blocks(self, most: int, start: int = 0, total: int | None = None) -> Iterator[bytes]:
@@ -207,7 +242,7 @@ class Transfer:
         Raises `HostError` for a file of more than `most` bytes, and for a body that breaks off.
         """
         if total is not None and total > most:
-            raise HostError(self.url, f"has {total} bytes, and may have {most}", wrong=True)
+            raise HostError(self.url, f"has {total} bytes, over the limit of {most}", wrong=True)
         count, limit = start, most if total is None else total
         while True:
             with self.failures():
@@ -266,7 +301,10 @@ def _session(transfer: Transfer) -> Session:
             pool: Any = super().get_connection_with_tls_context(*args, **options)
 
             class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
+                socket_options: Any
+
                 def _new_conn(self) -> socket.socket:
+                    self.socket_options = transfer.limited(self.socket_options or ())
                     return transfer.watch(super()._new_conn())
 
             pool.ConnectionCls = Connection
@@ -321,10 +359,10 @@ def _file_lock(target: Path) -> Iterator[None]:
 class Download:
     """The download of a file that is renamed to `target` once it is whole and right.
 
-    Of several processes one downloads and the others wait. What came before a connection or the
-    process broke stays in `TARGET.part`, and only the rest is requested. The content is verified by
-    `sha256`, in hex or its leading digits, or else by `length`. It may have `most` bytes (default:
-    `length`, or `MAX_MODEL`). `headers` are for the URL's own host.
+    Of several processes one downloads and the others wait. The bytes of an attempt that broke stay
+    in `TARGET.part`, and only the rest is requested. The content is verified by `sha256`, in hex or
+    its leading digits, or else by `length`. It may have `most` bytes (default: `length`, or
+    `MAX_MODEL`). `headers` are for the URL's own host.
     """
 
     url: str
@@ -347,6 +385,9 @@ class Download:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             with _file_lock(self.target):
                 if self.target.exists():
+                    if not self.target.is_file():
+                        # A named pipe or a device could be read without end.
+                        raise OSError("something else has this name")
                     with self.target.open("rb") as file:
                         difference = self._difference(file)
                     if not difference:
@@ -406,7 +447,7 @@ class Download:
                     part.unlink(missing_ok=True)
 
     def _attempt(self, part: Path, limits: Limits) -> None:
-        """Request once what the part lacks, and verify the whole."""
+        """Request the rest of the part once, and verify the whole."""
         with open(part, "a+b", opener=_without_links) as file:
             start = file.seek(0, os.SEEK_END)
             try:
@@ -419,7 +460,7 @@ class Download:
             except HostError as exc:
                 if exc.wrong:
                     file.truncate(0)
-                    # What came in an earlier attempt may be at fault.
+                    # The bytes of an earlier attempt may be at fault.
                     exc.temporary |= start > 0
                 raise
 
@@ -446,7 +487,7 @@ class Download:
             with tqdm(desc=name, initial=first, total=total, disable=None, **options) as bar:
                 for block in answer.blocks(self.most or self.length or MAX_MODEL, first, total):
                     file.write(block)
-                    # A process that is killed keeps what has come.
+                    # A process that is killed keeps the bytes that have come.
                     file.flush()
                     bar.update(len(block))
         return total

@@ -4,7 +4,7 @@
     "s3://bucket/key"  Url ──checked──▶ fsspec's file system of s3://bucket, which is given the key
     "https://host/…"   Url ──checked──▶ `http`
 
-Locations come from strangers. Only URLs of a table of protocols are opened, chains of fsspec are
+Locations are not trusted. Only URLs of a table of protocols are opened, chains of fsspec are
 refused, and nothing parses the part of a URL behind its bucket or host again.
 """
 
@@ -46,7 +46,7 @@ MORE_PROTOCOLS = "DEMUCS_INFER_PROTOCOLS"  # names of others that an operator al
 # In these stores an object appears when its upload is complete. The options limit how much of it is
 # in memory. Elsewhere a file is uploaded under another name, and then moved.
 ATOMIC = {scheme: {"chunksize": 2**23} for scheme in S3 | GS}
-# Stores read these characters as something else than parts of a name.
+# In these stores, the characters are not part of a name.
 AMBIGUOUS = {**dict.fromkeys(S3, ("?versionId=",)), **dict.fromkeys(AZURE, ("?", "#"))}
 MAX_FOLDERS = 10_000  # that are remembered while locations are compared
 LONGEST_KEY = 1025  # bytes of an object's name, with the slash before it
@@ -65,8 +65,12 @@ class Url:
     text: str
 
     def __str__(self) -> str:
-        # In the names of stores, question marks are characters like others.
-        return http.redact(self.text) if self.is_web else http.redact(self.root) + self.path
+        # In the names of these stores, question marks are characters like others.
+        plain = self.scheme in PROTOCOLS - WEB - AZURE and not CHAIN.search(self.rest)
+        return http.redact(f"{self.scheme}://{self.rest}", has_query=not plain)
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
 
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.text}/{name}")
@@ -100,7 +104,7 @@ class Url:
     def names(self) -> list[str]:
         """The names of the folders above the file, and of the file."""
         if not self.is_web:
-            return self.rest.split("/")
+            return str(self).partition("://")[2].split("/")
         parts = re.split("[?#]", self.path, maxsplit=1)[0].split("/")
         return [re.sub("[/\0]", "_", unquote(part)) for part in parts]
 
@@ -195,7 +199,7 @@ def location(name: Named) -> Location:
 
 
 def full_text(place: Location) -> str:
-    """Return the text that `location` makes this location of."""
+    """Return the text from which `location` makes this location."""
     return place.text if isinstance(place, Url) else str(place)
 
 
@@ -302,7 +306,7 @@ def local_copy(name: Named, folder: Path | None = None) -> Iterator[Path]:
 
 
 def _blocks(place: Location) -> Iterator[bytes]:
-    """Yield what is at a URL of the web, or comes out of a pipe. Raises `LoadAudioError`."""
+    """Yield the bytes of a URL of the web, or of a pipe. Raises `LoadAudioError`."""
     if isinstance(place, Url):
         with place.checked():
             yield from http.read(place.text, MAX_TRACK, TRACK_LIMITS)
@@ -313,7 +317,7 @@ def _blocks(place: Location) -> Iterator[bytes]:
             yield block
             count += len(block)
             if count > MAX_TRACK:
-                raise LoadAudioError(f"{place}: goes on after {MAX_TRACK} bytes")
+                raise LoadAudioError(f"{place}: has over {MAX_TRACK} bytes, the limit")
 
 
 def check_folder(folder: Location) -> None:
@@ -348,7 +352,7 @@ def check_target(place: Location) -> None:
 
 
 def replaced_by(file: Path) -> Path:
-    """Return where the file that `file` replaces is kept until all files of its track are there."""
+    """Return the path of the replaced file until all files of its track are there."""
     return file.with_name(f"{file.name}.kept")
 
 

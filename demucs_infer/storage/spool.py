@@ -116,10 +116,10 @@ class Workspace:
         for path in self.folder.glob(f"{TEMPORARY}*"):
             # A folder without our lock file is not ours, nor is one of another user.
             with contextlib.suppress(OSError):
-                if (path / LOCK).is_file() and not path.is_symlink():
-                    lock = _locked(path, max(0, end - time.monotonic()))
-                    if lock is not None and lock.is_locked:
-                        _remove(path, lock)
+                if path.is_symlink() or not (path / LOCK).is_file():
+                    continue
+                if lock := _locked(path, max(0, end - time.monotonic())):
+                    _remove(path, lock)
 
     def spool(self, channels: int) -> Spool:
         """Return a spool for samples of `channels` channels."""
@@ -140,9 +140,6 @@ def _locked(workspace: Path, timeout: float = 0) -> FileLock | None:
         lock.acquire(timeout=timeout)
     except (Timeout, FileNotFoundError):
         return None
-    except NotImplementedError:
-        # A network folder without locks: its workspaces are never taken for abandoned.
-        return lock
     if (workspace / LOCK).exists():
         return lock
     # The lock is that of a file that another process has removed.

@@ -91,7 +91,8 @@ class Encoder:
         tags: title, artist and the like.
         cover: the file of a picture.
 
-    Raises `SaveAudioError` for what the format cannot hold, and whatever FFmpeg or the system says.
+    Raises `SaveAudioError` for channels that the format cannot hold, and errors of FFmpeg or the
+    system.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Encoder:
         self.container.mux(packets)
 
     def close(self) -> None:
-        """Write what is left; the file is whole then."""
+        """Flush the encoder, and complete the file."""
         self._finish()
         self.sink.check()
         self.metadata.finish(self.file)
@@ -199,7 +200,7 @@ class _VorbisEncoder(Encoder):
 
 
 def encoder(file: IO[bytes], format: Format, *arguments: Any, **options: Any) -> Encoder:
-    """Return the encoder of a format, which takes what `Encoder` does."""
+    """Return the encoder of a format, which takes the arguments of `Encoder`."""
     kind = _VorbisEncoder if format.codec == VORBIS else Encoder
     return kind(file, format, *arguments, **options)
 
@@ -237,7 +238,7 @@ def save_audio(
         path: the file; it appears only when it is whole.
         samplerate: in hertz; converted to the next one that the format has (Opus: 48000).
         bitrate: of MP3, in kbit/s.
-        clip: what happens to samples beyond ±1, see `prevent_clip`.
+        clip: the treatment of samples beyond ±1, see `prevent_clip`.
         bits_per_sample: 16 or 24, or 32 for float32 (WAV only).
         as_float: write WAV as float32.
         preset: of MP3, from 2 (best quality) to 7 (fastest).
@@ -274,7 +275,7 @@ def _write(wav: Tensor, path: Path, samplerate: int, format: Format) -> None:
 
 @contextlib.contextmanager
 def encoding_errors(path: object) -> Iterator[None]:
-    """Raise `SaveAudioError` for what the system, FFmpeg or libsndfile objects to."""
+    """Turn errors of the system, FFmpeg and libsndfile into `SaveAudioError`."""
     try:
         yield
     except (*AV_ERRORS, RuntimeError) as exc:

@@ -17,7 +17,7 @@ LAYOUTS = dict(enumerate("mono stereo 2.1 4.0 5.0 5.1 6.1 7.1".split(), 1))  # b
 MP3_PRESETS = range(2, 8)  # of lame: 2 is the best quality, 7 the fastest
 CODECS = ("aac", "alac")  # of formats with a choice
 DEFAULT_BITS = 16
-COMPRESSED = 0.4  # size of a small FLAC file among those of its samples
+COMPRESSED = 0.4  # of the samples' size: FLAC files of 8 stems took 0.40 to 0.56
 MIX = "mix"  # the first stream of a file of all stems
 VORBIS = "vorbis"  # encoded by libsndfile: the wheels of PyAV have no good encoder
 
@@ -68,7 +68,7 @@ class Format:
 
     @property
     def is_lossy(self) -> bool:
-        """True if the encoder loses something."""
+        """True if the encoder is lossy."""
         return 0 in self.codecs
 
     @property
@@ -103,7 +103,7 @@ class Format:
         return self.bitrate * 125 + samplerate * channels * self.depth / 8 * share
 
     def arranged(self, stems: Sequence[str]) -> list[Stem]:
-        """Return the stems of a file in their order, as sums where it has no room for all."""
+        """Return the stems of a file in their order, as sums where it cannot hold all."""
         return [Stem(name, (name,)) for name in stems]
 
     def check_channels(self, channels: int) -> None:

@@ -112,7 +112,7 @@ class Metadata:
         """Add the cover to a container that is not yet written."""
 
     def finish(self, file: IO[bytes]) -> None:
-        """Add to a file what FFmpeg does not write."""
+        """Add the tags and the cover that FFmpeg does not write."""
 
 
 class Matroska(Metadata):
@@ -267,7 +267,7 @@ class Flac(_Vorbis):
     def prepare(self) -> None:
         space = len(self._comments(b"", {})) + PADDING
         if len(self.cover) + space > LARGEST_BLOCK - 100:
-            logger.warning("a cover of %d bytes is left out: FLAC has less", len(self.cover))
+            logger.warning("a cover of %d bytes is left out: FLAC cannot hold it", len(self.cover))
             self.cover = b""
         self.names = {}
         self.options = {"metadata_header_padding": str(len(self._picture()) + space)}

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from ..storage.spool import Workspace
 
 PIPE = Path("-")  # stands for standard input or standard output
-PIPE_NAME = "stdin"  # what a track from standard input is called
-WHERE, FORMAT = "where the stems go", "format of the stems (default: WAV, 16 bit)"
+PIPE_NAME = "stdin"  # the name of a track from standard input
+WHERE, FORMAT = "output", "format of the stems (default: WAV, 16 bit)"
 # A field of a template, with its letter, conversion, and alignment, width and precision.
 FIELD = re.compile(r"[a-z]+(\[\d{1,3}\])?![rsa]:(.?[<>^])?\d{0,3}(\.\d{1,3})?s?")
 PAGE_FORMAT = find_format("mp3", bitrate=128)  # of the sounds of a page to listen with
@@ -193,7 +193,7 @@ class Output:
             raise SaveAudioError("standard output is closed: nothing can be written to it")
         if self.is_pipe and self.player:
             raise OptionError("a page to listen with cannot go to standard output: leave it out")
-        # The template makes sense, and the encoders are there.
+        # Check the template, and that the encoders are there.
         self._file(self._template, Path("track.wav"), "model", "folder", "stem")
         chosen.check_encoder()
         if self.player:
@@ -256,7 +256,7 @@ class Output:
         return [Stem(stem, (stem,)), *([rest] if method == "add" else [])]
 
     def stems(self, sources: Sequence[str]) -> list[str]:
-        """Return the names of what is written of the stems that the model gives.
+        """Return the names of the stems that are written, for those that the model gives.
 
         Raises `OptionError` if one file cannot hold them.
         """
@@ -358,7 +358,7 @@ class Output:
         if template.startswith("{folder") and not folder:
             relative = relative.lstrip("/")
         # Folders of this prefix are workspaces, which are removed. No track becomes one of them.
-        if TEMPORARY in relative.lower():
+        if TEMPORARY in relative.casefold():
             pattern = rf"(^|[/\\])(?={re.escape(TEMPORARY)})"
             relative = re.sub(pattern, r"\1_", relative, flags=re.IGNORECASE)
         return below(self._folder, relative)

@@ -3,8 +3,8 @@
     stems ──▶ MP3 ──base64──▶ into the template player.html ──▶ {track}/player.html
 
 The page decodes them into buffers and starts these at one time, in step to the sample. A page on a
-disk may not read the files beside it, so they are in it; and as decoded sound takes a gigabyte for
-9 minutes of four stems and the mix, a track must not be longer than `LONGEST`.
+disk may not read the files beside it, so they are in it. Decoded sound takes a gigabyte for 9
+minutes of four stems and the mix, so a track must not be longer than `LONGEST`.
 """
 
 from __future__ import annotations

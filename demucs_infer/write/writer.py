@@ -58,7 +58,7 @@ class Target:
         channels: of the stems.
         model: the name of the model.
         tags: of the track; `title` at least, unless there are none.
-        length: the number of samples that each file gets (default: what resampling gives).
+        length: the number of samples that each file gets (default: as many as resampling gives).
         cover: the file of a picture.
         video: the video whose picture goes with the stem.
         original: the mix at `rate`, if that is not made from the samples that are written.
@@ -259,7 +259,10 @@ class TrackWriter:
 
 
 def standard_output() -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Open standard output for bytes, apart from what its object holds if a write fails."""
+    """Open standard output for bytes.
+
+    Its object is not used, as it would keep the bytes of a failed write and repeat them at exit.
+    """
     sys.stdout.flush()
     try:
         return open(sys.stdout.fileno(), "wb", closefd=False)

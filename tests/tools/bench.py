@@ -114,7 +114,7 @@ def make_window(model: nn.Module, seconds: float | None) -> Tensor:
 def peak_megabytes(
     signature: str, side: str, options: Mapping[str, Any], seconds: float | None
 ) -> float:
-    """What a window adds to the peak memory of a process that has the models."""
+    """The bytes that a window adds to the peak memory of a process that has the models."""
     result = run("-c", PEAK, signature, side, dict(options), seconds)
     result.check_returncode()
     per_megabyte = 1024 * 1024 if sys.platform == "darwin" else 1024  # bytes there, else KiB
@@ -253,7 +253,7 @@ def compare_songs(minutes: Sequence[float]) -> None:
     with tempfile.TemporaryDirectory() as name:
         for length in minutes:
             song = Path(name, f"{length:g}.wav")
-            # Never whole here: what this process has had counts for its children, too.
+            # Never whole here: the peak of this process would count for its children, too.
             second = noise(44_100, 2).mul(2**12).short().numpy().tobytes()
             with wave.open(str(song), "wb") as file:
                 file.setparams((2, 2, 44_100, 0, "NONE", ""))
@@ -304,7 +304,7 @@ def compare_commands(seconds: float, count: int) -> None:
 def compare_ray(count: int) -> None:
     """Ray beside as many plain processes, on the same tracks: a process and a thread per core.
 
-    Both start up, too: what counts is what the tracks take beyond the first of each process.
+    Both start up, too: only the tracks beyond the first of each process count.
     """
     alone = {**environment(), "OMP_NUM_THREADS": "1"}
     processes = os.cpu_count() or 1

@@ -4,7 +4,7 @@
     python -m tests.tools.fuzz TARGET --only I [--seed S]       input I here, with its traceback
 
 Input I of a seed is always the same. A finding is an exception from outside of our tree, a death of
-the process, more than `MEMORY` bytes over what the process had before, or more than `SECONDS`.
+the process, a growth by more than `MEMORY` bytes, or more than `SECONDS`.
 
 A further target is a row in `TARGETS`: valid inputs, how one is changed (`mutate_bytes` and
 `mutate_words` do for most), and the door that it is handed to.
@@ -358,7 +358,7 @@ def _read_registry(path: Path) -> None:
     list(catalog())
 
 
-# Container, and codecs that are tried in it; what cannot be encoded here is left out.
+# Container, and codecs that are tried in it; those that cannot be encoded here are left out.
 SOUNDS = {
     "wav": "pcm_s16le pcm_f32le adpcm_ms adpcm_ima_wav pcm_mulaw",
     "aiff": "pcm_s16be",

@@ -12,7 +12,7 @@ A band plays a chord progression, in sections that thin out and come back:
           └─ vocals ─┘
 
 The drums, the timbres, the grooves and the vowels are tables. A pattern is a bar of
-16 steps: `.` is a rest, `-` goes on with what began before, and any other sign begins a note.
+16 steps: `.` is a rest, `-` prolongs the note before, and any other sign begins a note.
 
 Shapes: `[T]` mono and `[2, T]` stereo samples at 44.1 kHz. The parts draw from generators of their
 own, so that a change to the drums leaves the singer alone.
@@ -45,7 +45,7 @@ Array = np.ndarray
 Range = tuple[float, float]
 
 
-# --- The plan: what the four parts agree on ------------------------------------------------------
+# --- The plan that the four parts share ----------------------------------------------------------
 
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10))  # semitones
 PROGRESSIONS = (  # degrees of the scale, a bar each
@@ -350,7 +350,7 @@ def with_fill(groove: dict[str, str], rng: Generator) -> dict[str, str]:
     return fill
 
 
-# --- Notes: what the bass and the other instruments play -----------------------------------------
+# --- Notes of the bass and the other instruments -------------------------------------------------
 
 BITS = 12  # of the index into a cycle
 
@@ -392,7 +392,7 @@ class Timbre(NamedTuple):
     release: float = 0.06
     detune: float = 0.0  # cents between the two voices of each side
     drive: float = 0.0  # of the amplifier
-    styles: str = ""  # initials of what it plays, see `STYLES`
+    styles: str = ""  # initials of its styles, see `STYLES`
 
 
 SINE = 20.0  # a slope that leaves only the fundamental

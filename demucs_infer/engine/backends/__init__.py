@@ -53,7 +53,8 @@ def backend_of(options: SeparationOptions, cache: Path | None = None) -> Backend
 def on_engine(model: nn.Module, options: SeparationOptions, cache: Path | None = None) -> nn.Module:
     """Return `model`, or each model of a bag, with its network run as `options` say.
 
-    `model` itself is not changed; the result may share its weights. Raises what `backend_of` does.
+    `model` itself is not changed; the result may share its weights. Raises the errors of
+    `backend_of`.
     """
     return backend_of(options, cache).run(model)
 

@@ -89,7 +89,7 @@ class CompiledCache:
 
     def load(self, name: str) -> bytes | None:
         """Return the content that was stored under `name`, or None if it is missing or unsafe."""
-        if self.folder is None or not self.folder.is_dir():
+        if self.folder is None:
             return None
         try:
             with _opened(self.folder) as folder:
@@ -116,7 +116,7 @@ class CompiledCache:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Path, int | None]]:
-    """Open a folder: yield what to put before names, and its descriptor.
+    """Open a folder: yield the prefix of its files' names, and its descriptor.
 
     Windows has no such descriptors, and caches are in the user's home.
     Raises `OSError` if another user may write to the folder or exchange it.
@@ -127,8 +127,7 @@ def _opened(path: Path) -> Iterator[tuple[Path, int | None]]:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         parent = os.stat("..", dir_fd=descriptor)
-        exchanged = parent.st_mode & OTHERS_WRITE and not parent.st_mode & stat.S_ISVTX
-        if _is_foreign(os.fstat(descriptor)) or exchanged:
+        if _is_foreign(os.fstat(descriptor)) or _is_foreign(parent, stat.S_ISVTX):
             raise OSError("others may write there")
         yield Path(), descriptor
     finally:
@@ -164,8 +163,12 @@ def _write(folder: tuple[Path, int | None], name: str, content: bytes) -> None:
         raise
 
 
-def _is_foreign(status: os.stat_result) -> bool:
-    """Return True if a user other than this one and root owns a file or may write to it."""
+def _is_foreign(status: os.stat_result, safe: int = 0) -> bool:
+    """Return True if a user other than this one and root owns a file or may write to it.
+
+    With a bit of `safe` in its mode others may: in a sticky folder they rename only their files.
+    """
     if sys.platform == "win32":
         return False
-    return status.st_uid not in (0, os.getuid()) or bool(status.st_mode & OTHERS_WRITE)
+    written = status.st_mode & OTHERS_WRITE and not status.st_mode & safe
+    return status.st_uid not in (0, os.getuid()) or bool(written)

@@ -139,7 +139,7 @@ class Backend(CompilingBackend):
             if session.get_providers()[0] == provider:
                 logger.info("ONNX Runtime runs the network on %s", provider)
                 return session
-            reasons.append(f"{_short(provider)}: what it needs is not on this machine")
+            reasons.append(f"{_short(provider)}: its libraries are not on this machine")
         raise OptionError(f"ONNX Runtime cannot run this network on {'; '.join(reasons)}")
 
 

@@ -1,4 +1,4 @@
-"""Attacks through what strangers send: addresses, names and lists of tracks."""
+"""Attacks through URLs, names and lists of tracks."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs devices and named pipes")
 def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not what is waited for without end, and nothing that lies elsewhere."""
+    """Named pipes, devices and links out of the folder are left out."""
     (tmp_path / "music/deep").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
     for name in ("music/a.wav", "music/deep/b.wav", "secret/c.wav", "secret/d.wav"):
@@ -274,6 +274,23 @@ def test_folders_have_only_regular_files(tmp_path: Path, caplog: pytest.LogCaptu
         assert {"a.wav"} < found - {"chain0.wav"} <= {"a.wav", "b.wav", "within.wav"}
         for name in ("out.wav", "up.wav", "folder", "all"):
             assert f"music/{name}" in caplog.text
+    found = {track.name for track in find_tracks([Url(f"file://{tmp_path}/music/[axz]*.wav")])}
+    assert found == {"a.wav"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs short names of folders")
+def test_folders_in_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a recursive search can enter."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.wav").touch()
+    for _ in range(1200):
+        Path("x").mkdir()
+        os.chdir("x")
+    assert [*find_tracks([tmp_path])] == [tmp_path / "a.wav"]
+    # pytest could not remove them.
+    for _ in range(1200):
+        os.chdir("..")
+        Path("x").rmdir()
 
 
 @pytest.mark.slow
