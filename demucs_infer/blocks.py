@@ -375,8 +375,12 @@ class MultiWrap(nn.Module):
         """Encode `x`, or decode `x` plus `skip`: then the result is a pair, as of `HDecLayer`."""
         if self.conv:
             return self._encoded(x)
-        y = self.rewritten(x, skip)
-        return self.upsampled(y), None
+        assert skip is not None
+        bands = [
+            layer(x[:, :, start:stop], skip[:, :, start:stop], length)[0]
+            for layer, (start, stop) in zip(self.layers, self._edges(x.shape[2]))
+        ]
+        return self._joined(bands), None
 
     def _encoded(self, x: Tensor) -> Tensor:
         bins = x.shape[2]
@@ -404,10 +408,17 @@ class MultiWrap(nn.Module):
 
     def upsampled(self, y: Tensor, length: int = 0) -> Tensor:
         """Run the transposed convolutions of a decoder's bands and join their outputs."""
+        bands = (
+            layer.upsampled(y[:, :, start:stop], length)
+            for layer, (start, stop) in zip(self.layers, self._edges(y.shape[2]))
+        )
+        return self._joined(bands)
+
+    def _joined(self, bands: Iterable[Tensor]) -> Tensor:
+        """Add the overlaps of a decoder's `bands`, and join them."""
         stride = self.layers[0].stride
         outputs: list[Tensor] = []
-        for layer, (start, stop) in zip(self.layers, self._edges(y.shape[2])):
-            band = layer.upsampled(y[:, :, start:stop], 0)
+        for layer, band in zip(self.layers, bands):
             if outputs:
                 overlap = outputs[-1][:, :, -stride:] + band[:, :, :stride]
                 outputs[-1] = outputs[-1][:, :, :-stride]

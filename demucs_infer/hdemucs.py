@@ -191,8 +191,8 @@ class HybridUNet(nn.Module):
         x, mean, std = standardize(self._magnitude(z).to(mix.device), EPSILON)
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = run_network(network or self.network, self, x, xt)
-        m = self._by_source(x, stems) * std[:, None] + mean[:, None]
-        z = self._mask(z, m.to(z.device))
+        m = self._by_source(x) * std[:, None] + mean[:, None]
+        z = pick_sources(self._mask(z, m.cpu() if m.device.type == "mps" else m), stems)
         x = self._ispec(z, mix.shape[-1]).to(mix.device)
         xt = self._by_source(xt, stems) * std_t[:, None] + mean_t[:, None]
         return (x + xt)[..., :length]
@@ -201,7 +201,7 @@ class HybridUNet(nn.Module):
         """Return the length to which `forward` pads a window, with zeros on the right."""
         return length
 
-    def _by_source(self, x: Tensor, stems: Sequence[int] | None) -> Tensor:
+    def _by_source(self, x: Tensor, stems: Sequence[int] | None = None) -> Tensor:
         """Return the network's `x` `[B, S C, ...]` as `[B, S, C, ...]`, of `stems` alone."""
         return pick_sources(x.unflatten(1, (len(self.sources), -1)), stems)
 

@@ -82,15 +82,6 @@ def test_error_against_float64_is_that_of_the_reference(
         assert math.exp(sum(map(math.log, column)) / len(column)) < 2.5, ratios
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
-def test_products_by_either_library(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: by_onednn)
-    theirs, ours = pair(HTDemucs, **TINY)
-    mix = random(1, 2, 4000)
-    with torch.no_grad():
-        assert_close(fast_copy(ours)(mix), theirs(mix))
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -244,6 +244,22 @@ def plain(library: Library) -> nn.Module:
     return Plain()
 
 
+def scripted(library: Library) -> nn.Module:
+    model: Any = torch.jit.trace(library.model, MIX[None, :, :4000], check_trace=False)
+    model.samplerate, model.segment, model.sources = 8000, 0.5, SOURCES
+    model.valid_length = library.model.valid_length
+    return model
+
+
+def called_by_subclass(library: Library) -> nn.Module:
+    class Own(type(library.model)):  # type: ignore[misc]
+        def __call__(self, mix: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().__call__(mix)
+
+    library.model.__class__ = Own
+    return library.model
+
+
 def quantized(library: Library) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(library.model, {nn.Linear}, torch.qint8)
 
@@ -256,7 +272,10 @@ def compiled(library: Library) -> nn.Module:
 
 @pytest.mark.parametrize(
     "change",
-    [shorter, replaced_forward, plain, quantized, pytest.param(compiled, marks=pytest.mark.slow)],
-)
+    [
+        shorter, replaced_forward, plain, called_by_subclass, quantized,
+        *(pytest.param(change, marks=pytest.mark.slow) for change in (scripted, compiled)),
+    ],
+)  # fmt: skip
 def test_models_that_others_change(change: Any, libraries: list[Library]) -> None:
     same(libraries, lambda library: separated(library, change(library)))

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from ..transformer import (
     CrossTransformerEncoder,
     SelfLayer,
     SequenceGroupNorm,
+    TransformerLayer,
 )
 from ..utils import run_network, standardize
 from .machine import onednn_is_faster
@@ -65,7 +66,9 @@ def fast_copy(model: nn.Module) -> nn.Module:
     mixin = next((fast for family, fast in MODELS.items() if isinstance(model, family)), None)
     if mixin is None or has_hooks(model) or any(part.training for part in model.modules()):
         return model
-    if autocast_on_cpu():  # oneDNN's tensors do not take part in it
+    # oneDNN's tensors do not take part in autocast. Hooks on all modules see each call of a layer.
+    all_hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    if autocast_on_cpu() or any(all_hooks):
         return model
     copied = _with_fast_layers(model, {**LAYERS, **(PRODUCTS if onednn_is_faster() else {})})
     copied.__class__ = type(f"Fast{kind.__name__}", (mixin, kind), {})
@@ -75,9 +78,30 @@ def fast_copy(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Return True if `layer` has forward hooks, or its own `forward`."""
+    """Return True if `layer` has forward hooks, or its own `forward`, or is compiled."""
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
-    return "forward" in vars(layer) or any(hook is not changes_type for hook in hooks)
+    own = vars(layer).keys() & {"forward", "_compiled_call_impl"}
+    return bool(own) or any(hook is not changes_type for hook in hooks)
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Return True if `layer`, apart from its parts, is as the networks here make it.
+
+    Programs replace the `forward` of classes, weights by tensors that compute in their own way, and
+    layers by others of PyTorch: a convolution by two of a lower rank, or one with other options.
+    """
+    options, kind = vars(layer), type(layer)
+    usual = not isinstance(options.get("padding"), str)
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+        usual = {*layer.padding, *layer.output_padding} == {0} and {*layer.dilation} == {1}
+    return (
+        usual
+        and KNOWN.get(kind) is kind.forward
+        and not has_hooks(layer)
+        and all(options.get(name, value) == value for name, value in OPTIONS.items())
+        and all(type(child) in PARTS.get(kind, KNOWN) for child in layer.children())
+        and all(type(weight) is nn.Parameter for weight in layer.parameters(recurse=False))
+    )
 
 
 def _with_fast_layers(layer: nn.Module, table: Mapping[type, type]) -> nn.Module:
@@ -94,14 +118,14 @@ def _with_fast_layers(layer: nn.Module, table: Mapping[type, type]) -> nn.Module
 def fast_layer(layer: nn.Module, table: Mapping[type, type] | None = None) -> nn.Module:
     """Return a shallow copy of `layer` with a fast class of `table` (default: `LAYERS`).
 
-    It keeps its own class if a layer within it has hooks or is of an unknown class, because a fast
-    layer may call the layers in it in pieces, or not at all.
+    It keeps its own class if a layer within it has hooks or is unknown, because a fast layer may
+    call the layers in it in pieces, or not at all.
     """
     table = LAYERS if table is None else table
     if type(layer) not in KNOWN or has_hooks(layer):
         return layer
     copied = _with_fast_layers(layer, table)
-    if all(type(part) in KNOWN and not has_hooks(part) for part in layer.modules()):
+    if all(map(is_known, layer.modules())):
         copied.__class__ = table.get(type(layer), type(layer))
     return copied
 
@@ -205,19 +229,32 @@ def in_tiles(
 def _unpadded(layer: Any, x: Tensor) -> Tensor:
     """Run a convolution without its padding along the rows of `x`, which `Reach` has added."""
     if x.dim() == 4:
-        return F.conv2d(x, layer.weight, layer.bias, layer.stride, (0, layer.padding[1]))
-    weight, stride = layer.weight.unsqueeze(2), (1, *layer.stride)
-    return F.conv2d(x.unsqueeze(2), weight, layer.bias, stride).squeeze(2)
+        padding = (0, layer.padding[1])
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation)
+    return _conv1d(layer, x, 0)
+
+
+def _conv1d(layer: Any, x: Tensor, padding: int) -> Tensor:
+    """Run a convolution on `x` `[B, C, T]` as on an image, which leaves channels last."""
+    x, weight = x.unsqueeze(2), layer.weight.unsqueeze(2)
+    stride, dilation = (1, *layer.stride), (1, *layer.dilation)
+    return F.conv2d(x, weight, layer.bias, stride, (0, padding), dilation).squeeze(2)
 
 
 def _gated(y: Tensor, rewrite: Any, norm: Any) -> Tensor:
     return y if rewrite is None else F.glu(norm(_unpadded(rewrite, y)), dim=1)
 
 
-def _halo(rewrite: Any) -> Reach:
-    """Return the reach of a rewrite convolution along rows; None has only its own row."""
-    pad = 0 if rewrite is None else rewrite.padding[0]
-    return Reach(2 * pad + 1, pad=pad)
+def _reach(layer: Any) -> Reach:
+    """Return the reach of a convolution along rows; None has only its own row."""
+    if layer is None:
+        return Reach(1)
+    kernel = (layer.kernel_size[0] - 1) * layer.dilation[0] + 1
+    return Reach(kernel, layer.stride[0], layer.padding[0])
+
+
+def _has_norms(layer: nn.Module) -> bool:
+    return any(isinstance(part, nn.GroupNorm) for part in layer.children())
 
 
 class FastHEncLayer(HEncLayer):
@@ -230,9 +267,9 @@ class FastHEncLayer(HEncLayer):
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         x = x if self.freq else x.flatten(1, -2)
         convolution: Any = self.conv
-        strided = Reach(self.kernel_size, self.stride, convolution.padding[0])
+        strided = _reach(convolution)
         count = strided.count(x.shape[2] + (0 if self.freq else -x.shape[2] % self.stride))
-        widest = None if self.norm else 2 * convolution.out_channels
+        widest = None if _has_norms(self) else 2 * convolution.out_channels
 
         def convolve(part: Tensor) -> Tensor:
             y = _unpadded(convolution, part)
@@ -246,7 +283,7 @@ class FastHEncLayer(HEncLayer):
             return in_tiles(convolve, [x], strided, widest, count)
         branch = functools.partial(_branch, self.dconv)
         norm2 = getattr(self, "norm2", None)
-        halo = _halo(self.rewrite)
+        halo = _reach(self.rewrite)
         if self.freq and halo.kernel == 1:  # bins do not see each other after the convolution
             return in_tiles(
                 lambda part: _gated(branch(convolve(part)), self.rewrite, norm2),
@@ -278,14 +315,14 @@ class FastHDecLayer(HDecLayer):
         if self.empty:
             return x
         inputs, norm1 = [x] if skip is None else [x, skip], getattr(self, "norm1", None)
-        widest = None if self.norm else 2 * self.chin
+        widest = None if _has_norms(self) else 2 * self.chin
 
         def gate(*parts: Tensor) -> Tensor:
             y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
             y = _gated(y, self.rewrite, norm1)
             return _branch(self.dconv, y) if self.freq else y
 
-        y = in_tiles(gate, inputs, _halo(self.rewrite), widest)
+        y = in_tiles(gate, inputs, _reach(self.rewrite), widest)
         return y if self.freq else _branch(self.dconv, y)
 
     def upsampled(self, y: Tensor, length: int) -> Tensor:
@@ -296,8 +333,9 @@ class FastHDecLayer(HDecLayer):
             z = self.norm2(convolution(part))
             return z if self.last else F.gelu(z)
 
-        reach = Reach(self.kernel_size, self.stride, self.pad, transposed=True)
-        z = in_tiles(upsample, [y], reach, None if self.norm else convolution.out_channels)
+        reach = Reach(convolution.kernel_size[0], convolution.stride[0], self.pad, transposed=True)
+        widest = None if _has_norms(self) else convolution.out_channels
+        z = in_tiles(upsample, [y], reach, widest)
         return z if self.freq else z[..., :length]
 
 
@@ -329,8 +367,7 @@ class FastSequential(nn.Sequential):
             chain: list[Any] = [layer if transposed else functools.partial(_unpadded, layer)]
             while layers and isinstance(layers[0], (nn.Identity, nn.GELU, nn.ReLU, nn.GLU)):
                 chain.append(layers.popleft())
-            pad = 0 if transposed else layer.padding[0]
-            reach = Reach(layer.kernel_size[0], layer.stride[0], pad, transposed)
+            reach = replace(_reach(layer), transposed=transposed)
             x = in_tiles(functools.partial(_through, chain), [x], reach, layer.out_channels)
         return x
 
@@ -348,14 +385,7 @@ class FastConv1d(nn.Conv1d):
     """Leaves channels last in `[B, C, T]`: PyTorch does so with images only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x.unsqueeze(2),
-            self.weight.unsqueeze(2),
-            self.bias,
-            (1, *self.stride),
-            (0, *self.padding),  # type: ignore[arg-type]
-            (1, *self.dilation),
-        ).squeeze(2)
+        return _conv1d(self, x, self.padding[0])  # type: ignore[arg-type]
 
 
 class FastConvTranspose1d(nn.ConvTranspose1d):
@@ -452,18 +482,22 @@ class FastDConv(DConv):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             parts: list[Any] = list(layer.children())
-            *inner, convolution, norm, _, gain = parts
+            inner, end = parts[:-4], parts[-4:]
             steps = x.shape[0] * x.shape[2]
-            if (
-                _is_channels_last(x)
-                and type(norm) is FastGroupNorm
-                and steps >= 8 * len(gain.scale)
-            ):
-                hidden = _through(inner, x)
-                x = _plus_gated_norm(x, hidden, convolution, norm, gain.scale)
+            if _is_channels_last(x) and _is_gated_norm(end) and steps >= 8 * x.shape[1]:
+                x = _plus_gated_norm(x, _through(inner, x), end[0], end[1], end[3].scale)
             else:
                 x = x + layer(x)
         return x
+
+
+def _is_gated_norm(layers: Sequence[Any]) -> bool:
+    """Return True for a pointwise convolution, a norm of one group, a GLU and a gain."""
+    if [type(layer) for layer in layers] != [FastConv1d, FastGroupNorm, nn.GLU, LayerScale]:
+        return False
+    convolution, norm, *_ = layers
+    pointwise = convolution.kernel_size == convolution.stride == (1,)
+    return pointwise and convolution.bias is not None and norm.num_groups == 1
 
 
 def _plus_gated_norm(x: Tensor, hidden: Tensor, layer: Any, norm: Any, gain: Tensor) -> Tensor:
@@ -568,9 +602,11 @@ class FastAttention(Attention):
 
 
 class FastSelfLayer(SelfLayer):
-    """The feed-forward block by oneDNN."""
+    """The feed-forward block by oneDNN, which has few activations."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        if self.activation not in (F.gelu, F.relu):
+            return TransformerLayer.feed_forward(self, x)
         return self.gamma_2(_dense(self.linear2(self.activation(self.linear1(_by_onednn(x))))))
 
 
@@ -608,7 +644,8 @@ class FastHybridUNet(HybridUNet):
         last: Any = self.decoder[-1]
         original = all(getattr(kind, name) is step for name, step in STEPS.items())
         whole = self.wiener_iters > 0 and not self.cac
-        fast = isinstance(last, (FastHDecLayer, FastMultiWrap)) and not getattr(last, "norm", False)
+        fast = isinstance(last, (FastHDecLayer, FastMultiWrap))
+        fast &= not any(_has_norms(part) for part in last.modules() if isinstance(part, HDecLayer))
         if original and not vars(self).keys() & STEPS and fast and not whole:
             self.in_parts = last.deferred = True
 
@@ -627,13 +664,15 @@ class FastHybridUNet(HybridUNet):
         mix = F.pad(mix, (0, self._padded_length(length) - length))
         z = self._spec(mix)
         x, mean, std = (y[:, None] for y in standardize(self._magnitude(z), EPSILON))
-        frames = z.shape[-1]
+        frames = x.shape[-1]  # a program's spectrum may have another shape
         # Complex parts do not need the mixture's phase: its spectrum is let go.
         mixed: Any = itertools.repeat(None) if self.cac else z.split(FRAMES_AT_ONCE, -1)
         del z
         xt, mean_t, std_t = standardize(mix, EPSILON)
         x, xt = run_network(self.network, self, x[:, 0], xt)
-        parts = (upsampled(part, 0) for part in x.split(FRAMES_AT_ONCE, -1))
+        dtype = next(self.decoder[-1].parameters()).dtype  # of the transposed convolution
+        split = x.split(FRAMES_AT_ONCE, -1)
+        parts = (upsampled(part.to(dtype), 0).to(x.dtype) for part in split)
         spectra = (
             self._mask(z, torch.addcmul(mean, self._by_source(part, stems), std))
             for z, part in zip(mixed, parts)
@@ -709,9 +748,27 @@ PRODUCTS: dict[type, type] = {
     SelfLayer: FastSelfLayer,
     CrossLayer: FastCrossLayer,
 }
-KNOWN = {
-    *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, LocalState, ScaledEmbedding,
-    SequenceGroupNorm,
-    nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
-    nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
+# Classes of layers with their own `forward`, which programs may replace.
+KNOWN: dict[type, Any] = {
+    kind: kind.forward  # type: ignore[attr-defined]
+    for kind in (
+        *LAYERS, *PRODUCTS, CrossTransformerEncoder, LayerScale, LocalState, ScaledEmbedding,
+        SequenceGroupNorm,
+        nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GELU, nn.GLU, nn.Identity, nn.LayerNorm,
+        nn.Linear, nn.LSTM, nn.ModuleList, nn.ReLU,
+    )
+}  # fmt: skip
+# The only values that some options of PyTorch's layers have in these networks.
+OPTIONS = {
+    "affine": True, "batch_first": False, "bias": True, "bidirectional": True, "dim": 1,
+    "groups": 1, "padding_mode": "zeros", "proj_size": 0,
+}  # fmt: skip
+IN_BRANCH = {
+    nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.GroupNorm, nn.Identity, DConv
+}  # fmt: skip
+IN_TRANSFORMER = {Attention, nn.Linear, nn.LayerNorm, SequenceGroupNorm, LayerScale, nn.Identity}
+# Classes of the parts of layers, whose attributes the fast layers read (default: any in `KNOWN`).
+PARTS: dict[type, set[type]] = {
+    HEncLayer: IN_BRANCH, HDecLayer: IN_BRANCH, Attention: {nn.Linear}, BLSTM: {nn.LSTM, nn.Linear},
+    SelfLayer: IN_TRANSFORMER, CrossLayer: IN_TRANSFORMER,
 }  # fmt: skip

@@ -5,52 +5,27 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import DConv
+from ..demucs import Demucs
 from ..errors import ModelLoadingError
+from ..hdemucs import HybridUNet
 from ..utils import pick_sources, shortened
 
 MOST = 32  # windows in a batch, which keep any GPU busy
 SHARE = 0.8  # of the free memory that a batch may take
 # A network between the transforms of a model: real tensors in and out, of fixed shapes.
 Network = Callable[..., tuple[Tensor, ...]]
+Model = Demucs | HybridUNet  # the base classes of the networks here
 # Errors of a network whose configuration is wrong, beside arithmetic and PyTorch's.
 ALSO_RAISED = (AssertionError, TypeError, ValueError)
-
-
-class Model(Protocol):
-    """A `torch.nn.Module` of a family of ours.
-
-    `samplerate` is in hertz, and `segment`, the length of a window, in seconds. `options` is the
-    dataclass that describes the architecture.
-    """
-
-    sources: list[str]
-    samplerate: int
-    audio_channels: int
-    segment: float
-    options: Any
-
-    def __call__(
-        self, mix: Tensor, *, stems: Sequence[int] | None = None, network: Network | None = None
-    ) -> Tensor:
-        """Separate `mix` `[B, C, T]` into all sources, or those of `stems`, `[B, S, C, T]`.
-
-        `network` runs instead of the model's own.
-        """
-
-    def network(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the network between the transforms."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Weights by name."""
 
 
 class Member:
@@ -78,9 +53,13 @@ class Member:
         self.max_segment = float(getattr(ask, "max_segment", inf))
         self.valid_length = getattr(ask, "valid_length", lambda length: length)
         self.consume_random = getattr(ask, "consume_random", lambda draw: None)
-        # As it is called, even if the function wraps another one.
-        parameters = inspect.signature(module.forward, follow_wrapped=False).parameters
-        self._takes_stems = "stems" in parameters
+        try:
+            # As it is called, even if the function wraps another one.
+            signature = inspect.signature(module.forward, follow_wrapped=False)
+            plain = type(module).__call__ is nn.Module.__call__
+            self._takes_stems = plain and "stems" in signature.parameters
+        except ValueError:  # a function that is not Python's, such as one of TorchScript
+            self._takes_stems = False
 
     @property
     def device(self) -> torch.device | None:

@@ -53,7 +53,7 @@ class Backend(Base):
         if half and self.device.type == "cpu":
             model = cast(model, dtype)
             if not self.options.compile:
-                return model  # type: ignore[return-value]
+                return model
         network: Network = model.network
         if self.options.compile:
             network = torch.compile(network)
