@@ -20,7 +20,7 @@ from demucs_infer.log import logger
 from demucs_infer.storage import http
 
 from .helpers import TINY, Command, fast_model, noise, publish, save_package, separate, shake
-from .web import Web, serving
+from .tools.web import Web, serving
 
 
 @pytest.fixture(autouse=True)

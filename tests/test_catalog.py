@@ -13,9 +13,9 @@ from demucs_infer.api import list_models
 from demucs_infer.catalog import catalog
 from demucs_infer.hub import registry
 
-from . import web as answers
 from .helpers import SOURCES, assert_one_line, separate
-from .web import Web
+from .tools import web as answers
+from .tools.web import Web
 
 
 def line_of(name: str, text: str) -> str:

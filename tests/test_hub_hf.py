@@ -21,10 +21,10 @@ from demucs_infer.pretrained import get_model, model_label
 from demucs_infer.repo import RemoteRepo
 from demucs_infer.states import load_model, save_model
 
-from . import web as answers
 from .helpers import TINY, run, shake
-from .hub import COMMIT, TOKEN, Hub, serving_hub
-from .web import Web
+from .tools import web as answers
+from .tools.hub import COMMIT, TOKEN, Hub, serving_hub
+from .tools.web import Web
 
 MAIN = "from demucs_infer.separate import command; import sys; command(sys.argv[1:])"
 

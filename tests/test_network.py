@@ -22,9 +22,9 @@ from demucs_infer.states import load_model, save_model
 from demucs_infer.storage import http
 
 from .helpers import noise
-from .hub import serving_hub
 from .tools import synth
-from .web import Web
+from .tools.hub import serving_hub
+from .tools.web import Web
 
 RELEASED = [name for name in registry.bags() if not registry.is_community(name)]
 LONGEST = 1e-5  # difference of stems, of the reference's peak

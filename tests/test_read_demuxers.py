@@ -14,7 +14,7 @@ from demucs_infer.errors import LoadAudioError
 from demucs_infer.read.quirks import DEMUXERS
 
 from .helpers import noise
-from .web import serving
+from .tools.web import serving
 
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:2,\n{0}\n"
 DASH = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"

@@ -35,9 +35,9 @@ from demucs_infer.pretrained import (
 from demucs_infer.repo import AnyModel, BagOnlyRepo, LocalRepo, RemoteRepo, check_checksum
 from demucs_infer.states import save_model, save_with_checksum
 
-from . import web as answers
 from .helpers import SOURCES, TINY, run, save_package
-from .web import Web
+from .tools import web as answers
+from .tools.web import Web
 
 
 @pytest.fixture

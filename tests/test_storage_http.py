@@ -27,8 +27,8 @@ from demucs_infer.storage import http, locations
 from demucs_infer.storage.http import Download, HostError, Limits
 from demucs_infer.storage.locations import Url, local_copy
 
-from . import web as answers
-from .web import CONTENT, DIGEST, HALF, SLOW, Web, breaks_at, serving, stalls_at, status
+from .tools import web as answers
+from .tools.web import CONTENT, DIGEST, HALF, SLOW, Web, breaks_at, serving, stalls_at, status
 
 QUICK = Limits(backoff=0.0, timeout=10.0)
 FASTER = Limits(attempts=2, backoff=0, span=0.5, slowest=100_000)

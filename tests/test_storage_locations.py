@@ -17,7 +17,7 @@ from demucs_infer.errors import LoadAudioError, SaveAudioError
 from demucs_infer.storage.locations import Url, location, parent_name, publish
 
 from .helpers import SOURCES, Command, assert_one_line, environment, run, stems_of, wav
-from .web import serving
+from .tools.web import serving
 
 
 @pytest.mark.parametrize(
