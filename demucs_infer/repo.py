@@ -121,6 +121,7 @@ class RemoteRepo(ModelOnlyRepo):
         urls = {sig: checkpoint.urls[0] for sig, checkpoint in known.items()}
         self._models = urls if models is None else dict(models)
         self._cache_dir, self._offline = cache_dir, offline
+        self._required: list[str] = []  # signatures of a bag, which messages name together
         self._checkpoints = {
             sig: known[sig]
             if sig in known and url in known[sig].urls
@@ -154,15 +155,16 @@ class RemoteRepo(ModelOnlyRepo):
                 if problems:
                     logger.warning("%s. %s is used", "; ".join(problems), path)
                 return content
-        problem = "; ".join(problems) or self._absence([sig])
+        absent = list(dict.fromkeys([sig, *self._absent()]))
+        problem = "; ".join(problems) or self._absence(absent)
         if checkpoint.embedded:
             raise ModelLoadingError(f"{problem}. Install the package again")
         if registry.is_offline(self._offline):
-            raise DownloadError(f"{problem}, {NO_NETWORK}. {self._by_hand([sig])}")
+            raise DownloadError(f"{problem}, {NO_NETWORK}. {self._by_hand(absent)}")
         try:
             path, digest = fetch_any(sources_of(sig, checkpoint), self._own_path(sig).parent)
         except DownloadError as exc:
-            raise DownloadError(f"{exc}. {problem}. {self._by_hand([sig])}") from exc
+            raise DownloadError(f"{exc}. {problem}. {self._by_hand(absent)}") from exc
         return Content.read(path).checked(digest)
 
     def _own_path(self, sig: str) -> Path:
@@ -194,12 +196,13 @@ class RemoteRepo(ModelOnlyRepo):
         found = next((path for path, _ in self._files(sig)), None)
         return found or self._own_path(sig), found is not None
 
+    def _absent(self) -> list[str]:
+        missing = (sig for sig in self._required if not self.locate(sig)[1])
+        return [sig for sig in missing if not self._checkpoints[sig].embedded]
+
     def require(self, signatures: Iterable[str]) -> None:
-        absent = [
-            sig
-            for sig in dict.fromkeys(signatures)
-            if not self.locate(sig)[1] and not self._checkpoints[sig].embedded
-        ]
+        self._required = list(dict.fromkeys(signatures))
+        absent = self._absent()
         if absent and registry.is_offline(self._offline):
             raise DownloadError(f"{self._absence(absent)}, {NO_NETWORK}. {self._by_hand(absent)}")
 

@@ -201,11 +201,11 @@ def test_what_is_missing_is_one_message(published: Web, tmp_path: Path) -> None:
             assert part in message
     assert published.paths == []
     published.always = answers.status(404)
-    with pytest.raises(
-        DownloadError, match=r"^No connection to 127.0.0.1:1 .*refused\); .*404 Not Found. "
-    ):
-        get_model("one")
-    assert str(caught.value).count(digest) == 1
+    reasons = r"^No connection to 127.0.0.1:1 .*refused\); .*404 Not Found. "
+    for name, number in (("both", 2), ("one", 1)):
+        with pytest.raises(DownloadError, match=reasons) as caught:
+            get_model(name)
+        assert str(caught.value).count(f"(SHA-256 {digest})") == number
 
 
 def test_offline_by_the_environment(
