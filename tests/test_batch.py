@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from .helpers import (
     pair,
     run,
     save_package,
+    separate,
     stems_of,
     write_track,
 )
@@ -289,6 +291,18 @@ def test_track_that_does_not_fit_on_the_disk_leaves_room_for_the_next(
     assert "2 tracks: 1 separated, 1 failed" in result.stderr
     listed = [line for line in result.stdout.splitlines() if not line.startswith("Separat")]
     assert sorted(listed) == sorted(f"disk/tiny/short/{name}.wav" for name in SOURCES)
+
+
+@pytest.mark.parametrize("options", [[], ["--player"]])
+def test_warning_of_a_full_disk_counts_the_page(
+    options: list[str], fast_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracks = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    for track in tracks:
+        write_track(track, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
+    options = ["--repo", fast_repo, "-n", "tiny", "-o", tmp_path / "out", "--mp3", *options]
+    assert ("2 MB free" in separate(*options, *tracks).stderr) == ("--player" in options)
 
 
 PEAK = """

@@ -34,7 +34,7 @@ from ..storage.spool import Spool, Workspace
 from ..utils import DummyPoolExecutor
 from ..write.encode import encoding_errors
 from ..write.metadata import read_cover
-from ..write.output import PIPE, PIPE_NAME, Output
+from ..write.output import PAGE_FORMAT, PIPE, PIPE_NAME, Output
 from ..write.player import check_length
 from ..write.video import Video
 from ..write.writer import StemFile, Target, TrackWriter
@@ -314,8 +314,11 @@ def warn_of_full_disk(
                 lengths.append(min(seconds, separator.options.duration or seconds))
     rate, channels = separator.samplerate, separator.audio_channels
     stems = len(output.stems(separator.stems))
-    size = output.file_format.bytes_per_second(rate, channels)
-    files = sum(lengths) * max(1, len(jobs) / MEASURED) * stems * size
+    size = stems * output.file_format.bytes_per_second(rate, channels)
+    if output.player:
+        # Its sounds and that of the mix, in base64.
+        size += (stems + 1) * PAGE_FORMAT.bytes_per_second(rate, channels) * 4 / 3
+    files = sum(lengths) * max(1, len(jobs) / MEASURED) * size
     # The track, and stems that wait until their peaks are known, are kept as float32.
     needed = max(files, max(lengths) * rate * channels * 4 * (1 + stems))
     free = shutil.disk_usage(space.path).free
