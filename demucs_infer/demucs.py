@@ -149,6 +149,9 @@ class Demucs(nn.Module):
         self.samplerate = options.samplerate
         self.segment = options.segment
         self.depth = options.depth
+        # Only programs read these.
+        for name in "channels context kernel_size stride normalize resample".split():
+            setattr(self, name, getattr(options, name))
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         chin, channels = options.audio_channels, options.channels
         for index in range(options.depth):

@@ -121,6 +121,16 @@ class HybridUNet(nn.Module):
         self.hop_length = options.nfft // 4
         self.cac = options.cac
         self.wiener_iters = options.wiener_iters
+        # Only programs read these.
+        for name in (
+            "channels",
+            "context",
+            "kernel_size",
+            "stride",
+            "end_iters",
+            "wiener_residual",
+        ):
+            setattr(self, name, getattr(options, name))
         # The first hybrid models were trained with zeros around the window, and are not realigned.
         self.hybrid_old = getattr(options, "hybrid_old", False)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -322,6 +332,7 @@ class HDemucs(HybridUNet):
     @capture_init
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(HDemucsOptions(*args, **kwargs))
+        self.hybrid = True
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(x), torch.zeros_like(x)
