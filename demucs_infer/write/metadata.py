@@ -297,7 +297,7 @@ class Flac(_Vorbis):
 
 
 class Ogg(_Vorbis):
-    """Ogg: the cover is among the comments. The encoder gets as many bytes of spaces to write."""
+    """Ogg: the cover is among the comments. The encoder writes spaces in their place first."""
 
     def prepare(self) -> None:
         self.names = {"comment": " " * len(self._packet(b""))}
