@@ -180,8 +180,8 @@ def apply_model(
         lock: a context manager that is held while `callback` runs.
         callback: called before and after each window, in the caller's thread, with a dictionary:
             `model_idx_in_bag`, `shift_idx`, `segment_offset` (samples), `state` ("start" or
-            "end"), `audio_length` (samples) and `models` (their number). An
-            exception that it raises stops the separation and is raised here.
+            "end"), `audio_length` (samples) and `models` (their number). An exception that it
+            raises stops the separation and is raised here.
         callback_arg: entries to add to that dictionary.
         stems: the sources that are wanted, in this order (default: all). Models of a bag that do
             not contribute to them are not run.

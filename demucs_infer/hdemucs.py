@@ -122,14 +122,7 @@ class HybridUNet(nn.Module):
         self.cac = options.cac
         self.wiener_iters = options.wiener_iters
         # Only programs read these.
-        for name in (
-            "channels",
-            "context",
-            "kernel_size",
-            "stride",
-            "end_iters",
-            "wiener_residual",
-        ):
+        for name in "channels context kernel_size stride end_iters wiener_residual".split():
             setattr(self, name, getattr(options, name))
         # The first hybrid models were trained with zeros around the window, and are not realigned.
         self.hybrid_old = getattr(options, "hybrid_old", False)
