@@ -244,8 +244,9 @@ def test_files_that_cannot_be_written(web: Web, target: Path, tmp_path: Path) ->
     target.parent.mkdir()
     (tmp_path / "victim").write_bytes(CONTENT[:HALF])
     target.with_name("file.th.part").symlink_to(tmp_path / "victim")
+    (tmp_path / "hard.th.part").hardlink_to(tmp_path / "victim")
     os.mkfifo(tmp_path / "pipe.th")
-    names = "victim/file.th", "folder.th", "pipe.th"
+    names = "victim/file.th", "folder.th", "pipe.th", "hard.th"
     for path in (*(tmp_path / name for name in names), target):
         with pytest.raises(DownloadError, match="cannot be written"):
             get(web, path)

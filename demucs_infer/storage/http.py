@@ -499,4 +499,8 @@ def _size(path: Path) -> int:
 
 def _without_links(path: str, flags: int) -> int:
     """Open a file. Raises `OSError` for a link, which another user may have made."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError("it has a second name")
+    return descriptor
