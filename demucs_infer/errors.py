@@ -11,6 +11,8 @@ DemucsInferError
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
+from argparse import ArgumentTypeError
+
 from .log import printable
 
 
@@ -44,8 +46,11 @@ class SaveAudioError(AudioError, OSError):
     """A stem cannot be written."""
 
 
-class OptionError(DemucsInferError, ValueError):
-    """An option has a value that is out of range, unknown, or not supported."""
+class OptionError(DemucsInferError, ValueError, ArgumentTypeError):
+    """An option has a value that is out of range, unknown, or not supported.
+
+    If a `type` of argparse raises it, the parser shows its text.
+    """
 
 
 class DeviceError(OptionError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +196,7 @@ def test_folders_are_named_like_the_tracks(command: Command, track: Path, tmp_pa
         ("--format mka --stems mix=drums", 2, ["'mix'"]),
         ("--filename ../../{stem}.{ext}", 2, ["outside"]),
         ("--filename {track}.{ext} --stems bass -o .", 2, ["replace"]),
+        ("-o ''", 2, ["--out", "an empty name is not a file"]),
         ("-o -", 2, ["one stem, not 4"]),
         ("-o - --stems bass other.wav", 2, ["one track, not 2"]),
         ("--ray -o -", 2, ["--ray", "standard output"]),
@@ -209,7 +211,7 @@ def test_wrong_usage_is_one_line_and_changes_nothing(
     for name in ("tiny/a.wav", "other.wav"):
         write_track(tmp_path / name)
     (tmp_path / "bad.th").write_text("no weights")
-    result = command("tiny/a.wav", *options.split())
+    result = command("tiny/a.wav", *shlex.split(options))
     assert_one_line(result, *words)
     assert result.returncode == status
     assert stems_of(tmp_path) == {"tiny/a.wav", "other.wav", "bad.th"}
