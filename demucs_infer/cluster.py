@@ -133,8 +133,8 @@ def separate_on_ray(
     """
     waiting = dict.fromkeys(tracks)
 
-    def remove_workspaces(patience: float = 0) -> None:
-        with output.workspace(patience):
+    def remove_workspaces(timeout: float = 0) -> None:
+        with output.workspace(timeout):
             pass
 
     def run(part: Sequence[str], calls: int) -> None:

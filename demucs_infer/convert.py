@@ -124,7 +124,7 @@ def export(
     import torch
 
     from .engine.backends.onnxruntime import network_graph
-    from .utils import appearing
+    from .utils import atomic_write
 
     path, ours, example = Path(path), cast(Any, model), list[torch.Tensor]()
     length = int(ours.segment * ours.samplerate)
@@ -151,7 +151,7 @@ def export(
     texts = {"recipe": recipe, "precision": precision, "batch": "any" if dynamic else "1"}
     for name, value in (texts | {name: json.dumps(fact) for name, fact in facts.items()}).items():
         graph.metadata_props.add(key=name, value=value)
-    with appearing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(graph.SerializeToString())
     return path
 

@@ -26,7 +26,7 @@ from .htdemucs import HTDemucs
 from .hub.checkpoints import read_package, write_safetensors
 from .hub.pickles import ClassName
 from .log import logger
-from .utils import Uninitialized, appearing, capture_init, shortened
+from .utils import Uninitialized, atomic_write, capture_init, shortened
 
 __all__ = [
     "capture_init",
@@ -393,7 +393,7 @@ def save_with_checksum(content: Any, path: str | os.PathLike[str]) -> Path:
     torch.save(content, buffer)
     digest = sha256(buffer.getvalue()).hexdigest()[:CHECKSUM_DIGITS]
     path = path.with_name(f"{path.stem}-{digest}{path.suffix}")
-    with appearing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return path
 

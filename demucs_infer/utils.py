@@ -176,7 +176,7 @@ def shortened(value: Any) -> str:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Lend a temporary file that is renamed to `path` if the block succeeds, and removed if not.
 
     Raises `OSError` if the file cannot be created.

@@ -279,7 +279,7 @@ def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) 
     import torch
     from torch import Tensor
 
-    from ..utils import appearing
+    from ..utils import atomic_write
 
     metadata = {
         "klass": package["klass"].dotted,
@@ -294,6 +294,6 @@ def write_safetensors(package: Mapping[str, Any], path: str | os.PathLike[str]) 
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    with appearing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         safetensors.torch.save_file(copies, temporary, metadata)
     return Path(path)

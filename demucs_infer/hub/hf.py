@@ -209,7 +209,7 @@ def hub_file(model: HubModel, file: str, *, offline: bool) -> Path:
 
 def _fetch(model: HubModel, file: str) -> Path:
     """Download the current version of a file into the hub's cache, unless it is there."""
-    from ..utils import appearing
+    from ..utils import atomic_write
 
     found, folder = RemoteFile.ask(model.url(file)), model.folder()
     if not (found.commit and found.etag):
@@ -225,7 +225,7 @@ def _fetch(model: HubModel, file: str) -> Path:
         if model.revision != found.commit:
             reference = folder / "refs" / model.revision
             reference.parent.mkdir(parents=True, exist_ok=True)
-            with appearing(reference) as temporary:
+            with atomic_write(reference) as temporary:
                 temporary.write_text(found.commit, encoding="ascii")
     except OSError as exc:
         raise DownloadError(f"{path}: cannot be written ({exc.strerror or exc})") from exc

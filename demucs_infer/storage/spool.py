@@ -86,16 +86,16 @@ class Spool:
 class Workspace:
     """A hidden folder in `folder`, which exists while the block runs.
 
-    Workspaces whose processes are dead, or die within `patience` seconds, are removed. A process
+    Workspaces whose processes are dead, or die within `timeout` seconds, are removed. A process
     holds the lock of a workspace from before it uses it until after it has removed it, and removes
     only workspaces whose lock it holds. So nobody removes a workspace that is in use.
 
     Raises `SaveAudioError` if `folder` cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, patience: float = 0) -> None:
+    def __init__(self, folder: Path, timeout: float = 0) -> None:
         self.folder = folder
-        self.patience = patience
+        self.timeout = timeout
 
     def __enter__(self) -> Workspace:
         with _writing(self.folder):
@@ -112,7 +112,7 @@ class Workspace:
         _remove(self.path, self._lock)
 
     def _remove_abandoned(self) -> None:
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + self.timeout
         for path in self.folder.glob(f"{TEMPORARY}*"):
             # A folder without our lock file is not ours, nor is one of another user.
             with contextlib.suppress(OSError):

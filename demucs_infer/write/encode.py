@@ -24,7 +24,7 @@ from ..read.packets import AV_ERRORS
 from ..read.pcm import f32_pcm, i16_pcm, i24_pcm, prevent_clip
 from ..resample import resample
 from ..tags import clean_tags
-from ..utils import appearing
+from ..utils import atomic_write
 from .formats import ALL_FORMATS, DEFAULT_BITS, LAYOUTS, VORBIS, Format, find_format, soundfile
 
 ClipMode = Literal["rescale", "rescale-all", "clamp", "tanh", "none"]
@@ -267,7 +267,7 @@ def _write(wav: Tensor, path: Path, samplerate: int, format: Format) -> None:
         raise OptionError(f"samplerate={samplerate!r} is not a whole number of hertz")
     rate = format.samplerate(hertz)
     wav = resample(f32_pcm(wav.cpu()), hertz, rate)
-    with encoding_errors(path), appearing(path) as temporary, temporary.open("w+b") as file:
+    with encoding_errors(path), atomic_write(path) as temporary, temporary.open("w+b") as file:
         target = encoder(file, format, rate, wav.shape[0])
         target.write([wav])
         target.close()

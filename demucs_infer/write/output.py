@@ -224,7 +224,7 @@ class Output:
         """True if the stem goes to standard output."""
         return self._folder == PIPE
 
-    def workspace(self, patience: float = 0) -> Workspace:
+    def workspace(self, timeout: float = 0) -> Workspace:
         """Return a hidden folder for unfinished files: among the stems if these are local.
 
         Raises `SaveAudioError` if files in the output folder cannot be made. Makes nothing before
@@ -238,10 +238,10 @@ class Output:
             if not there.is_dir() or not os.access(there, os.W_OK):
                 reason = "Permission denied" if there.is_dir() else f"{there} is not a folder"
                 raise SaveAudioError(f"{self.folder}: cannot be written to ({reason})")
-            return Workspace(self._folder, patience)
+            return Workspace(self._folder, timeout)
         check_folder(self._folder)
         try:
-            return Workspace(Path(tempfile.gettempdir()), patience)
+            return Workspace(Path(tempfile.gettempdir()), timeout)
         except OSError as exc:
             raise SaveAudioError(
                 f"no folder for temporary files, set TMPDIR: {exc.strerror}"
