@@ -11,7 +11,7 @@ DemucsInferError
 └── MissingDependencyError (ImportError)  an optional package that this task needs
 """
 
-from argparse import ArgumentTypeError
+import argparse
 
 from .log import printable
 
@@ -46,7 +46,7 @@ class SaveAudioError(AudioError, OSError):
     """A stem cannot be written."""
 
 
-class OptionError(DemucsInferError, ValueError, ArgumentTypeError):
+class OptionError(DemucsInferError, ValueError, argparse.ArgumentTypeError):
     """An option has a value that is out of range, unknown, or not supported.
 
     If a `type` of argparse raises it, the parser shows its text.
