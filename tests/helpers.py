@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -275,6 +275,18 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> No
     assert errors[0].startswith("demucs-infer: error: ")
     for word in words:
         assert word in errors[0]
+
+
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
+    """Let files grow to `size` bytes only, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def decibels(ours: Tensor, theirs: Tensor) -> float:

@@ -24,6 +24,7 @@ from demucs_infer.audio import (
     save_audio,
 )
 from demucs_infer.errors import LoadAudioError, OptionError, SaveAudioError
+from demucs_infer.separate import load_track
 from demucs_infer.write import formats
 from demucs_infer.write.output import CLIP_MODE_NAMES
 
@@ -95,6 +96,7 @@ def test_file_objects_and_paths_of_bytes_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     save_audio(noise(2, 1000), path, 44100)
     expected = AudioFile(path).read()
+    assert torch.equal(load_track(path, 2, 44100), expected[0])
     buffer = io.BytesIO(path.read_bytes())
     buffer.seek(100)
     (tmp_path / "a.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -105,10 +107,20 @@ def test_file_objects_and_paths_of_bytes_are_read(tmp_path: Path) -> None:
         assert not file.closed
 
 
+class Breaking(io.BytesIO):
+    """A file whose first half can be read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > len(self.getvalue()) // 2:
+            raise RuntimeError("the server is gone")
+        return super().read(size)
+
+
 def test_unreadable_file_objects_are_an_error(tmp_path: Path) -> None:
     save_audio(noise(2, 44100), path := tmp_path / "a.wav", 44100)
     data = gzip.compress(path.read_bytes())
     (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
+    gone = Breaking(path.read_bytes())
     closed, (reader, writer) = io.BytesIO(b"RIFF"), os.pipe()
     closed.close()
     os.close(writer)
@@ -117,7 +129,7 @@ def test_unreadable_file_objects_are_an_error(tmp_path: Path) -> None:
         os.fdopen(reader, "rb") as pipe,
         gzip.open(tmp_path / "cut.gz") as cut,
     ):
-        for given in (closed, text, pipe, cut, io.BytesIO(), io.BytesIO(bytes(5000))):
+        for given in (closed, text, pipe, cut, gone, io.BytesIO(), io.BytesIO(bytes(5000))):
             with pytest.raises(LoadAudioError) as caught:
                 AudioFile(given).read()
             assert "\n" not in str(caught.value)

@@ -24,7 +24,18 @@ from demucs_infer.engine.options import SeparationOptions
 from demucs_infer.errors import MissingDependencyError, OptionError
 from demucs_infer.htdemucs import HTDemucs
 
-from .helpers import FAMILIES, SMALL, TINY, assert_close, decibels, environment, noise, pair, run
+from .helpers import (
+    FAMILIES,
+    SMALL,
+    TINY,
+    assert_close,
+    decibels,
+    environment,
+    limited_file_size,
+    noise,
+    pair,
+    run,
+)
 
 # This network is converted within a second and takes windows of any length.
 LIGHT = (Demucs, {**SMALL, "depth": 2, "dconv_mode": 0, "lstm_layers": 0})
@@ -288,6 +299,8 @@ def test_an_entry_is_read_back(tmp_path: Path) -> None:
     cache.store("a", b"network")
     os.umask(before)
     assert cache.load("a") == b"network"
+    with limited_file_size(50):
+        cache.store("b", bytes(100))
     assert {path.name for path in cache.folder.iterdir()} == {"a", "a.sha256"}
     (tmp_path / "cache" / "a").write_bytes(b"damaged")
     assert cache.load("a") is None

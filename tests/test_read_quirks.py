@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from demucs_infer.audio import AudioFile
+from demucs_infer.errors import LoadAudioError
 from demucs_infer.read.quirks import Link
 
 from .helpers import FFMPEG_MAJOR, noise
@@ -67,9 +68,22 @@ def test_he_aac_starts_on_time(padding: int, tmp_path: Path) -> None:
     # FFmpeg 9 also drops the padding at the end.
     assert 0 <= expected.shape[-1] - ours.shape[-1] < 2 * 2048
     assert torch.equal(ours, expected[:, : ours.shape[-1]])
+    path.write_bytes(data.replace(b" 000009E1 ", b" nonsense "))
+    assert torch.equal(AudioFile(path).read(streams=0), whole)
     if FFMPEG_MAJOR < 9:  # it drops half of the padding of 2529 samples
         with av.open(str(HE_AAC)) as container:
             assert next(container.decode(audio=0)).pts == 1265
+
+
+def test_links_of_an_ogg_file_are_found_behind_junk_up_to_a_number() -> None:
+    soundfile.write(first := io.BytesIO(), noise(2, 5000).T.numpy(), 44100, format="OGG")
+    once = first.getvalue()
+    expected = AudioFile(first).read()
+    twice = AudioFile(io.BytesIO(once + bytes(70_000) + once)).read()
+    assert torch.equal(twice, torch.cat([expected, expected], -1))
+    pages = [b"OggS\0" + bytes([flags, *bytes(20), 1, 0]) for flags in (2, 0)]
+    with pytest.raises(LoadAudioError, match="more than 10000 streams"):
+        AudioFile(io.BytesIO(b"".join(pages) * 10_001)).read()
 
 
 @pytest.mark.parametrize("start", [0, 3, 8, 10])

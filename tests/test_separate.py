@@ -6,7 +6,6 @@ import random
 import re
 import shlex
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import demucs.separate
@@ -23,6 +22,7 @@ from .helpers import (
     Command,
     assert_one_line,
     json_lines,
+    limited_file_size,
     noise,
     separate,
     stems_of,
@@ -223,18 +223,6 @@ def test_missing_encoder_is_reported_before_the_work(
     monkeypatch.setitem(sys.modules, "soundfile", None)
     result = command("-n", "nothing", "--format", "ogg", track)
     assert_one_line(result, "pip install soundfile")
-
-
-@contextmanager
-def limited_file_size(size: int):
-    """Let files grow to `size` bytes only, as a full disk does."""
-    resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "mka", "stem.mp4"])

@@ -67,3 +67,5 @@ def test_sum_leaves_its_parts_alone() -> None:
     assert torch.equal(total, torch.full((2, 5), 11.0))
     assert torch.equal(sources["drums"], torch.ones(2, 5))
     assert torch.equal(mix(Stem.parse("bass"), sources), sources["bass"])
+    silence = mix(Stem("no_drums", ()), {"drums": sources["drums"]})  # of a model of one source
+    assert torch.equal(silence, torch.zeros(2, 5))
