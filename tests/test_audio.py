@@ -107,6 +107,24 @@ def test_file_objects_and_paths_of_bytes_are_read(tmp_path: Path) -> None:
         assert not file.closed
 
 
+def test_unreadable_file_objects_are_an_error(tmp_path: Path) -> None:
+    save_audio(noise(2, 44100), path := tmp_path / "a.wav", 44100)
+    data = gzip.compress(path.read_bytes())
+    (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
+    closed, (reader, writer) = io.BytesIO(b"RIFF"), os.pipe()
+    closed.close()
+    os.close(writer)
+    with (
+        path.open("r", encoding="latin-1") as text,
+        os.fdopen(reader, "rb") as pipe,
+        gzip.open(tmp_path / "cut.gz") as cut,
+    ):
+        for given in (closed, text, pipe, cut, io.BytesIO(), io.BytesIO(bytes(5000))):
+            with pytest.raises(LoadAudioError) as caught:
+                AudioFile(given).read()
+            assert "\n" not in str(caught.value)
+
+
 class Breaking(io.BytesIO):
     """A file whose first half can be read."""
 
@@ -116,23 +134,11 @@ class Breaking(io.BytesIO):
         return super().read(size)
 
 
-def test_unreadable_file_objects_are_an_error(tmp_path: Path) -> None:
-    save_audio(noise(2, 44100), path := tmp_path / "a.wav", 44100)
-    data = gzip.compress(path.read_bytes())
-    (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
-    gone = Breaking(path.read_bytes())
-    closed, (reader, writer) = io.BytesIO(b"RIFF"), os.pipe()
-    closed.close()
-    os.close(writer)
-    with (
-        path.open("r", encoding="latin-1") as text,
-        os.fdopen(reader, "rb") as pipe,
-        gzip.open(tmp_path / "cut.gz") as cut,
-    ):
-        for given in (closed, text, pipe, cut, gone, io.BytesIO(), io.BytesIO(bytes(5000))):
-            with pytest.raises(LoadAudioError) as caught:
-                AudioFile(given).read()
-            assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("format", ["wav", "flac", "mp3"])
+def test_a_file_that_cannot_be_read_to_its_end_is_not_damaged_but_an_error(format: str) -> None:
+    soundfile.write(content := io.BytesIO(), noise(2, 500_000).T.numpy(), 44100, format=format)
+    with pytest.raises(LoadAudioError, match=r"cannot be read \(.*the server is gone\)"):
+        AudioFile(Breaking(content.getvalue())).read()
 
 
 def test_folders_and_pipes_are_not_opened(tmp_path: Path) -> None:

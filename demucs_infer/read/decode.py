@@ -187,11 +187,12 @@ class AudioFile:
                     if last is not None and position >= last:
                         break
         except AV_ERRORS as exc:
-            raise self._undecodable(reason(exc)) from exc
+            raise self._undecodable(exc) from exc
 
         converter, packets = decoder.converter, decoder.good + decoder.bad
         if decoder.good < decoder.bad:
-            raise self._undecodable(f"{decoder.bad} of its {packets} packets are damaged")
+            problem = ValueError(f"{decoder.bad} of its {packets} packets are damaged")
+            raise self._undecodable(problem)
         if not converter.samples:
             raise LoadAudioError(f"{self.name}: has no audio samples")
         if not converter.reaches(0):
@@ -213,8 +214,10 @@ class AudioFile:
                         decoder.damage.add_missing(seconds)
         yield from decoder.converter.flush()
 
-    def _undecodable(self, reason: str) -> LoadAudioError:
-        message = f"{self.name}: cannot be decoded as audio ({reason})"
+    def _undecodable(self, exc: Exception) -> LoadAudioError:
+        if isinstance(exc, OSError) and not isinstance(exc, av.FFmpegError):
+            return LoadAudioError(f"{self.name}: cannot be read ({reason(exc)})")
+        message = f"{self.name}: cannot be decoded as audio ({reason(exc)})"
         return LoadAudioError(f"{message}. Convert it to WAV, or name an audio file")
 
     @contextmanager
@@ -253,7 +256,7 @@ class AudioFile:
         try:
             container = open_container(link, pictures)
         except AV_ERRORS as exc:
-            raise self._undecodable(reason(exc)) from exc
+            raise self._undecodable(exc) from exc
         with container:
             channels = max((getattr(s, "channels", 0) for s in container.streams.audio), default=0)
             if channels > MAX_CHANNELS:

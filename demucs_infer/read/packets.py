@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .quirks import undropped_padding
 
-AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+DAMAGE_ERRORS = (av.FFmpegError, ValueError)
+AV_ERRORS = (*DAMAGE_ERRORS, OSError)  # also of a file that cannot be read any more
 MAX_CHANNELS = 24
 SAMPLE_RATES = range(1000, 768_001)  # hertz
 MAX_DEMUX_FAILURES = 8  # in a row, before the rest of a file is given up
@@ -232,7 +233,7 @@ class TrackDecoder:
                         failures = 0
                         yield packet
                 break
-            except AV_ERRORS:
+            except DAMAGE_ERRORS:
                 failures += 1
         if failures:
             self.bad += 1
@@ -247,7 +248,7 @@ class TrackDecoder:
                 has_channels = 0 < frame.layout.nb_channels <= MAX_CHANNELS
                 if not has_channels or frame.rate not in SAMPLE_RATES:
                     raise ValueError("not a frame of music")
-        except AV_ERRORS:
+        except DAMAGE_ERRORS:
             if packet is not None:
                 self.bad += 1
                 self._lost.append(float((packet.duration or 0) * (packet.time_base or 0)))
