@@ -7,7 +7,9 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest import mock
 
+import av
 import demucs.separate
 import numpy as np
 import pytest
@@ -58,6 +60,8 @@ def test_tracks_and_folders_are_looked_for_before_the_model(tmp_path: Path) -> N
     assert_one_line(separate(*model, "empty", cwd=tmp_path), "no audio files in empty", "1")
     both = separate(*model, "none.mp3", "empty", cwd=tmp_path)
     assert (both.returncode, both.stderr.count("error:")) == (1, 2)
+    many = separate(*model, *(f"{number}.mp3" for number in range(1001)), cwd=tmp_path)
+    assert many.stderr.endswith("    and 1 more, which are named above\n")
     (tmp_path / "file").touch()
     write_track(tmp_path / "a.wav")
     assert_one_line(separate(*model, "-o", "file", "a.wav", cwd=tmp_path), "file", "cannot be")
@@ -223,6 +227,9 @@ def test_missing_encoder_is_reported_before_the_work(
     monkeypatch.setitem(sys.modules, "soundfile", None)
     result = command("-n", "nothing", "--format", "ogg", track)
     assert_one_line(result, "pip install soundfile")
+    monkeypatch.setattr(av, "Codec", mock.Mock(side_effect=ValueError))
+    result = command("-n", "nothing", "--format", "opus", track)
+    assert_one_line(result, "libopus", "install the one of PyPI")
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "mka", "stem.mp4"])

@@ -91,6 +91,9 @@ def test_patterns_and_lists_of_urls(
     assert list(read_list(Url("memory://list.txt"))) == [Path("a.wav")]
     with pytest.raises(LoadAudioError, match="no such file"):
         next(read_list(Url("memory://none.txt")))
+    memory.pipe("/docs/notes.txt", b"x")
+    with pytest.raises(LoadAudioError, match="no audio files in memory://docs"):
+        list(find_tracks([Url("memory://docs")]))
     assert list(find_tracks([Url("s3://bucket")], leave_out=Url("s3://bucket/x"))) == [
         Url("s3://bucket/y/c.wav"),
         Url("s3://bucket/y/d [1].wav"),
