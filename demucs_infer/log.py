@@ -94,24 +94,26 @@ class _Printable(logging.Filter):
 
 
 class _Handler(logging.Handler):
-    """Writes records to the current standard error. Nothing fails if nobody can read them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.levelno != NOTICE:
-            level = "error" if record.levelno == logging.ERROR else record.levelname
-            text = f"demucs-infer: {level}: {text}"
-            if is_terminal(sys.stderr):
-                width = shutil.get_terminal_size().columns
-                text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-        if record.exc_info:
-            trace = logging.Formatter().formatException(record.exc_info)
-            text += "\n" + printable(trace, keep="\n")
-        return text
+    """Writes records to the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            write(f"{self.format(record)}\n", sys.stderr)
+        trace = ""
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            trace = "\n" + printable(trace, keep="\n")
+        _show(record.levelno, record.getMessage(), trace)
+
+
+def _show(level: int, text: str, trace: str = "") -> None:
+    """Write a message to the current standard error. Nothing fails if nobody can read it."""
+    if level != NOTICE:
+        name = "error" if level == logging.ERROR else logging.getLevelName(level)
+        text = f"demucs-infer: {name}: {text}"
+        if is_terminal(sys.stderr):
+            width = shutil.get_terminal_size().columns
+            text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    with contextlib.suppress(OSError):
+        write(f"{text}{trace}\n", sys.stderr)
 
 
 logger.addFilter(_Printable())
@@ -127,8 +129,7 @@ def log_to_stderr(level: int) -> None:
 
 def show_error(*messages: object) -> None:
     """Write `messages` as one error on standard error, with or without `log_to_stderr`."""
-    text = " ".join(map(printable, messages))
-    _handler.emit(logging.makeLogRecord({"levelno": logging.ERROR, "msg": text}))
+    _show(logging.ERROR, " ".join(map(printable, messages)))
 
 
 def fatal(*messages: object, status: int = 1) -> NoReturn:

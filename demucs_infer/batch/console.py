@@ -224,7 +224,8 @@ class Console:
         if result["error"] is not None:
             self.errors += [DemucsInferError(result["error"])] if elsewhere else []
             self.failed.append(_shown(result["input"]))
-            logger.error("%s", result["error"])
+            # A list may name a million missing files. Log records would take twice as long.
+            show_error(result["error"])
         elif not result["skipped"]:
             paths = [stem["path"] for stem in result["stems"].values()]
             paths = list(map(_shown, [*paths, *filter(None, [result["player"]])]))
