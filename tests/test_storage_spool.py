@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def test_a_file_has_the_rights_of_any_file(tmp_path: Path) -> None:
     (tmp_path / "any").write_bytes(b"")
     with Workspace(tmp_path) as space:
         assert space.file().stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not rename locked files")
+def test_workspace_is_removed_while_a_thread_adds_files(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def add_files() -> None:
+        for number in range(100_000):
+            (space.path / f"{number}").touch()
+            begun.set()
+
+    with ThreadPoolExecutor() as pool:
+        with Workspace(tmp_path) as space:
+            added = pool.submit(add_files)
+            begun.wait()
+        assert isinstance(added.exception(), FileNotFoundError)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(

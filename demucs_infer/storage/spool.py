@@ -149,6 +149,9 @@ def _locked(workspace: Path, timeout: float = 0) -> FileLock | None:
 
 def _remove(workspace: Path, lock: FileLock) -> None:
     """Remove a workspace while its lock is held, and release the lock."""
+    # A thread that a pipe blocks might add a file meanwhile. Windows does not rename locked files.
+    with contextlib.suppress(OSError):
+        workspace = workspace.rename(workspace.with_name(TEMPORARY + secrets.token_hex(8)))
     shutil.rmtree(workspace, ignore_errors=True)
     lock.release()
     if sys.platform == "win32":
