@@ -224,7 +224,7 @@ class Console:
         if result["error"] is not None:
             self.errors += [DemucsInferError(result["error"])] if elsewhere else []
             self.failed.append(_shown(result["input"]))
-            # A list may name a million missing files. Log records would take twice as long.
+            # A list may name a million missing files: log records would take a third more time.
             show_error(result["error"])
         elif not result["skipped"]:
             paths = [stem["path"] for stem in result["stems"].values()]
