@@ -15,7 +15,7 @@ from demucs_infer.errors import SaveAudioError
 from demucs_infer.storage import spool
 from demucs_infer.storage.spool import LOCK, Spool, Workspace
 
-from .helpers import noise
+from .helpers import noise, run
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**24])
@@ -56,6 +56,33 @@ def test_workspace_is_removed_while_a_thread_adds_files(tmp_path: Path) -> None:
             begun.wait()
         assert isinstance(added.exception(), FileNotFoundError)
     assert not list(tmp_path.iterdir())
+
+
+CLEAN_UP = """
+import os, sys
+from pathlib import Path
+from demucs_infer.storage.spool import Workspace
+
+removals = []
+
+def hook(event, arguments):
+    if event == "os.remove":
+        removals.append(arguments)
+        if len(removals) == 21:
+            os._exit(9)
+
+with Workspace(Path(sys.argv[1])) as space:
+    for number in range(20):
+        space.file()
+    sys.addaudithook(hook)
+"""
+
+
+def test_a_process_that_ends_while_it_cleans_up_leaves_its_lock_to_the_next(tmp_path: Path) -> None:
+    assert run("-c", CLEAN_UP, tmp_path).returncode == 9
+    assert len([*tmp_path.iterdir()]) == 1
+    with Workspace(tmp_path) as space:
+        assert list(tmp_path.iterdir()) == [space.path]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(

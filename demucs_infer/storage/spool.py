@@ -152,6 +152,13 @@ def _remove(workspace: Path, lock: FileLock) -> None:
     # A thread that a pipe blocks might add a file meanwhile. Windows does not rename locked files.
     with contextlib.suppress(OSError):
         workspace = workspace.rename(workspace.with_name(TEMPORARY + secrets.token_hex(8)))
+    # The lock goes last. Without it, nobody would remove the rest if this process is killed.
+    with contextlib.suppress(OSError):
+        for path in workspace.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
     shutil.rmtree(workspace, ignore_errors=True)
     lock.release()
     if sys.platform == "win32":
