@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .quirks import undropped_padding
 
+# A plain `OSError` does not come from FFmpeg but from the file: its disk or server has failed.
 DAMAGE_ERRORS = (av.FFmpegError, ValueError)
-AV_ERRORS = (*DAMAGE_ERRORS, OSError)  # also of a file that cannot be read any more
+AV_ERRORS = (*DAMAGE_ERRORS, OSError)
 MAX_CHANNELS = 24
 SAMPLE_RATES = range(1000, 768_001)  # hertz
 MAX_DEMUX_FAILURES = 8  # in a row, before the rest of a file is given up

@@ -149,7 +149,8 @@ def _locked(workspace: Path, timeout: float = 0) -> FileLock | None:
 
 def _remove(workspace: Path, lock: FileLock) -> None:
     """Remove a workspace while its lock is held, and release the lock."""
-    # A thread that a pipe blocks might add a file meanwhile. Windows does not rename locked files.
+    # Other threads, such as one that reads a pipe, can add no files under the old name. Windows
+    # refuses to rename a folder with a locked file.
     with contextlib.suppress(OSError):
         workspace = workspace.rename(workspace.with_name(TEMPORARY + secrets.token_hex(8)))
     # The lock goes last. Without it, nobody would remove the rest if this process is killed.
